@@ -1,0 +1,97 @@
+"""q, the forward process: it turns data into noise and has no parameters.
+
+Every function takes noise levels as log-SNRs or a `Step`, one per example, and none draws random
+numbers: noise is an argument, so that quadrature and Monte Carlo run the same code.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float, Int, Key
+
+from diffusion.gaussian import Gaussian, expand
+from diffusion.schedules import Array, Levels, Step, alpha, sigma
+
+Noise = Callable[[Int[Array, "b"]], Float[Array, "b *d"]]
+"""Standard normal noise at given timesteps, one per example; a pure function of its argument."""
+
+
+def marginal(x_0: Float[Array, "b *d"], log_snr: Float[Array, "b"]) -> Gaussian:
+    """q(x_t | x_0) = N(√ᾱ_t x_0, (1 − ᾱ_t) I).
+
+    Lecture 13, Fact 1 (13.14).
+    """
+    return Gaussian(
+        expand(alpha(log_snr), x_0) * x_0, expand(jax.nn.sigmoid(-jnp.asarray(log_snr)), x_0)
+    )
+
+
+def diffuse(
+    x_0: Float[Array, "b *d"], log_snr: Float[Array, "b"], eps: Float[Array, "b *d"]
+) -> Float[Array, "b *d"]:
+    """x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε: the sample of the marginal that uses the noise ε."""
+    return expand(alpha(log_snr), x_0) * x_0 + expand(sigma(log_snr), x_0) * eps
+
+
+def transition(x_s: Float[Array, "b *d"], step: Step) -> Gaussian:
+    """q(x_t | x_s) = N(√(1 − β_t) x_s, β_t I), one step of the chain.
+
+    The lecture writes β_{t−1} here, an index slip; `equations.md`, q(x_t|x_{t−1}).
+    """
+    scale = alpha(step.log_snr) / alpha(step.log_snr_s)
+    return Gaussian(expand(scale, x_s) * x_s, expand(step.beta, x_s))
+
+
+def posterior(x_t: Float[Array, "b *d"], x_0: Float[Array, "b *d"], step: Step) -> Gaussian:
+    """q(x_s | x_t, x_0), the forward process run backwards from t to s when x_0 is known.
+
+    Args:
+      x_t: noisy sample at time t, in data units.
+      x_0: clean sample.
+      step: the log-SNRs of s and t, one per example.
+
+    Returns:
+      Mean and variance, each broadcastable to x_t. At s = 0 it is the point mass at x_0.
+
+    Lecture 13, Fact 2 (13.18–13.20).
+    """
+    alpha_s = alpha(step.log_snr_s)
+    of_x_t = alpha_s / alpha(step.log_snr) * jnp.exp(-step.gap)
+    of_x_0 = alpha_s * step.c
+    mean = expand(of_x_t, x_t) * x_t + expand(of_x_0, x_t) * x_0
+    return Gaussian(mean, expand(step.posterior_variance, x_t))
+
+
+def trajectory(x_0: Float[Array, "b *d"], levels: Levels, noise: Noise) -> Float[Array, "T b *d"]:
+    """x_1 … x_T, drawn one transition after another: a sample of q(x_1 … x_T | x_0)."""
+    batch = jnp.shape(x_0)[0]
+
+    def advance(x_s, t):
+        t = jnp.full(batch, t)
+        x_t = transition(x_s, levels.step(t)).sample(noise(t))
+        return x_t, x_t
+
+    return jax.lax.scan(advance, jnp.asarray(x_0), jnp.arange(1, levels.num_timesteps + 1))[1]
+
+
+def example_noise(
+    key: Key[Array, ""], index: Int[Array, "b"], shape: tuple[int, ...], draw: int = 0
+) -> Noise:
+    """Noise that is a function of (key, example, t, draw) and of nothing else.
+
+    So an evaluation gives the same numbers whatever the batch size, the order or the devices.
+
+    Args:
+      key: the seed.
+      index: which example of the data set each row is.
+      shape: of one example, without the batch axis.
+      draw: numbers independent noises for the same example and t.
+    """
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, draw), i))(index)
+
+    def noise(t):
+        at_t = jax.vmap(jax.random.fold_in)(keys, t)
+        return jax.vmap(lambda k: jax.random.normal(k, shape))(at_t)
+
+    return noise

@@ -1,0 +1,232 @@
+"""Noise schedules: how the log-SNR falls with time, and the β, ᾱ, σ², β̃ tables derived from it.
+
+A noise level is a log-SNR λ = log(ᾱ / (1 − ᾱ)). A step between two levels s < t is the pair
+(λ_t, λ_s − λ_t). These fix α, σ, β, β̃ and every KL weight, and formulas in them stay accurate in
+float32 at any number of timesteps. Schedules are built in float64 on the host and rounded once,
+where a `Step` is looked up.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+Array = jax.Array | np.ndarray
+
+
+def alpha(log_snr: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    """√ᾱ at a log-SNR: the factor of x_0 in x_t. One at λ = +∞."""
+    return jnp.exp(0.5 * jax.nn.log_sigmoid(log_snr))
+
+
+def sigma(log_snr: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    """√(1 − ᾱ) at a log-SNR: the factor of ε in x_t. Zero at λ = +∞, with a zero gradient."""
+    return jnp.exp(0.5 * jax.nn.log_sigmoid(-log_snr))
+
+
+class Step(NamedTuple):
+    """Two noise levels s < t, one pair per example.
+
+    Attributes:
+      log_snr: λ_t, the noisier level.
+      gap: λ_s − λ_t > 0; +∞ where s = 0 is the data itself.
+    """
+
+    log_snr: Float[Array, "*b"]
+    gap: Float[Array, "*b"]
+
+    @property
+    def log_snr_s(self) -> Float[Array, "*b"]:
+        """λ_s, the cleaner level."""
+        return self.log_snr + self.gap
+
+    @property
+    def c(self) -> Float[Array, "*b"]:
+        """1 − SNR_t/SNR_s = β_t/(1 − ᾱ_t): the share of x_0 in the posterior mean."""
+        return -jnp.expm1(-self.gap)
+
+    @property
+    def beta(self) -> Float[Array, "*b"]:
+        """β_t, the variance of q(x_t | x_s)."""
+        return jax.nn.sigmoid(-self.log_snr) * self.c
+
+    @property
+    def posterior_variance(self) -> Float[Array, "*b"]:
+        """β̃_t, the variance of q(x_s | x_t, x_0). Zero at s = 0. Lecture 13, (13.20)."""
+        return jax.nn.sigmoid(-self.log_snr_s) * self.c
+
+    @property
+    def log_beta_ratio(self) -> Float[Array, "*b"]:
+        """log(β_t/β̃_t) ≥ 0; +∞ at s = 0."""
+        return -jnp.log1p(-jax.nn.sigmoid(self.log_snr_s) * self.c)
+
+
+class Levels(NamedTuple):
+    """T noisy levels over level 0, the data; float64 on the host, indexed by t = 0 … T.
+
+    Attributes:
+      log_snr: λ_t, falling from λ_0 = +∞.
+      gap: λ_{t−1} − λ_t, formed in float64; +∞ at t = 1, and at t = 0, where it means nothing.
+    """
+
+    log_snr: Float[Array, "levels"]
+    gap: Float[Array, "levels"]
+
+    @classmethod
+    def from_log_snr(cls, log_snr: Float[Array, "T"]) -> "Levels":
+        """Levels from λ_1 … λ_T.
+
+        Raises:
+          ValueError: if the log-SNRs are not finite and strictly falling.
+        """
+        log_snr = np.asarray(log_snr, np.float64)
+        if log_snr.ndim != 1 or not log_snr.size or not np.all(np.isfinite(log_snr)):
+            raise ValueError(f"a schedule needs finite log-SNRs, one per timestep; got {log_snr}")
+        if np.any(np.diff(log_snr) >= 0):
+            t = int(np.argmax(np.diff(log_snr) >= 0)) + 2
+            raise ValueError(
+                f"log-SNRs must fall strictly with t; at t = {t} they go from "
+                f"{log_snr[t - 2]:.17g} to {log_snr[t - 1]:.17g}"
+            )
+        gap = np.concatenate([[np.inf, np.inf], log_snr[:-1] - log_snr[1:]])
+        return cls(np.concatenate([[np.inf], log_snr]), gap)
+
+    @property
+    def num_timesteps(self) -> int:
+        """T: the number of noisy levels."""
+        return len(self.log_snr) - 1
+
+    def step(self, t: Int[Array, "*b"]) -> Step:
+        """The step from t to t − 1, for t = 1 … T; in the default float type, on the device."""
+        return Step(jnp.asarray(self.log_snr)[t], jnp.asarray(self.gap)[t])
+
+    @property
+    def alpha_bar(self) -> Float[np.ndarray, "levels"]:
+        """ᾱ_t for t = 0 … T; ᾱ_0 = 1."""
+        return np.exp(-np.logaddexp(0.0, -self.log_snr))
+
+    @property
+    def sigma2(self) -> Float[np.ndarray, "levels"]:
+        """σ_t² = 1 − ᾱ_t for t = 0 … T, without cancellation."""
+        return np.exp(-np.logaddexp(0.0, self.log_snr))
+
+    @property
+    def beta(self) -> Float[np.ndarray, "levels"]:
+        """β_t = 1 − ᾱ_t/ᾱ_{t−1} = σ_t² c for t = 1 … T; zero at t = 0, where there is no step."""
+        return self.sigma2 * np.concatenate([[0.0], -np.expm1(-self.gap[1:])])
+
+    @property
+    def posterior_variance(self) -> Float[np.ndarray, "levels"]:
+        """β̃_t = β_t (1 − ᾱ_{t−1})/(1 − ᾱ_t) for t = 1 … T (13.20); β̃_1 = 0, and zero at t = 0."""
+        return np.concatenate([[0.0], self.beta[1:] * self.sigma2[:-1] / self.sigma2[1:]])
+
+
+class Schedule(NamedTuple):
+    """A log-SNR that falls with time, piecewise linear between equally spaced knots.
+
+    Time runs over [0, 1], from the least noisy level to the noisiest; the data lie before it. A
+    table of β becomes one knot a level, and a line in log-SNR two knots.
+
+    Attributes:
+      knots: log-SNRs at equally spaced times, strictly falling, float64.
+    """
+
+    knots: Float[np.ndarray, "n"]
+
+    def log_snr(self, time: Float[Array, "*b"]) -> Float[Array, "*b"]:
+        """λ at times in [0, 1]: the schedule in continuous time."""
+        return jnp.interp(time, np.linspace(0.0, 1.0, len(self.knots)), self.knots)
+
+    def levels(self, num_timesteps: int) -> Levels:
+        """T levels at equally spaced times, both ends included; at T = 1 the noisiest end alone.
+
+        With fewer levels than knots the nearest knots are taken: a β table is respaced in ᾱ, to
+        levels that a network trained on the table has seen. At T = the number of knots the table
+        comes back as it is.
+
+        Raises:
+          ValueError: if T < 1.
+        """
+        if num_timesteps < 1:
+            raise ValueError(f"num_timesteps = {num_timesteps}; a schedule needs at least 1")
+        last = len(self.knots) - 1
+        position = np.linspace(0.0, last, num_timesteps) if num_timesteps > 1 else np.array([last])
+        if num_timesteps <= len(self.knots):
+            position = np.floor(position + 0.5)
+        return Levels.from_log_snr(np.interp(position, np.arange(last + 1), self.knots))
+
+
+def from_betas(betas: Float[Array, "n"]) -> Schedule:
+    """The schedule of an explicit table β_1 … β_N, each strictly between 0 and 1.
+
+    Raises:
+      ValueError: if the table is empty or a β is out of range.
+    """
+    betas = np.asarray(betas, np.float64)
+    if betas.ndim != 1 or not betas.size:
+        raise ValueError(f"betas must be a list of at least one number; got {betas.tolist()}")
+    bad = np.flatnonzero(~((betas > 0) & (betas < 1)))
+    if bad.size:
+        raise ValueError(f"beta_{bad[0] + 1} = {betas[bad[0]]:g}; every beta must lie in (0, 1)")
+    log_alpha_bar = np.cumsum(np.log1p(-betas))
+    return Schedule(log_alpha_bar - np.log(-np.expm1(log_alpha_bar)))
+
+
+def linear_beta(
+    native_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
+) -> Schedule:
+    """β rising linearly over N steps. Ho et al. (2020), section 4."""
+    return from_betas(np.linspace(beta_start, beta_end, native_timesteps, dtype=np.float64))
+
+
+def cosine(native_timesteps: int = 1000, offset: float = 0.008) -> Schedule:
+    """ᾱ(u) ∝ cos²((u + s)/(1 + s) π/2). Nichol and Dhariwal (2021), equation 17; s is `offset`."""
+
+    def alpha_bar(u):
+        return np.cos((u + offset) / (1 + offset) * np.pi / 2) ** 2
+
+    return _from_alpha_bar(alpha_bar, native_timesteps)
+
+
+def sigmoid(
+    native_timesteps: int = 1000, start: float = -3.0, end: float = 3.0, temperature: float = 1.0
+) -> Schedule:
+    """ᾱ(u) a sigmoid, shifted and scaled to fall from 1 to 0. Jabri et al. (2022), algorithm 4."""
+
+    def alpha_bar(u):
+        falling = 1 / (1 + np.exp((u * (end - start) + start) / temperature))
+        last = 1 / (1 + np.exp(end / temperature))
+        return np.maximum(falling - last, 0.0)
+
+    return _from_alpha_bar(alpha_bar, native_timesteps)
+
+
+def linear_log_snr(max: float = 10.0, min: float = -10.0) -> Schedule:
+    """λ falling linearly from `max` at the first noisy level to `min` at the last.
+
+    Raises:
+      ValueError: unless max > min.
+    """
+    if not max > min:
+        raise ValueError(f"log-SNR falls from max = {max:g} to min = {min:g}; max must exceed min")
+    return Schedule(np.array([max, min], np.float64))
+
+
+def _from_alpha_bar(
+    alpha_bar: Callable[[np.ndarray], np.ndarray], native_timesteps: int, max_beta: float = 0.999
+) -> Schedule:
+    """β_t = 1 − ᾱ(t/N)/ᾱ((t − 1)/N), at most `max_beta`, as Nichol and Dhariwal (2021) clip it."""
+    values = alpha_bar(np.arange(native_timesteps + 1) / native_timesteps)
+    return from_betas(np.minimum(1 - values[1:] / values[:-1], max_beta))
+
+
+SCHEDULES: dict[str, Callable[..., Schedule]] = {
+    "linear_beta": linear_beta,
+    "cosine": cosine,
+    "sigmoid": sigmoid,
+    "linear_log_snr": linear_log_snr,
+    "betas": from_betas,
+}

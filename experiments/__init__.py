@@ -1,0 +1,1 @@
+"""What `main.py` can run: one module each, with `run(config, workdir)`."""

@@ -1,0 +1,1 @@
+"""What experiments share: data, state, steps, checkpoints, devices, metrics and pictures."""

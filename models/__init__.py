@@ -1,0 +1,1 @@
+"""Flax networks: (x_t, log-SNR, condition) -> prediction."""
