@@ -17,6 +17,18 @@ from diffusion.reverse import VARIANCES, Reverse
 from diffusion.schedules import Array, Levels, Step
 
 
+class StepTerms(NamedTuple):
+    """What one reverse step contributes, per example.
+
+    Attributes:
+      kl: KL(q(x_s | x_t, x_0) ‖ p_θ(x_s | x_t)) in nats.
+      eps_error: ‖ε − ε̂‖²; divided by SNR_t it is the distortion ‖x_0 − x̂_0‖².
+    """
+
+    kl: Float[Array, "*b"]
+    eps_error: Float[Array, "*b"]
+
+
 class Bound(NamedTuple):
     """The terms of the bound for each example, in nats.
 
@@ -24,11 +36,13 @@ class Bound(NamedTuple):
       prior: KL(q(x_T | x_0) ‖ p(x_T)).
       kl: KL(q(x_{t−1} | x_t, x_0) ‖ p_θ(x_{t−1} | x_t)) for t = 2 … T.
       reconstruction: −log p(x_0 | x_1).
+      eps_error: ‖ε − ε̂‖² for t = 1 … T. No term of the bound; the distortion at each t.
     """
 
     prior: Float[Array, "b"]
     kl: Float[Array, "b T-1"]
     reconstruction: Float[Array, "b"]
+    eps_error: Float[Array, "b T"]
 
     @property
     def total(self) -> Float[Array, "b"]:
@@ -46,13 +60,13 @@ def prior_kl(x_0: Float[Array, "b *d"], log_snr: Float[Array, "b"]) -> Float[Arr
     return 0.5 * sum_per_example(expand(alpha_bar, x_0) * x_0**2 + expand(from_variance, x_0))
 
 
-def step_kl(
+def step_terms(
     reverse: Reverse,
     x_0: Float[Array, "b *d"],
     eps: Float[Array, "b *d"],
     step: Step,
     condition: PyTree | None = None,
-) -> Float[Array, "b"]:
+) -> StepTerms:
     """KL(q(x_s | x_t, x_0) ‖ p_θ(x_s | x_t)) at x_t = α_t x_0 + σ_t ε, for s ≥ 1.
 
     With r = log(Σ_θ/β̃) it is ½ Σ [r + expm1(−r) + e^{−r} expm1(λ_s − λ_t) (ε − ε̂)²]; the last
@@ -61,7 +75,8 @@ def step_kl(
     error = reverse.squared_eps_error(x_0, eps, step.log_snr, condition)
     r = VARIANCES[reverse.variance].log_ratio(step)
     of_error = jnp.exp(-r) * jnp.expm1(step.gap)
-    return 0.5 * sum_per_example(expand(_expm1_excess(-r), x_0) + expand(of_error, x_0) * error)
+    kl = 0.5 * sum_per_example(expand(_expm1_excess(-r), x_0) + expand(of_error, x_0) * error)
+    return StepTerms(kl, sum_per_example(error))
 
 
 def _expm1_excess(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
@@ -85,7 +100,7 @@ def reconstruction(
     return -sum_per_example(decoder(x_0, x_1, x_0_hat, levels))
 
 
-def kl_at(
+def terms_at(
     reverse: Reverse,
     x_0: Float[Array, "b *d"],
     levels: Levels,
@@ -93,8 +108,8 @@ def kl_at(
     noise: Noise,
     chunk_size: int = 1,
     condition: PyTree | None = None,
-) -> Float[Array, "b m"]:
-    """The KL at chosen timesteps t ≥ 2 of each example, one noise each.
+) -> StepTerms:
+    """The KL and the error at chosen timesteps t ≥ 2 of each example, one noise each.
 
     Args:
       reverse: p_θ.
@@ -106,12 +121,17 @@ def kl_at(
       condition: passed to the denoiser.
     """
 
-    def kl(t):
-        return step_kl(reverse, x_0, noise(t), levels.step(t), condition)
+    def at(t):
+        return step_terms(reverse, x_0, noise(t), levels.step(t), condition)
 
-    if t.shape[1] == 0:
-        return jnp.zeros(t.shape)
-    return jax.lax.map(kl, jnp.asarray(t).T, batch_size=chunk_size).T
+    m = t.shape[1]
+    if m == 0:
+        return StepTerms(jnp.zeros(t.shape), jnp.zeros(t.shape))
+    # Filled up to whole chunks, so that the denoiser is compiled for one shape.
+    chunk_size = min(chunk_size, m)
+    filled = jnp.pad(t, ((0, 0), (0, -m % chunk_size)), constant_values=2)
+    terms = jax.lax.map(at, filled.T, batch_size=chunk_size)
+    return StepTerms(terms.kl[:m].T, terms.eps_error[:m].T)
 
 
 def bound(
@@ -137,8 +157,12 @@ def bound(
     t = jnp.broadcast_to(
         jnp.arange(1, levels.num_timesteps + 1), (jnp.shape(x_0)[0], levels.num_timesteps)
     )
+    middle = terms_at(reverse, x_0, levels, t[:, 1:], noise, chunk_size, condition)
+    eps_1 = noise(t[:, 0])
+    error_1 = reverse.squared_eps_error(x_0, eps_1, levels.step(t[:, 0]).log_snr, condition)
     return Bound(
         prior=prior_kl(x_0, levels.step(t[:, -1]).log_snr),
-        kl=kl_at(reverse, x_0, levels, t[:, 1:], noise, chunk_size, condition),
-        reconstruction=reconstruction(reverse, decoder, x_0, noise(t[:, 0]), levels, condition),
+        kl=middle.kl,
+        reconstruction=reconstruction(reverse, decoder, x_0, eps_1, levels, condition),
+        eps_error=jnp.concatenate([sum_per_example(error_1)[:, None], middle.eps_error], axis=1),
     )

@@ -114,8 +114,6 @@ def discretized_gaussian(quantization: Quantization, variance: str = "beta_tilde
       quantization: the grey levels.
       variance: σ_1²: "beta" is β_1; "beta_tilde" is β̃_2, since β̃_1 is zero, or β_1 where T = 1.
     """
-    if variance not in ("beta", "beta_tilde"):
-        raise ValueError(f"decoder variance = {variance!r}; known: beta, beta_tilde")
 
     def log_prob(x_0, x_1, x_0_hat, levels):
         del x_1
@@ -128,8 +126,8 @@ def discretized_gaussian(quantization: Quantization, variance: str = "beta_tilde
 
 def first_variance(levels: Levels, variance: str) -> Float[Array, "1"]:
     """σ_1² of the discretised Gaussian decoder: β̃_2 or β_1; shaped to broadcast."""
-    table = levels.posterior_variance[2:3] if variance == "beta_tilde" else levels.beta[1:2]
-    return table if table.size else levels.beta[1:2]
+    tables = {"beta_tilde": levels.posterior_variance[2:3], "beta": levels.beta[1:2]}
+    return tables[variance] if tables[variance].size else tables["beta"]
 
 
 def categorical(quantization: Quantization) -> Decoder:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, PyTree
 
-from diffusion.bound import prior_kl, reconstruction, step_kl
+from diffusion.bound import prior_kl, reconstruction, step_terms
 from diffusion.decoders import Decoder
 from diffusion.reverse import Reverse
 from diffusion.schedules import Array, Levels, Step
@@ -32,7 +32,7 @@ def vlb(
     """
     step = levels.step(t)
     inner = Step(step.log_snr, jnp.where(t == 1, 1.0, step.gap))  # s ≥ 1: t = 1 has no KL
-    kl = step_kl(reverse, x_0, eps, inner, condition)
+    kl = step_terms(reverse, x_0, eps, inner, condition).kl
     term = jnp.where(t == 1, reconstruction(reverse, decoder, x_0, eps, levels, condition), kl)
     last = levels.step(jnp.full_like(t, levels.num_timesteps)).log_snr
     nats = prior_kl(x_0, last) + levels.num_timesteps * term

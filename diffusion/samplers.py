@@ -87,21 +87,18 @@ def sample(
         return jnp.full(batch_size, t, jnp.int32)
 
     x_T = noise(at(last))
-    slots = np.full(last + 1, len(record))  # one past the end: written nowhere
+    slots = np.full(last + 1, len(record))  # a spare place for the levels that nobody asked for
     slots[np.asarray(record, int)] = np.arange(len(record))
-    empty = jnp.zeros((len(record), *x_T.shape), x_T.dtype)
+    empty = jnp.zeros((len(record) + 1, *x_T.shape), x_T.dtype)
 
     def advance(state, scanned):
         carry, x_t, kept = state
         t, slot = scanned
         carry, x_s, x_0_hat = sampler.step(carry, levels.step(at(t)), noise(at(t - 1)))
-        kept = (
-            kept[0].at[slot].set(x_t, mode="drop"),
-            kept[1].at[slot].set(x_0_hat, mode="drop"),
-        )
+        kept = (kept[0].at[slot].set(x_t), kept[1].at[slot].set(x_0_hat))
         return (carry, x_s, kept), None
 
     t = jnp.arange(last, 0, -1)
     state = (sampler.init(x_T), x_T, (empty, empty))
-    (_, x_0, kept), _ = jax.lax.scan(advance, state, (t, jnp.asarray(slots)[t]))
-    return Samples(x_0, *kept)
+    (_, x_0, (x_t, x_0_hat)), _ = jax.lax.scan(advance, state, (t, jnp.asarray(slots)[t]))
+    return Samples(x_0, x_t[:-1], x_0_hat[:-1])
