@@ -1,0 +1,204 @@
+"""DDPM's U-Net: a denoiser (x_t, log-SNR) -> prediction, of the shape of an image."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from flax.linen.initializers import zeros_init
+from jaxtyping import Float
+
+from diffusion.schedules import Array
+from models.layers import (
+    Downsample,
+    ResBlock,
+    SelfAttention,
+    Upsample,
+    conv3x3,
+    dense,
+    fourier_features,
+    group_norm,
+    sinusoidal_embedding,
+)
+
+
+def log_snr_to_timestep(log_snr: Float[Array, "b"]) -> Float[Array, "b"]:
+    """Log-SNRs mapped linearly to the range of DDPM's timesteps: +20 to 0 and −20 to 1000."""
+    return 25.0 * (20.0 - jnp.asarray(log_snr))
+
+
+def ddpm_timestep(
+    level_log_snrs: Float[Array, "levels"],
+) -> Callable[[Float[Array, "b"]], Float[Array, "b"]]:
+    """The map from log-SNR to the 0-based timestep that DDPM's own networks expect.
+
+    Args:
+      level_log_snrs: log-SNRs of the levels t = 1 … T that the network was trained on.
+
+    Returns:
+      A function of log-SNRs. Level t gives t − 1, bit for bit where the log-SNR is the table's
+      entry in float32; between levels it is linear in log-SNR, and outside them it is clamped.
+
+    Raises:
+      ValueError: if the table is empty, or not finite and strictly falling in float32.
+    """
+    noise = -np.asarray(level_log_snrs, np.float32)
+    timesteps = np.arange(noise.size, dtype=np.float32)
+    if not (noise.size and np.isfinite(noise).all() and (np.diff(noise) > 0).all()):
+        raise ValueError(
+            f"level_log_snrs, of length {noise.size}, must be finite, strictly falling in float32 "
+            "and not empty"
+        )
+
+    def timestep(log_snr: Float[Array, "b"]) -> Float[Array, "b"]:
+        return jnp.interp(-jnp.asarray(log_snr, jnp.float32), noise, timesteps)
+
+    return timestep
+
+
+class UNet(nn.Module):
+    """The network of Ho et al. 2020 (appendix B), for images of any shape that `validate` accepts.
+
+    The defaults are DDPM's for CIFAR-10: 35,746,307 parameters.
+
+    Attributes:
+      channels: channels at full resolution.
+      channel_multipliers: one a resolution, from the full one, each half of the one before.
+      num_res_blocks: residual blocks a resolution on the way down; one more on the way up.
+      attention_resolutions: heights of the feature maps whose residual blocks are each followed by
+        self-attention. The middle has it always.
+      dropout: probability of dropping an activation in a residual block.
+      num_groups: groups of the group norms.
+      fourier_exponents: of the `fourier_features` of the input; DDPM has none.
+      out_channels: channels of the prediction; None for as many as the image has.
+      timestep_of: from log-SNRs to what the sinusoidal embedding is fed, of the order of 0 … 1000.
+    """
+
+    channels: int = 128
+    channel_multipliers: Sequence[int] = (1, 2, 2, 2)
+    num_res_blocks: int = 2
+    attention_resolutions: Sequence[int] = (16,)
+    dropout: float = 0.1
+    num_groups: int = 32
+    fourier_exponents: Sequence[int] = ()
+    out_channels: int | None = None
+    timestep_of: Callable[[Float[Array, "b"]], Float[Array, "b"]] = log_snr_to_timestep
+
+    def validate(self, image_shape: Sequence[int]) -> None:
+        """Checks the settings against the shape (height, width, channels) of the images.
+
+        Raises:
+          ValueError: with one line naming the setting, its value and what would be right.
+        """
+        height, width, _ = image_shape
+        halvings = len(self.channel_multipliers) - 1
+        heights = [height // 2**level for level in range(halvings + 1)]
+        features = [self.channels, *(self.channels * m for m in self.channel_multipliers)]
+        unknown = sorted(set(self.attention_resolutions) - set(heights))
+
+        def check(right: bool, name: str, remedy: str) -> None:
+            if not right:
+                raise ValueError(f"model.unet.{name} = {getattr(self, name)}; {remedy}")
+
+        check(self.channels >= 4, "channels", "it must be at least 4")
+        check(self.num_groups >= 1, "num_groups", "it must be at least 1")
+        check(self.num_res_blocks >= 1, "num_res_blocks", "it must be at least 1")
+        check(0 <= self.dropout < 1, "dropout", "it must be in [0, 1)")
+        check(
+            halvings >= 0 and min(self.channel_multipliers) >= 1,
+            "channel_multipliers",
+            "it must list at least one number, each at least 1",
+        )
+        check(
+            height % 2**halvings == 0 and width % 2**halvings == 0,
+            "channel_multipliers",
+            f"an image of {height}×{width} cannot be halved {halvings} times: use at most "
+            f"{_halvings(height, width) + 1} multipliers",
+        )
+        check(
+            all(count % self.num_groups == 0 for count in features),
+            "num_groups",
+            f"it must divide the channel counts {sorted(set(features))}: "
+            f"use a divisor of {np.gcd.reduce(features)}",
+        )
+        check(
+            not unknown,
+            "attention_resolutions",
+            f"no feature map has height {', '.join(map(str, unknown))}: choose from {heights}",
+        )
+
+    @nn.compact
+    def __call__(
+        self,
+        x_t: Float[Array, "b h w c"],
+        log_snr: Float[Array, "b"],
+        condition: Any = None,
+        *,
+        train: bool = False,
+    ) -> Float[Array, "b h w out"]:
+        """The prediction at x_t.
+
+        Args:
+          x_t: noisy images, in the units the network was trained in.
+          log_snr: their log-SNRs.
+          condition: nothing; this network is unconditional.
+          train: whether to drop activations, with the random numbers of the collection `dropout`.
+
+        Returns:
+          What the parameterisation says: ε, x_0, v or the score. Zero at initialisation.
+
+        Raises:
+          ValueError: for a condition, and as `validate`.
+        """
+        if condition is not None:
+            raise ValueError("the U-Net is unconditional: condition must be None")
+        self.validate(x_t.shape[1:])
+        x_t = jnp.asarray(x_t)
+
+        embedding = sinusoidal_embedding(self.timestep_of(log_snr), self.channels)
+        embedding = dense(4 * self.channels, "embedding_1")(embedding)
+        embedding = dense(4 * self.channels, "embedding_2")(nn.swish(embedding))
+
+        def res_block(x, features, name):
+            return ResBlock(features, self.num_groups, self.dropout, name=name)(
+                x, embedding, train=train
+            )
+
+        def stage(x, level, direction, index):
+            features = self.channels * self.channel_multipliers[level]
+            x = res_block(x, features, f"{direction}_{level}_block_{index}")
+            if x.shape[1] in self.attention_resolutions:
+                name = f"{direction}_{level}_attention_{index}"
+                x = SelfAttention(self.num_groups, name=name)(x)
+            return x
+
+        last = len(self.channel_multipliers) - 1
+        x = conv3x3(self.channels, "conv_in")(fourier_features(x_t, self.fourier_exponents))
+        skips = [x]
+        for level in range(last + 1):
+            for index in range(self.num_res_blocks):
+                x = stage(x, level, "down", index)
+                skips.append(x)
+            if level < last:
+                x = Downsample(name=f"down_{level}_downsample")(x)
+                skips.append(x)
+
+        x = res_block(x, x.shape[-1], "middle_block_0")
+        x = SelfAttention(self.num_groups, name="middle_attention_0")(x)
+        x = res_block(x, x.shape[-1], "middle_block_1")
+
+        for level in reversed(range(last + 1)):
+            for index in range(self.num_res_blocks + 1):
+                x = stage(jnp.concatenate([x, skips.pop()], axis=-1), level, "up", index)
+            if level > 0:
+                x = Upsample(name=f"up_{level}_upsample")(x)
+
+        x = nn.swish(group_norm(self.num_groups, "norm_out")(x))
+        return conv3x3(self.out_channels or x_t.shape[-1], "conv_out", zeros_init())(x)
+
+
+def _halvings(height: int, width: int) -> int:
+    """How often 2 divides both sides of an image."""
+    side = int(np.gcd(height, width))
+    return (side & -side).bit_length() - 1
