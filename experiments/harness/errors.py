@@ -7,3 +7,11 @@ class ConfigError(ValueError):
     The message is one line that names the setting, its value and what would be right; `main.py`
     prints it without a traceback and exits with status 2.
     """
+
+
+class RunError(RuntimeError):
+    """A run that has to stop though its settings were fine, such as one whose loss is not finite.
+
+    The message is one line that says what happened, where, and what is left; `main.py` prints it
+    without a traceback and exits with status 1.
+    """

@@ -1,0 +1,259 @@
+"""Pictures of images and of the bound: arrays in, PNG files out."""
+
+import io
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+_TILE = 64  # pixels: a default scale brings small images up to about this
+_SEPARATOR = 96
+_CAPTION_HEIGHT = 18
+_CAPTION_FONT = 12
+_BLUE, _ORANGE = "#3465a4", "#ce5c00"
+_LOG_RANGE = 30.0  # a curve that spans more than this factor gets a logarithmic axis
+_POINTS_SHOWN = 30  # a curve of at most this many points shows each of them
+
+
+def grid(images: np.ndarray, columns: int | None = None, scale: int | None = None) -> np.ndarray:
+    """Lays images out in rows, a line of one pixel between them.
+
+    Args:
+      images: uint8 [n, h, w, c], n ≥ 1, c = 1 (grey) or 3 (RGB).
+      columns: images in a row; by default about as many as there are rows.
+      scale: each pixel becomes scale × scale pixels; by default as many as bring an image to
+        about 64 pixels.
+
+    Returns:
+      uint8 [rows · (h · scale + 1) − 1, columns · (w · scale + 1) − 1, c].
+
+    Raises:
+      ValueError: `images` is not as above.
+    """
+    images = np.asarray(images)
+    if images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] not in (1, 3):
+        raise ValueError(
+            f"images is {images.dtype} {images.shape}: it must be uint8 [n, h, w, c], c = 1 or 3"
+        )
+    n, h, w, c = images.shape
+    if n == 0:
+        raise ValueError(f"images is {images.shape}: it must hold at least one image")
+    columns = columns or math.ceil(math.sqrt(n))
+    scale = scale or max(1, _TILE // max(h, w))
+    rows = math.ceil(n / columns)
+    tiles = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    tiles = np.pad(tiles, ((0, 0), (0, 1), (0, 1), (0, 0)), constant_values=_SEPARATOR)
+    tiles = np.pad(
+        tiles, ((0, rows * columns - n), (0, 0), (0, 0), (0, 0)), constant_values=_SEPARATOR
+    )
+    height, width = tiles.shape[1:3]
+    table = tiles.reshape(rows, columns, height, width, c).swapaxes(1, 2)
+    return table.reshape(rows * height, columns * width, c)[:-1, :-1]
+
+
+def strip(
+    images: np.ndarray, captions: Sequence[str] | None = None, scale: int | None = None
+) -> np.ndarray:
+    """Trajectories side by side: a row for each example, a column for each moment.
+
+    Args:
+      images: uint8 [k, n, h, w, c], k moments of n examples.
+      captions: k short texts to stand above the columns, such as "t = 500".
+      scale: as for `grid`.
+
+    Returns:
+      uint8 [height, width, c], as `grid` lays it out, below the captions if there are any.
+
+    Raises:
+      ValueError: `images` is not as above, or there are not k captions.
+    """
+    images = np.asarray(images)
+    if images.ndim != 5:
+        raise ValueError(f"images is {images.shape}: it must be [k, n, h, w, c]")
+    moments = images.shape[0]
+    table = grid(np.concatenate(images.swapaxes(0, 1)), moments, scale)
+    if captions is None:
+        return table
+    if len(captions) != moments:
+        raise ValueError(f"captions has {len(captions)} texts: it must have {moments}, as images")
+    return np.concatenate([_captions(captions, table.shape[1], table.shape[2]), table])
+
+
+def save_png(path: epath.PathLike, array: np.ndarray) -> None:
+    """Writes an image to a PNG file, losslessly.
+
+    Args:
+      path: the file; its directory is created if missing.
+      array: uint8 [h, w, c], c = 1 (grey) or 3 (RGB).
+    """
+    from PIL import Image
+
+    array = np.asarray(array)
+    buffer = io.BytesIO()
+    Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).save(buffer, format="PNG")
+    _write(path, buffer)
+
+
+def plot_kl_per_timestep(
+    path: epath.PathLike,
+    *,
+    kl: np.ndarray,
+    log_snr: np.ndarray,
+    prior: float,
+    reconstruction: float,
+    kl_se: np.ndarray | None = None,
+) -> None:
+    """Draws where the bound's bits are: by timestep, and as a density over log-SNR.
+
+    In the second panel the area under the curve is the diffusion term, whatever T and schedule, so
+    runs that differ in either can be compared.
+
+    Args:
+      path: PNG file to write.
+      kl: [T − 1], mean over examples of KL(q(x_{t−1} | x_t, x_0) ‖ p(x_{t−1} | x_t)) for t = 2..T,
+        in bits/dim.
+      log_snr: [T], log-SNR at t = 1..T, in nats, falling; in float64 where T is large.
+      prior: bits/dim.
+      reconstruction: bits/dim.
+      kl_se: [T − 1], standard error of each mean, drawn as a band of ± 2.
+
+    Raises:
+      ValueError: the lengths do not fit each other, or `log_snr` rises.
+    """
+    kl, log_snr = np.asarray(kl, np.float64), np.asarray(log_snr, np.float64)
+    _require_length("log_snr", log_snr, len(kl) + 1)
+    if kl_se is not None:
+        _require_length("kl_se", kl_se, len(kl))
+    gaps = log_snr[:-1] - log_snr[1:]
+    if (gaps < 0).any():
+        raise ValueError("log_snr rises with t somewhere: it must fall")
+    # A step without a gap adds no noise, costs no bits and has no width.
+    density = np.divide(kl, gaps, out=np.zeros_like(kl), where=gaps > 0)
+    t = np.arange(2, len(kl) + 2)
+    figure, (by_step, by_noise) = _figure(2)
+    _curve(by_step, t, kl, kl_se)
+    if len(kl) and kl.max() > _LOG_RANGE * kl.min() > 0:
+        by_step.set_yscale("log")
+    else:
+        by_step.set_ylim(bottom=0)
+    _count_timesteps(by_step, len(log_snr))
+    by_step.set(ylabel="KL at t (bits/dim)", title="KL per timestep")
+    # Each KL is spread evenly over the noise levels that its step spans.
+    by_noise.stairs(density[::-1], log_snr[::-1], color=_BLUE, fill=True, alpha=0.25)
+    by_noise.stairs(density[::-1], log_snr[::-1], color=_BLUE, linewidth=1.0, baseline=None)
+    by_noise.set_ylim(bottom=0)
+    by_noise.set(
+        xlabel="log-SNR (nats); noise to the left",
+        ylabel="bits/dim per nat of log-SNR",
+        title="Density: its area is the diffusion term",
+    )
+    total = prior + kl.sum() + reconstruction
+    figure.suptitle(
+        f"{total:.4f} bits/dim  =  prior {prior:.4f}  +  diffusion {kl.sum():.4f}"
+        f"  +  reconstruction {reconstruction:.4f}"
+    )
+    _save(path, figure)
+
+
+def plot_rate_distortion(
+    path: epath.PathLike, *, kl: np.ndarray, prior: float, rmse: np.ndarray, max_value: int
+) -> None:
+    """Draws progressive coding: what x_0 looks like after ever more of its bits.
+
+    To know x_t costs the prior and the KLs at T, T − 1, …, t + 1; the best guess at x_0 is then
+    x̂_0(x_t). As in Ho et al. (2020), Figure 5.
+
+    Args:
+      path: PNG file to write.
+      kl: [T − 1], KL for t = 2..T, in bits/dim.
+      prior: bits/dim.
+      rmse: [T], root mean square error of x̂_0(x_t) for t = 1..T, on the data's own scale.
+      max_value: largest value on that scale: 255 for bytes, 16 for digits.
+
+    Raises:
+      ValueError: the lengths do not fit each other.
+    """
+    kl, rmse = np.asarray(kl, np.float64), np.asarray(rmse, np.float64)
+    _require_length("rmse", rmse, len(kl) + 1)
+    # At t = T, T − 1, …, 1.
+    rate = prior + np.concatenate([[0.0], np.cumsum(kl[::-1])])
+    distortion = rmse[::-1]
+    t = np.arange(len(rmse), 0, -1)
+    figure, (rate_axes, distortion_axes, both) = _figure(3)
+    _curve(rate_axes, t, rate)
+    _curve(distortion_axes, t, distortion)
+    _curve(both, rate, distortion)
+    for axes in (rate_axes, distortion_axes):
+        _count_timesteps(axes, len(rmse))
+        axes.invert_xaxis()
+    for axes in (distortion_axes, both):
+        axes.set_ylabel(rf"RMSE of $\hat{{x}}_0(x_t)$ on [0, {max_value}]")
+    for axes in (rate_axes, distortion_axes, both):
+        axes.set_ylim(bottom=0)
+    rate_axes.set(ylabel="bits/dim to know $x_t$", title="Rate")
+    distortion_axes.set_title("Distortion")
+    both.set(xlabel="rate (bits/dim)", title="Rate–distortion")
+    both.set_xlim(left=0)
+    _save(path, figure)
+
+
+def _captions(captions: Sequence[str], width: int, channels: int) -> np.ndarray:
+    from PIL import Image, ImageDraw, ImageFont
+
+    banner = Image.new("L", (width, _CAPTION_HEIGHT), 255)
+    draw = ImageDraw.Draw(banner)
+    cell = (width + 1) / len(captions)
+    font = ImageFont.load_default(_CAPTION_FONT)
+    widest = max(draw.textlength(text, font=font) for text in captions)
+    if widest > cell - 4:
+        font = ImageFont.load_default(_CAPTION_FONT * (cell - 4) / widest)
+    for i, text in enumerate(captions):
+        draw.text(((i + 0.5) * cell, _CAPTION_HEIGHT / 2), text, fill=0, font=font, anchor="mm")
+    return np.asarray(banner)[..., None].repeat(channels, axis=-1)
+
+
+def _figure(panels: int) -> tuple[Any, Any]:
+    # Without pyplot, whose backends and open figures belong to the notebook that may call this.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.6 * panels, 3.6), layout="constrained")
+    axes = figure.subplots(1, panels)
+    for panel in axes:
+        panel.grid(color="#dddddd", linewidth=0.6)
+        panel.set_axisbelow(True)
+        panel.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _curve(axes: Any, x: np.ndarray, y: np.ndarray, se: np.ndarray | None = None) -> None:
+    if se is not None:
+        band = 2 * np.asarray(se)
+        axes.fill_between(x, y - band, y + band, color=_ORANGE, alpha=0.4, linewidth=0)
+    marker = "o" if len(x) <= _POINTS_SHOWN else None
+    axes.plot(x, y, color=_BLUE, linewidth=1.5, marker=marker, markersize=4, clip_on=False)
+
+
+def _count_timesteps(axes: Any, num_timesteps: int) -> None:
+    margin = max(0.5, 0.03 * num_timesteps)
+    axes.set_xlim(1 - margin, num_timesteps + margin)
+    axes.set_xlabel("timestep t")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _require_length(name: str, array: np.ndarray, length: int) -> None:
+    if np.shape(array) != (length,):
+        raise ValueError(f"{name} is {np.shape(array)}: it must be ({length},), to go with kl")
+
+
+def _save(path: epath.PathLike, figure: Any) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    _write(path, buffer)
+
+
+def _write(path: epath.PathLike, buffer: io.BytesIO) -> None:
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(buffer.getvalue())

@@ -1,0 +1,146 @@
+"""From a config to the objects it names, and clear errors where it names none."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from diffusion.decoders import DECODERS, SCALINGS, Decoder, Quantization
+from diffusion.objectives import OBJECTIVES
+from diffusion.reverse import PARAMETERIZATIONS, VARIANCES, Reverse
+from diffusion.samplers import X_0_TREATMENTS
+from diffusion.schedules import SCHEDULES, Levels, Schedule
+from diffusion.timesteps import TIMESTEPS
+from experiments.harness import data
+from experiments.harness.errors import ConfigError
+from models.unet import UNet, ddpm_timestep, log_snr_to_timestep
+
+
+class Problem(NamedTuple):
+    """What a config says of the mathematics: everything but data, parameters and training.
+
+    Attributes:
+      schedule: the noise schedule.
+      levels: its T levels.
+      network: a Flax module (x_t, log_snr, condition, train) -> prediction.
+      parameterization: what the network predicts.
+      variance: Σ_θ's name.
+      quantization: grey levels as data.
+      decoder: p(x_0 | x_1).
+      image_shape: (height, width, channels).
+    """
+
+    schedule: Schedule
+    levels: Levels
+    network: nn.Module
+    parameterization: str
+    variance: str
+    quantization: Quantization
+    decoder: Decoder
+    image_shape: tuple[int, int, int]
+
+    def reverse(self, params: Any, dropout_key: Any = None) -> Reverse:
+        """p_θ with these parameters; with dropout where a key for it is given."""
+
+        def denoiser(x_t, log_snr, condition=None):
+            rngs = None if dropout_key is None else {"dropout": dropout_key}
+            train = dropout_key is not None
+            return self.network.apply(
+                {"params": params}, x_t, log_snr, condition, train=train, rngs=rngs
+            )
+
+        return Reverse(denoiser, self.parameterization, self.variance)
+
+
+def pick(registry: Mapping[str, Any] | Sequence[str], name: str, setting: str) -> Any:
+    """The entry of a registry, or an error that lists the known names and the likely one."""
+    if name in registry:
+        return registry[name] if isinstance(registry, Mapping) else name
+    close = difflib.get_close_matches(str(name), registry, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    raise ConfigError(f"{setting} = {name!r} is unknown; known: {', '.join(registry)}{hint}")
+
+
+def load_data(config: ConfigDict, split: str) -> data.Dataset:
+    """A split of the config's data set, decoded."""
+    return data.load(**_data_arguments(config), split=split)
+
+
+def describe_data(config: ConfigDict, split: str) -> data.Source:
+    """A split of the config's data set, found but not decoded."""
+    return data.describe(**_data_arguments(config), split=split)
+
+
+def _data_arguments(config: ConfigDict) -> dict[str, Any]:
+    return {
+        "name": config.data.name,
+        "data_dir": config.data.data_dir,
+        "splits": config.data.splits,
+    }
+
+
+def check_positive(config: ConfigDict, *names: str) -> None:
+    """Raises ConfigError unless each of these settings is at least 1."""
+    for name in names:
+        section, field = name.split(".")
+        if config[section][field] < 1:
+            raise ConfigError(f"config.{name} = {config[section][field]}; it must be at least 1")
+
+
+def _unet(config: ConfigDict, schedule: Schedule) -> nn.Module:
+    settings = config.to_dict()
+    inputs = {
+        "log_snr": lambda: log_snr_to_timestep,
+        "ddpm_timestep": lambda: ddpm_timestep(schedule.knots),
+    }
+    noise_input = pick(inputs, settings.pop("noise_input"), "config.model.unet.noise_input")
+    return UNet(**settings, timestep_of=noise_input())
+
+
+MODELS = {"unet": _unet}
+
+
+def build(config: ConfigDict) -> Problem:
+    """Everything the config names, checked before anything is compiled.
+
+    The shape of the images and their number of grey levels are the training split's.
+
+    Raises:
+      ConfigError: for a setting that is unknown or does not fit the others.
+    """
+    make_schedule = pick(SCHEDULES, config.schedule.name, "config.schedule.name")
+    make_model = pick(MODELS, config.model.name, "config.model.name")
+    make_decoder = pick(DECODERS, config.decoder.name, "config.decoder.name")
+    pick(SCALINGS, config.decoder.scaling, "config.decoder.scaling")
+    pick(PARAMETERIZATIONS, config.model.parameterization, "config.model.parameterization")
+    pick(VARIANCES, config.model.variance, "config.model.variance")
+    pick(OBJECTIVES, config.train.objective, "config.train.objective")
+    pick(TIMESTEPS, config.train.timesteps, "config.train.timesteps")
+    pick(X_0_TREATMENTS, config.sample.x_0_treatment, "config.sample.x_0_treatment")
+    gaussian = config.decoder.discretized_gaussian
+    pick(VARIANCES, gaussian.variance, "config.decoder.discretized_gaussian.variance")
+
+    source = describe_data(config, "train")
+    quantization = Quantization(source.num_levels, config.decoder.scaling)
+    try:
+        schedule = make_schedule(**config.schedule[config.schedule.name])
+        levels = schedule.levels(config.schedule.num_timesteps)
+    except ValueError as error:
+        raise ConfigError(f"config.schedule.{config.schedule.name}: {error}") from error
+    try:
+        network = make_model(config.model[config.model.name], schedule)
+        network.validate(source.image_shape)
+    except ValueError as error:
+        raise ConfigError(f"config.{error}") from error
+    return Problem(
+        schedule=schedule,
+        levels=levels,
+        network=network,
+        parameterization=config.model.parameterization,
+        variance=config.model.variance,
+        quantization=quantization,
+        decoder=make_decoder(quantization, **config.decoder[config.decoder.name]),
+        image_shape=source.image_shape,
+    )

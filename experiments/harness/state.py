@@ -1,0 +1,115 @@
+"""The train state: all that a run has to save, as one pytree."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
+
+from experiments.harness.errors import ConfigError
+from experiments.harness.seeds import stream
+from experiments.harness.settings import Problem, pick
+
+
+class Window(NamedTuple):
+    """Sums since the last line of the log, kept on the device so that the loop never waits.
+
+    Attributes:
+      steps: training steps summed.
+      loss: of the batch means.
+      grad_norm: of the global gradient norms.
+      quartile_loss: of per-example losses, by quartile of t, [0, T/4) first.
+      quartile_count: examples in each quartile.
+      first_bad_step: the first step of the run whose loss or gradient was not finite, else −1.
+    """
+
+    steps: Int[Array, ""]
+    loss: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+    quartile_loss: Float[Array, "4"]
+    quartile_count: Float[Array, "4"]
+    first_bad_step: Int[Array, ""]
+
+    @classmethod
+    def empty(cls) -> "Window":
+        """A window of no steps."""
+        return cls(  # a buffer each: all are donated
+            steps=jnp.int32(0),
+            loss=jnp.zeros(()),
+            grad_norm=jnp.zeros(()),
+            quartile_loss=jnp.zeros(4),
+            quartile_count=jnp.zeros(4),
+            first_bad_step=jnp.int32(-1),
+        )
+
+
+class TrainState(NamedTuple):
+    """What training carries from step to step.
+
+    Attributes:
+      step: steps taken.
+      params: the network's parameters.
+      ema_params: their exponential moving average, which is what is evaluated.
+      opt_state: optax's.
+      window: running sums for the log.
+    """
+
+    step: Int[Array, ""]
+    params: Any
+    ema_params: Any
+    opt_state: Any
+    window: Window
+
+
+def init_params(problem: Problem, seed: int) -> Any:
+    """The network's parameters, a function of the seed."""
+    x_t = jnp.zeros((1, *problem.image_shape))
+    return jax.jit(problem.network.init)(stream(seed, "params"), x_t, jnp.zeros(1))["params"]
+
+
+def abstract_params(problem: Problem) -> Any:
+    """Shapes and dtypes of the network's parameters; nothing is computed."""
+    return jax.eval_shape(lambda: init_params(problem, 0))
+
+
+def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    ema_params = jax.tree.map(jnp.copy, params)  # not the same buffers: both are donated
+    return TrainState(jnp.int32(0), params, ema_params, optimizer.init(params), Window.empty())
+
+
+def learning_rate(config: ConfigDict) -> optax.Schedule:
+    """Linear warm-up from zero, then constant, or a cosine to zero at the last step."""
+    peak, warmup, last = config.learning_rate, config.warmup_steps, config.num_steps
+    decays = {
+        "constant": lambda: optax.constant_schedule(peak),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, max(last - warmup, 1)),
+    }
+    after = pick(decays, config.decay, "config.train.decay")()
+    if not warmup:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+
+
+def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    """Adam or AdamW behind a clip of the global gradient norm.
+
+    Raises:
+      ConfigError: for an unknown optimizer or decay, or a setting that would have no effect.
+    """
+    rate = learning_rate(config)
+    optimizers = {
+        "adam": lambda: optax.adam(rate, b2=config.beta2),
+        "adamw": lambda: optax.adamw(rate, b2=config.beta2, weight_decay=config.weight_decay),
+    }
+    optimizer = pick(optimizers, config.optimizer, "config.train.optimizer")()
+    if config.weight_decay and config.optimizer != "adamw":
+        raise ConfigError(
+            f"config.train.weight_decay = {config.weight_decay} has no effect with "
+            f"config.train.optimizer = {config.optimizer!r}; use adamw"
+        )
+    if config.gradient_clip:
+        return optax.chain(optax.clip_by_global_norm(config.gradient_clip), optimizer)
+    return optimizer

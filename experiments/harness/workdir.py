@@ -1,0 +1,89 @@
+"""What a work directory is of: its config, written once and held to on resume."""
+
+import json
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from experiments.harness.errors import ConfigError
+from experiments.harness.metrics import write_json
+
+CONFIG_FILE = "config.json"
+
+# What may change between a run and its resumption: nothing that the trained parameters depend on.
+HARMLESS = (
+    "data.data_dir",
+    "evaluate.",
+    "sample.",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.log_every",
+    "train.sample_every",
+    "train.sample_timesteps",
+    "train.validation_timesteps",
+)
+
+
+def check(config: ConfigDict, workdir: epath.PathLike) -> None:
+    """Raises ConfigError if the directory can't be used, or holds a run of another config."""
+    directory = epath.Path(workdir)
+    try:
+        existing = [p for p in (directory, *directory.parents) if p.exists()]
+        if existing and not existing[0].is_dir():
+            raise ConfigError(
+                f"workdir={workdir}: {existing[0]} is a file; give a directory, or a path where "
+                "one can be made"
+            )
+        recorded = recorded_config(directory)
+    except OSError as error:
+        raise ConfigError(f"workdir={workdir} cannot be read: {error.strerror}") from error
+    if recorded is not None:
+        _check_same(config, recorded, workdir)
+
+
+def recorded_config(workdir: epath.PathLike) -> dict[str, Any] | None:
+    """The config that a work directory was trained with, as nested dictionaries; None if new."""
+    path = epath.Path(workdir) / CONFIG_FILE
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def record(config: ConfigDict, workdir: epath.PathLike) -> None:
+    """Writes config.json, making the directory where it is missing.
+
+    Raises:
+      ConfigError: if it can't be written.
+    """
+    try:
+        epath.Path(workdir).mkdir(parents=True, exist_ok=True)
+        write_json(epath.Path(workdir) / CONFIG_FILE, config.to_dict())
+    except OSError as error:
+        raise ConfigError(
+            f"workdir={workdir} cannot be written ({error.strerror}); give a directory that can"
+        ) from error
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as {"train.batch_size": 128, …}; tuples as JSON's lists."""
+    flat = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def _check_same(config: ConfigDict, recorded: dict[str, Any], workdir: epath.PathLike) -> None:
+    now, then = flatten(config.to_dict()), flatten(recorded)
+    harmless = HARMLESS + (("train.num_steps",) if config.train.decay == "constant" else ())
+    changed = [
+        f"{name} was {then.get(name)!r}, now {now.get(name)!r}"
+        for name in sorted(now.keys() | then.keys())
+        if now.get(name) != then.get(name) and not name.startswith(harmless)
+    ]
+    if changed:
+        raise ConfigError(
+            f"workdir={workdir} holds a run of another config: {'; '.join(changed)}; "
+            "use the same settings to resume it, or another workdir"
+        )
