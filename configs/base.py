@@ -1,0 +1,139 @@
+"""Every setting with its default. A config of a data set starts from here and says what differs.
+
+Override any of them on the command line, as in `--config.train.batch_size=64`. The config is
+locked: a name that is not listed here is an error.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """The settings that all experiments share."""
+    return ConfigDict(
+        {
+            "seed": 0,
+            "data": _data(),
+            "schedule": _schedule(),
+            "model": _model(),
+            "decoder": _decoder(),
+            "train": _train(),
+            "evaluate": _evaluate(),
+            "sample": _sample(),
+        }
+    )
+
+
+def _data() -> dict:
+    return {
+        # A name in experiments/harness/data.py's registry, or a tensorflow-datasets image set.
+        "name": "digits",
+        # Where tensorflow-datasets looks; empty: its default directory.
+        "data_dir": "",
+        # tensorflow-datasets split expressions; embedded sets have their own.
+        "splits": {"train": "train", "validation": "validation", "test": "test"},
+        # Mirror training images left to right, each with probability ½.
+        "flip": False,
+    }
+
+
+def _schedule() -> dict:
+    return {
+        # linear_beta, cosine, sigmoid, linear_log_snr or betas: which of the groups below is used.
+        "name": "linear_beta",
+        # T: noisy levels, in training and in the bound. A β table is respaced to it.
+        "num_timesteps": 1000,
+        "linear_beta": {"native_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02},
+        "cosine": {"native_timesteps": 1000, "offset": 0.008},
+        "sigmoid": {"native_timesteps": 1000, "start": -3.0, "end": 3.0, "temperature": 1.0},
+        "linear_log_snr": {"max": 10.0, "min": -10.0},
+        "betas": {"betas": ()},  # an explicit table
+    }
+
+
+def _model() -> dict:
+    return {
+        "name": "unet",
+        # What the network predicts: eps, x_0, v or score.
+        "parameterization": "eps",
+        # Σ_θ: beta_tilde (the posterior's variance) or beta (the forward step's).
+        "variance": "beta_tilde",
+        "unet": {
+            "channels": 128,
+            "channel_multipliers": (1, 2, 2, 2),
+            "num_res_blocks": 2,
+            "attention_resolutions": (16,),
+            "dropout": 0.1,
+            "num_groups": 32,
+            # Channels sin(2ⁿ π x), cos(2ⁿ π x) beside the image for each n given; () as in DDPM.
+            "fourier_exponents": (),
+            # What the embedding is fed: log_snr (linear in it; any schedule, any T), or
+            # ddpm_timestep (t − 1 on the schedule's native levels, as DDPM's own network).
+            "noise_input": "log_snr",
+        },
+    }
+
+
+def _decoder() -> dict:
+    return {
+        # discretized_gaussian (DDPM) or categorical (VDM).
+        "name": "discretized_gaussian",
+        # Grey levels as data: endpoints (x/127.5 − 1 for bytes) or midpoints (2(k + ½)/K − 1).
+        "scaling": "endpoints",
+        # σ_1²: beta_tilde (β̃_2) or beta (β_1).
+        "discretized_gaussian": {"variance": "beta_tilde"},
+        "categorical": {},
+    }
+
+
+def _train() -> dict:
+    return {
+        # simple (DDPM's L_simple) or vlb (the bound).
+        "objective": "simple",
+        # How t is drawn within a batch: uniform or stratified.
+        "timesteps": "stratified",
+        "batch_size": 128,
+        "num_steps": 1000,
+        "optimizer": "adam",  # or adamw
+        "learning_rate": 2e-4,
+        "beta2": 0.999,
+        "weight_decay": 0.0,  # adamw only
+        "warmup_steps": 0,
+        "decay": "constant",  # or cosine, to zero at num_steps
+        "gradient_clip": 1.0,  # global norm; 0: none
+        "ema_decay": 0.9999,  # approached as (1 + step)/(10 + step)
+        # Work directory of another run whose best EMA weights to start from. Not a resume.
+        "init_from": "",
+        "log_every": 100,
+        # Checkpoint, quick bound on validation (which chooses the best checkpoint), and samples.
+        "checkpoint_every": 1000,
+        "sample_every": 1000,
+        "sample_timesteps": 100,
+        "keep_checkpoints": 3,
+        # Timesteps per example of the quick bound, the same ones at every check.
+        "validation_timesteps": 16,
+    }
+
+
+def _evaluate() -> dict:
+    return {
+        "split": "test",
+        "checkpoint": "best",  # best (on validation) or latest
+        "batch_size": 64,  # examples at once
+        "chunk_size": 16,  # timesteps at once, for each of them
+        # Timesteps per example at which the noise is drawn twice, to measure the Monte-Carlo error.
+        "replicates": 32,
+    }
+
+
+def _sample() -> dict:
+    return {
+        "num_samples": 64,
+        "batch_size": 64,
+        # Levels to step through, the schedule respaced; 0: all T of them.
+        "num_timesteps": 0,
+        "checkpoint": "best",
+        "x_0_treatment": "none",  # or clip
+        # Rows and columns of the strips that show x_t on its way.
+        "strip_rows": 4,
+        "strip_columns": 11,
+    }

@@ -1,0 +1,60 @@
+"""The main job: train, evaluate and sample, or whatever of it is still to be done."""
+
+import json
+from typing import Any
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from experiments import evaluate, sample, train
+from experiments.harness import settings
+from experiments.harness.checkpoints import Checkpoints
+
+
+def run(config: ConfigDict, workdir: epath.PathLike) -> None:
+    """Brings the work directory to the end of its config, and prints the result."""
+    check(config)
+    train.train(config, workdir)
+    result = _evaluation(config, workdir)
+    finished = result is not None and _is_sampled(config, workdir)
+    if result is None:
+        result = evaluate.evaluate(config, workdir)
+    if not _is_sampled(config, workdir):
+        sample.sample(config, workdir)
+    if finished:
+        print(f"{workdir} is finished: {config.train.num_steps} steps, evaluated and sampled")
+    print(evaluate.result_line(result))
+
+
+def check(config: ConfigDict) -> None:
+    """Raises ConfigError for settings or data that any part can't use; compiles nothing."""
+    for part in (train, evaluate, sample):
+        part.check(config)
+
+
+def _evaluation(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any] | None:
+    """The recorded evaluation, if it is of what this config would evaluate now."""
+    path = epath.Path(workdir) / evaluate.RESULT_FILE
+    if not path.exists():
+        return None
+    recorded = json.loads(path.read_text())
+    step = _step(workdir, config.evaluate.checkpoint)
+    wanted = evaluate.identity(config, settings.build(config), step)
+    return recorded if all(recorded.get(k) == v for k, v in wanted.items()) else None
+
+
+def _is_sampled(config: ConfigDict, workdir: epath.PathLike) -> bool:
+    """Whether samples/ holds what this config would sample now."""
+    path = epath.Path(workdir) / "samples" / "samples.npz"
+    if not path.exists():
+        return False
+    with path.open("rb") as file, np.load(file) as saved:
+        step, count = int(saved["step"]), len(saved["samples"])
+    return (step, count) == (_step(workdir, config.sample.checkpoint), config.sample.num_samples)
+
+
+def _step(workdir: epath.PathLike, which: str) -> int:
+    """The step of the best or the latest checkpoint."""
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        return checkpoints.choose(which)

@@ -1,0 +1,216 @@
+"""The exact bound of a trained model over every example of a split, with its standard errors."""
+
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from diffusion.bound import Bound
+from diffusion.estimate import bits_per_dim, estimate, noise_variance, replicate_timesteps
+from experiments.harness import data, devices, pictures, settings, steps
+from experiments.harness.checkpoints import CHECKPOINTS, load_ema
+from experiments.harness.metrics import append_jsonl, write_json
+from experiments.harness.settings import Problem
+from experiments.harness.state import abstract_params
+
+RESULT_FILE = "evaluation.json"
+
+
+def run(config: ConfigDict, workdir: epath.PathLike) -> None:
+    """Evaluates what the work directory holds and prints the result."""
+    print(result_line(evaluate(config, workdir)))
+
+
+def evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
+    """The full-sum bound of the EMA weights, written to the work directory.
+
+    Every example counts once, with a noise that is a function of (seed, example, t): the numbers
+    depend neither on the batch size nor on the devices. Writes evaluation.json, a line of
+    evaluations.jsonl, evaluation.npz with the arrays, and two plots.
+
+    Args:
+      config: its model, schedule and decoder are measured; `evaluate` says on what.
+      workdir: holds the checkpoints.
+
+    Returns:
+      What evaluation.json holds; `design.md` lists it.
+
+    Raises:
+      ConfigError: for a setting or a checkpoint that does not fit.
+    """
+    check(config)
+    problem = settings.build(config)
+    params, step = load_ema(workdir, config.evaluate.checkpoint, abstract_params(problem))
+    dataset = settings.load_data(config, config.evaluate.split)
+    start = time.monotonic()
+    terms, noise_variances = full_bound(config, problem, params, dataset)
+    result = {
+        **summary(terms, noise_variances, problem),
+        "num_examples": len(dataset.images),
+        **identity(config, problem, step),
+        "seconds": round(time.monotonic() - start, 1),
+    }
+    _write(epath.Path(workdir), result, terms, problem)
+    return result
+
+
+def identity(config: ConfigDict, problem: Problem, step: int) -> dict[str, Any]:
+    """What an evaluation is of: two with the same identity have the same numbers."""
+    return {
+        "split": config.evaluate.split,
+        "checkpoint": config.evaluate.checkpoint,
+        "step": step,
+        "num_timesteps": problem.levels.num_timesteps,
+        "schedule": config.schedule.name,
+        "log_snr_range": [problem.levels.log_snr[1], problem.levels.log_snr[-1]],
+        "variance": config.model.variance,
+        "decoder": config.decoder.name,
+        "seed": config.seed,
+    }
+
+
+def check(config: ConfigDict) -> None:
+    """Raises ConfigError for settings or data that `evaluate` can't use; compiles nothing."""
+    settings.build(config)
+    devices.check_batch("config.evaluate.batch_size", config.evaluate.batch_size)
+    settings.pick(data.SPLITS, config.evaluate.split, "config.evaluate.split")
+    settings.describe_data(config, config.evaluate.split)
+    settings.pick(CHECKPOINTS, config.evaluate.checkpoint, "config.evaluate.checkpoint")
+    settings.check_positive(config, "evaluate.chunk_size", "evaluate.replicates")
+
+
+def full_bound(
+    config: ConfigDict, problem: Problem, params: Any, dataset: data.Dataset
+) -> tuple[Bound, np.ndarray]:
+    """The bound's terms of every example, and the variance of each total's Monte-Carlo noise.
+
+    Returns:
+      A Bound of float64 arrays in nats, [n, …], and the variances, [n] in nats².
+    """
+    mesh = devices.mesh()
+    first = steps.make_bound(config, problem, mesh)
+    second = steps.make_terms_at(config, problem, mesh, draw=1)
+    num_timesteps, batch_size = problem.levels.num_timesteps, config.evaluate.batch_size
+    params = devices.place(params, devices.replicated(mesh))
+    n = len(dataset.images)
+    terms, variances, seen = [], [], 0
+    evaluations = num_timesteps + min(config.evaluate.replicates, num_timesteps - 1) + 1
+    with tqdm(total=n * evaluations, desc="evaluate", unit="eval", unit_scale=True) as bar:
+        for index, mask in data.padded_batches(n, batch_size):
+            images = dataset.images[index]
+            t = replicate_timesteps(index, num_timesteps, config.evaluate.replicates)
+            once = jax.device_get(first(params, images, index))
+            again = jax.device_get(second(params, images, index, t))
+            variance = _noise_variance(once, again, t, num_timesteps)
+            terms.append(jax.tree.map(lambda a, mask=mask: np.asarray(a, np.float64)[mask], once))
+            variances.append(variance[mask])
+            seen += int(mask.sum())
+            bar.update(int(mask.sum()) * evaluations)
+    if seen != n:
+        raise AssertionError(f"{seen} examples evaluated of {n}")
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *terms), np.concatenate(variances)
+
+
+def _noise_variance(once: Bound, again: Bound, t: np.ndarray, num_timesteps: int) -> np.ndarray:
+    """Variance of each example's total, from two draws of some of its terms."""
+    first = np.take_along_axis(once.kl, t - 2, axis=1)
+    of_sum = noise_variance(first, again.kl, num_timesteps - 1)
+    return of_sum + noise_variance(once.reconstruction[:, None], again.reconstruction[:, None], 1)
+
+
+def summary(terms: Bound, noise_variances: np.ndarray, problem: Problem) -> dict[str, float]:
+    """The bound in bits/dim with both standard errors, and its three parts."""
+    num_dims = int(np.prod(problem.image_shape))
+    total = estimate(terms.total, noise_variances, num_dims)
+    parts = Bound(*(bits_per_dim(a, num_dims).mean(axis=0) for a in terms))
+    return {
+        "bits_per_dim": total.mean,
+        "bits_per_dim_se": total.se,
+        "bits_per_dim_mc_se": total.mc_se,
+        "prior": float(parts.prior),
+        "diffusion": float(parts.kl.sum()),
+        "reconstruction": float(parts.reconstruction),
+    }
+
+
+def result_line(result: dict[str, Any]) -> str:
+    """The result as one line for people."""
+    return (
+        f"{result['split']} bits/dim {result['bits_per_dim']:.4f} ± {_se(result)} "
+        f"(prior {result['prior']:.4f}, diffusion {result['diffusion']:.4f}, "
+        f"reconstruction {result['reconstruction']:.4f}), {result['num_examples']} examples, "
+        f"T = {result['num_timesteps']}, Monte-Carlo error ± {result['bits_per_dim_mc_se']:.4f}"
+    )
+
+
+def _se(result: dict[str, Any]) -> str:
+    """NaN with one example, and null once it has been through a file."""
+    se = result["bits_per_dim_se"]
+    return "unknown" if se is None or np.isnan(se) else f"{se:.4f}"
+
+
+def _write(workdir: epath.Path, result: dict, terms: Bound, problem: Problem) -> None:
+    """evaluation.json, its line in the history, the arrays and the plots."""
+    num_dims = int(np.prod(problem.image_shape))
+    log_snr = problem.levels.log_snr[1:]
+    kl = bits_per_dim(terms.kl, num_dims)
+    n = len(kl)
+    kl_mean = kl.mean(axis=0)
+    kl_se = kl.std(axis=0, ddof=1) / np.sqrt(n) if n > 1 else None
+    # ‖x_0 − x̂_0‖² = ‖ε − ε̂‖²/SNR, then from data units to grey levels.
+    squared = (terms.eps_error * np.exp(-log_snr)).mean(axis=0) / num_dims
+    rmse = np.sqrt(squared) / problem.quantization.spacing
+    arrays = {
+        "t": np.arange(1, len(log_snr) + 1),
+        "log_snr": log_snr,
+        "kl": kl_mean,
+        "x_0_rmse": rmse,
+        "bits_per_dim_per_example": bits_per_dim(terms.total, num_dims),
+    }
+    with (workdir / "evaluation.npz").open("wb") as file:
+        np.savez(file, **arrays, **({} if kl_se is None else {"kl_se": kl_se}))
+    parts = {"kl": kl_mean, "prior": result["prior"]}
+    pictures.plot_kl_per_timestep(
+        workdir / "kl_per_timestep.png",
+        **parts,
+        log_snr=log_snr,
+        reconstruction=result["reconstruction"],
+        kl_se=kl_se,
+    )
+    pictures.plot_rate_distortion(
+        workdir / "rate_distortion.png",
+        **parts,
+        rmse=rmse,
+        max_value=problem.quantization.num_levels - 1,
+    )
+    append_jsonl(workdir / "evaluations.jsonl", result)
+    write_json(workdir / RESULT_FILE, result)
+
+
+def make_quick_bound(config: ConfigDict, problem: Problem, dataset: data.Dataset):
+    """A cheap estimate of the bound, for choosing a checkpoint: params -> bits/dim.
+
+    A few timesteps of each example stand for all of them. They and their noise are the same at
+    every call, so that what is left of the noise falls out of a comparison.
+    """
+    mesh = devices.mesh()
+    some = steps.make_terms_at(config, problem, mesh, draw=0)
+    num_timesteps, n = problem.levels.num_timesteps, len(dataset.images)
+    num_dims = int(np.prod(problem.image_shape))
+    batches = list(data.padded_batches(n, config.evaluate.batch_size))
+
+    def quick_bound(params: Any) -> float:
+        total = 0.0
+        for index, mask in batches:
+            t = replicate_timesteps(index, num_timesteps, config.train.validation_timesteps)
+            terms = jax.device_get(some(params, dataset.images[index], index, t))
+            diffusion = terms.kl.mean(axis=1) * (num_timesteps - 1) if t.size else 0.0
+            nats = terms.prior.astype(np.float64) + diffusion + terms.reconstruction
+            total += nats[mask].sum()
+        return float(bits_per_dim(total / n, num_dims))
+
+    return quick_bound
