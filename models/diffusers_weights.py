@@ -28,7 +28,7 @@ ATTENTION = {
 }
 LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 
-# diffusers before 0.17 -> since; most files on the hub, google/ddpm-cifar10-32 too, are older.
+# Attention as diffusers spelled it until 2023, and many files on the hub still do -> today.
 RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -73,7 +73,7 @@ def params_from_unet2d(
     it with `timestep_of=ddpm_timestep(…)` on the levels that it was trained on.
 
     Args:
-      state_dict: arrays by name, as numpy sees them; names of diffusers before 0.17 too.
+      state_dict: numpy arrays by name; the attention may have its names of before 2023.
       network: the network to fill.
       image_shape: (height, width, channels) of its images.
 
@@ -116,13 +116,13 @@ def params_from_unet2d(
 
 
 def _current_name(name: str) -> str:
-    """A name in a state dict as diffusers has spelled it since 0.17."""
+    """A name in a state dict as diffusers spells it today."""
     module, _, leaf = name.rpartition(".")
     parent, _, layer = module.rpartition(".")
     return f"{parent}.{RENAMED[layer]}.{leaf}" if layer in RENAMED else name
 
 
 def _to_ours(weight: np.ndarray) -> np.ndarray:
-    """Convolutions from [out, in, h, w] to [h, w, in, out], matrices from [out, in] to [in, out]."""
+    """Convolutions from [out, in, h, w] to [h, w, in, out], matrices from [out, in]."""
     axes = {4: (2, 3, 1, 0), 2: (1, 0)}.get(weight.ndim)
     return np.asarray(weight if axes is None else weight.transpose(axes), np.float32)

@@ -12,13 +12,13 @@ from jaxtyping import Float
 from diffusion.schedules import Array
 from models.layers import (
     Downsample,
+    GroupNorm,
     ResBlock,
     SelfAttention,
     Upsample,
     conv3x3,
     dense,
     fourier_features,
-    group_norm,
     sinusoidal_embedding,
 )
 
@@ -194,7 +194,7 @@ class UNet(nn.Module):
             if level > 0:
                 x = Upsample(name=f"up_{level}_upsample")(x)
 
-        x = nn.swish(group_norm(self.num_groups, "norm_out")(x))
+        x = nn.swish(GroupNorm(self.num_groups, name="norm_out")(x))
         return conv3x3(self.out_channels or x_t.shape[-1], "conv_out", zeros_init())(x)
 
 
