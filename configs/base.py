@@ -8,8 +8,8 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """The settings that all experiments share."""
-    return ConfigDict(
+    """The settings that all experiments share, locked: a name that is not here is an error."""
+    config = ConfigDict(
         {
             "seed": 0,
             "data": _data(),
@@ -21,6 +21,7 @@ def get_config() -> ConfigDict:
             "sample": _sample(),
         }
     )
+    return config.lock()
 
 
 def _data() -> dict:

@@ -7,13 +7,13 @@ import jax
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from diffusion.bound import Bound
 from diffusion.estimate import bits_per_dim, estimate, noise_variance, replicate_timesteps
 from experiments.harness import data, devices, pictures, settings, steps
 from experiments.harness.checkpoints import CHECKPOINTS, load_ema
 from experiments.harness.metrics import append_jsonl, write_json
+from experiments.harness.progress import progress
 from experiments.harness.settings import Problem
 from experiments.harness.state import abstract_params
 
@@ -99,7 +99,7 @@ def full_bound(
     n = len(dataset.images)
     terms, variances, seen = [], [], 0
     evaluations = num_timesteps + min(config.evaluate.replicates, num_timesteps - 1) + 1
-    with tqdm(total=n * evaluations, desc="evaluate", unit="eval", unit_scale=True) as bar:
+    with progress(n * evaluations, "evaluate", "eval", unit_scale=True) as bar:
         for index, mask in data.padded_batches(n, batch_size):
             images = dataset.images[index]
             t = replicate_timesteps(index, num_timesteps, config.evaluate.replicates)

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from diffusion.forward import diffuse
 from diffusion.samplers import Samples
 from experiments.harness import data, devices, pictures, settings, steps
 from experiments.harness.checkpoints import CHECKPOINTS, load_ema
 from experiments.harness.errors import ConfigError
+from experiments.harness.progress import progress
 from experiments.harness.seeds import stream
 from experiments.harness.settings import Problem
 from experiments.harness.state import abstract_params
@@ -91,7 +91,7 @@ def make_draw(
     def draw(params: Any, n: int) -> Samples:
         params = devices.place(params, devices.replicated(mesh))
         parts = []
-        with tqdm(total=n, desc="sample", unit="img", delay=2, leave=False) as bar:
+        with progress(n, "sample", "img", delay=2, leave=False) as bar:
             for index, mask in data.padded_batches(n, config.sample.batch_size):
                 made = jax.device_get(run_sampler(params, index))
                 shown = min(int(mask.sum()), rows)

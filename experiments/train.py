@@ -18,6 +18,7 @@ from experiments.harness import workdir as workdirs
 from experiments.harness.checkpoints import Checkpoints, is_new, load_ema
 from experiments.harness.errors import ConfigError, RunError
 from experiments.harness.metrics import MetricsLog
+from experiments.harness.progress import progress
 from experiments.harness.settings import Problem
 from experiments.harness.state import (
     TrainState,
@@ -183,7 +184,7 @@ class Trainer:
         seed, batch_size = self.config.seed, self.config.train.batch_size
         first, last = int(state.step), self.config.train.num_steps
         clock = Clock()
-        with tqdm(total=last, initial=first, desc="train", unit="step") as bar:
+        with progress(last, "train", "step", initial=first) as bar:
             for step in range(first, last):
                 indices = data.batch_indices(seed, step, self.num_examples, batch_size)
                 state = self.train_step(state, self.images, indices)
