@@ -81,8 +81,8 @@ def step_terms(
 
 def _expm1_excess(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
     """expm1(x) − x ≥ 0; by its series where the difference would cancel."""
-    series = 0.5 * x**2 * (1 + x / 3 * (1 + x / 4))
-    return jnp.where(jnp.abs(x) < 0.02, series, jnp.expm1(x) - x)
+    series = 0.5 * x**2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6))))
+    return jnp.where(jnp.abs(x) < 0.1, series, jnp.expm1(x) - x)
 
 
 def reconstruction(

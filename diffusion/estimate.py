@@ -18,7 +18,9 @@ class Estimate(NamedTuple):
     mc_se: float
 
 
-def bits_per_dim(nats: Float[np.ndarray, "*b"], num_dims: int) -> Float[np.ndarray, "*b"]:
+def bits_per_dim(
+    nats: Float[np.ndarray, "*b"] | float, num_dims: int
+) -> Float[np.ndarray, "*b"] | float:
     """Nats per example as bits per dimension."""
     return np.asarray(nats, np.float64) / (num_dims * np.log(2.0))
 

@@ -6,7 +6,7 @@ float32 at any number of timesteps. Schedules are built in float64 on the host a
 where a `Step` is looked up.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -61,7 +61,11 @@ class Step(NamedTuple):
     @property
     def log_beta_ratio(self) -> Float[Array, "*b"]:
         """log(β_t/β̃_t) ≥ 0; +∞ at s = 0."""
-        return -jnp.log1p(-jax.nn.sigmoid(self.log_snr_s) * self.c)
+        product = jax.nn.sigmoid(self.log_snr_s) * self.c
+        # Near one, 1 − ᾱ_s c is a sum of two small terms, which does not cancel.
+        small = product < 0.5
+        rest = jax.nn.sigmoid(-self.log_snr_s) + jax.nn.sigmoid(self.log_snr_s) * jnp.exp(-self.gap)
+        return -jnp.where(small, jnp.log1p(-jnp.where(small, product, 0.0)), jnp.log(rest))
 
 
 class Levels(NamedTuple):
@@ -159,7 +163,7 @@ class Schedule(NamedTuple):
         return Levels.from_log_snr(np.interp(position, np.arange(last + 1), self.knots))
 
 
-def from_betas(betas: Float[Array, "n"]) -> Schedule:
+def from_betas(betas: Float[Array, "n"] | Sequence[float]) -> Schedule:
     """The schedule of an explicit table β_1 … β_N, each strictly between 0 and 1.
 
     Raises:
