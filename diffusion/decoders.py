@@ -31,7 +31,7 @@ class Quantization(NamedTuple):
     @property
     def spacing(self) -> float:
         """Distance of neighbouring levels, in data units."""
-        return 2 / (self.num_levels - 1 if self.scaling == "endpoints" else self.num_levels)
+        return 2 / {"endpoints": self.num_levels - 1, "midpoints": self.num_levels}[self.scaling]
 
     @property
     def values(self) -> Float[np.ndarray, "K"]:
@@ -129,7 +129,7 @@ def discretized_gaussian(quantization: Quantization, variance: str = "beta_tilde
     def log_prob(x_0, x_1, x_0_hat, levels):
         del x_1
         return discretized_gaussian_log_prob(
-            x_0, x_0_hat, np.sqrt(first_variance(levels, variance)), quantization
+            x_0, x_0_hat, jnp.sqrt(first_variance(levels, variance)), quantization
         )
 
     return log_prob
@@ -137,8 +137,9 @@ def discretized_gaussian(quantization: Quantization, variance: str = "beta_tilde
 
 def first_variance(levels: Levels, variance: str) -> Float[Array, "1"]:
     """σ_1² of the discretised Gaussian decoder: β̃_2 or β_1; shaped to broadcast."""
-    tables = {"beta_tilde": levels.posterior_variance[2:3], "beta": levels.beta[1:2]}
-    return tables[variance] if tables[variance].size else tables["beta"]
+    if variance == "beta_tilde" and levels.num_timesteps > 1:
+        return levels.step(jnp.array([2])).posterior_variance
+    return levels.step(jnp.array([1])).beta
 
 
 def categorical(quantization: Quantization) -> Decoder:

@@ -4,6 +4,7 @@ Each denoiser predicts x_0 and goes wherever a network goes: the bound and the s
 held against the truth.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -13,6 +14,8 @@ from jaxtyping import Float, Key, PyTree
 
 from diffusion.gaussian import expand
 from diffusion.schedules import Array, alpha
+
+matmul = functools.partial(jnp.matmul, precision="highest")  # a GPU's default is far from exact
 
 
 class NormalData(NamedTuple):
@@ -36,7 +39,7 @@ class NormalData(NamedTuple):
         # SNR v/(SNR v + 1) is a sigmoid of λ + log v.
         gain = jax.nn.sigmoid(expand(log_snr, x_t) + jnp.asarray(np.log(variances)))
         residual = x_t / expand(alpha(log_snr), x_t) - mean
-        return mean + (gain * (residual @ basis)) @ basis.T
+        return mean + matmul(gain * matmul(residual, basis), basis.T)
 
     def log_prob(self, x_0: Float[Array, "b d"]) -> Float[Array, "b"]:
         """Log-density at x_0, in nats."""
@@ -70,8 +73,8 @@ class DiscreteData(NamedTuple):
         # −‖x_t − αx‖²/2σ² up to a constant: SNR (x·x_t/α − ½‖x‖²).
         snr = jnp.exp(expand(log_snr, x_t))
         scaled = x_t / expand(alpha(log_snr), x_t)
-        logits = snr * (scaled @ points.T - 0.5 * jnp.sum(points**2, axis=-1))
-        return jax.nn.softmax(logits) @ points
+        logits = snr * (matmul(scaled, points.T) - 0.5 * jnp.sum(points**2, axis=-1))
+        return matmul(jax.nn.softmax(logits), points)
 
     def log_prob(self, x_0: Float[Array, "b d"]) -> Float[Array, "b"]:
         """Log-probability in nats: −log K at each of the points, −∞ elsewhere."""

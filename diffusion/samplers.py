@@ -80,8 +80,13 @@ def sample(
       noise: standard normal noise as a function of the level it makes; at T it is x_T itself.
       batch_size: samples drawn together; sample i depends on the noise of row i alone.
       record: levels t ≥ 1 whose x_t and x̂_0 are kept. Memory grows with their number only.
+
+    Raises:
+      ValueError: if a level to record is not one of 1 … T.
     """
     last = levels.num_timesteps
+    if any(not 1 <= t <= last for t in record):
+        raise ValueError(f"record = {tuple(record)}; recorded levels lie in 1 … {last}")
 
     def at(t):
         return jnp.full(batch_size, t, jnp.int32)
