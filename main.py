@@ -31,8 +31,7 @@ _EXPERIMENT = flags.DEFINE_enum(
 
 def main(argv: list[str]) -> int:
     """Runs the chosen experiment; the exit status."""
-    del argv
-    return command_line.run(_EXPERIMENT.value, _CONFIG.value, _WORKDIR.value)
+    return command_line.run(_EXPERIMENT.value, _CONFIG.value, _WORKDIR.value, argv[1:])
 
 
 if __name__ == "__main__":

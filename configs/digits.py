@@ -27,12 +27,12 @@ def get_config() -> ConfigDict:
     config.decoder.name = "categorical"
     config.train.update(
         objective="vlb",
-        num_steps=2000,
+        num_steps=1500,
         learning_rate=3e-3,
         warmup_steps=100,
         decay="cosine",
         ema_decay=0.995,
         checkpoint_every=500,
-        sample_every=2000,
+        sample_every=1500,
     )
     return config

@@ -50,8 +50,8 @@ def _is_sampled(config: ConfigDict, workdir: epath.PathLike) -> bool:
     if not path.exists():
         return False
     with path.open("rb") as file, np.load(file) as saved:
-        step, count = int(saved["step"]), len(saved["samples"])
-    return (step, count) == (_step(workdir, config.sample.checkpoint), config.sample.num_samples)
+        made = str(saved["identity"])
+    return made == sample.identity(config, _step(workdir, config.sample.checkpoint))
 
 
 def _step(workdir: epath.PathLike, which: str) -> int:

@@ -1,5 +1,6 @@
 """Samples of a trained model, and the way from noise to data and from data to noise as pictures."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,6 @@ from diffusion.forward import diffuse
 from diffusion.samplers import Samples
 from experiments.harness import data, devices, pictures, settings, steps
 from experiments.harness.checkpoints import CHECKPOINTS, load_ema
-from experiments.harness.errors import ConfigError
 from experiments.harness.progress import progress
 from experiments.harness.seeds import stream
 from experiments.harness.settings import Problem
@@ -53,13 +53,24 @@ def sample(config: ConfigDict, workdir: epath.PathLike) -> np.ndarray:
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / "samples.npz").open("wb") as file:
         np.savez(
-            file, samples=np.asarray(samples, np.uint8), x_0=parts.x_0, seed=config.seed, step=step
+            file,
+            samples=np.asarray(samples, np.uint8),
+            x_0=parts.x_0,
+            step=step,
+            seed=config.seed,
+            identity=identity(config, step),
         )
     pictures.save_png(directory / "samples.png", pictures.grid(to_bytes(problem, parts.x_0)))
     rows = config.sample.strip_rows
     _save_reverse_strip(directory / "reverse.png", problem, parts, record, rows)
     _save_forward_strip(directory / "forward.png", config, problem)
     return np.asarray(samples, np.uint8)
+
+
+def identity(config: ConfigDict, step: int) -> str:
+    """What samples are of, as JSON: two with the same identity are the same samples."""
+    asked = {k: v for k, v in config.sample.to_dict().items() if k != "batch_size"}
+    return json.dumps({"step": step, "seed": config.seed, **asked}, sort_keys=True)
 
 
 def check(config: ConfigDict) -> None:
@@ -70,11 +81,8 @@ def check(config: ConfigDict) -> None:
         config, "sample.num_samples", "sample.strip_rows", "sample.strip_columns"
     )
     settings.pick(CHECKPOINTS, config.sample.checkpoint, "config.sample.checkpoint")
-    if config.sample.num_timesteps < 0:
-        raise ConfigError(
-            f"config.sample.num_timesteps = {config.sample.num_timesteps}; give a number of "
-            "levels, or 0 for all of the schedule's"
-        )
+    remedy = "give a number of levels, or 0 for all of the schedule's"
+    settings.check_setting(config, "sample.num_timesteps", lambda n: n >= 0, remedy)
 
 
 def make_draw(

@@ -86,6 +86,12 @@ def check(config: ConfigDict) -> None:
         "train.keep_checkpoints",
         "train.validation_timesteps",
     )
+    for name in ("learning_rate", "warmup_steps", "gradient_clip", "weight_decay"):
+        settings.check_setting(config, f"train.{name}", lambda x: x >= 0, "it must not be negative")
+    for name in ("ema_decay", "beta2"):
+        settings.check_setting(
+            config, f"train.{name}", lambda x: 0 <= x < 1, "it must be in [0, 1)"
+        )
     settings.describe_data(config, "validation")
     num_examples = settings.describe_data(config, "train").num_examples
     if config.train.batch_size > num_examples:

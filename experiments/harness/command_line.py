@@ -4,6 +4,7 @@ import difflib
 import importlib
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
@@ -32,10 +33,14 @@ def parse_flags(argv: list[str]) -> list[str]:
         raise SystemExit(_fail(message, status=2)) from error
 
 
-def run(experiment: str, config: ConfigDict, workdir: str | None) -> int:
-    """Runs an experiment; returns the program's exit status."""
+def run(
+    experiment: str, config: ConfigDict, workdir: str | None, leftover: Sequence[str] = ()
+) -> int:
+    """Runs an experiment; returns the program's exit status. What is no flag is a mistake."""
     module = importlib.import_module(f"experiments.{experiment}")
     try:
+        if leftover:
+            raise ConfigError(f"{leftover[0]!r} is no flag; flags begin with --, as in --workdir=…")
         module.check(config.lock())
         if not workdir:
             raise ConfigError("--workdir is missing; name a directory, as in --workdir=runs/digits")

@@ -1,7 +1,7 @@
 """From a config to the objects it names, and clear errors where it names none."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from flax import linen as nn
@@ -84,9 +84,18 @@ def _data_arguments(config: ConfigDict) -> dict[str, Any]:
 def check_positive(config: ConfigDict, *names: str) -> None:
     """Raises ConfigError unless each of these settings is at least 1."""
     for name in names:
-        section, field = name.split(".")
-        if config[section][field] < 1:
-            raise ConfigError(f"config.{name} = {config[section][field]}; it must be at least 1")
+        check_setting(config, name, lambda value: value >= 1, "it must be at least 1")
+
+
+def check_setting(
+    config: ConfigDict, name: str, is_right: Callable[[Any], bool], remedy: str
+) -> None:
+    """Raises ConfigError with the remedy unless the setting, such as "train.beta2", is right."""
+    value = config
+    for part in name.split("."):
+        value = value[part]
+    if not is_right(value):
+        raise ConfigError(f"config.{name} = {value}; {remedy}")
 
 
 def _unet(config: ConfigDict, schedule: Schedule) -> nn.Module:
@@ -122,6 +131,7 @@ def build(config: ConfigDict) -> Problem:
     gaussian = config.decoder.discretized_gaussian
     pick(VARIANCES, gaussian.variance, "config.decoder.discretized_gaussian.variance")
 
+    check_setting(config, "seed", lambda seed: 0 <= seed < 2**32, "it must be in [0, 2³²)")
     source = describe_data(config, "train")
     quantization = Quantization(source.num_levels, config.decoder.scaling)
     try:

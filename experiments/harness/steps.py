@@ -62,7 +62,7 @@ def make_train_step(
         ema_params = optax.incremental_update(params, state.ema_params, 1 - rate)
         restart = state.step % config.train.log_every == 0
         window = _update_window(
-            state.window, restart, state.step, losses, t / num_timesteps, optax.global_norm(grads)
+            state.window, restart, state.step, losses, t / num_timesteps, optax.tree.norm(grads)
         )
         return TrainState(state.step + 1, params, ema_params, opt_state, window)
 

@@ -1,0 +1,381 @@
+"""What a user types and reads: one line for a mistake, one line for a result."""
+
+import pathlib
+import re
+import resource
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import all as main_job
+from experiments.harness import command_line, data
+from experiments.harness import workdir as workdirs
+from experiments.harness.errors import ConfigError
+from tests.experiments import tiny
+
+pytest_plugins = ["tests.experiments.tiny"]
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def main(*arguments, **variables):
+    """`python main.py …` with what it printed, and the seconds of processor time that it took."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    finished = subprocess.run(
+        [sys.executable, "main.py", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        **variables,
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return finished, after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+
+
+def error_line(stderr):
+    """The one line that standard error holds."""
+    assert stderr.startswith("error: "), stderr
+    assert stderr.count("\n") == 1, stderr
+    assert stderr.endswith("\n")
+    return stderr.removeprefix("error: ").strip()
+
+
+def run(capsys, experiment, config, workdir):
+    """As main does once the flags are parsed: the exit status, and the line."""
+    capsys.readouterr()
+    status = command_line.run(experiment, config, workdir and str(workdir))
+    return status, error_line(capsys.readouterr().err)
+
+
+@pytest.fixture
+def no_compilation():
+    """Fails the test if anything is compiled."""
+    compiled = []
+
+    def listen(event, duration, **_):
+        if "backend_compile" in event:
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield
+    jax.monitoring.unregister_event_duration_listener(listen)
+    assert not compiled
+
+
+def test_the_compilation_listener_listens():
+    heard = []
+
+    def listen(event, duration, **_):
+        heard.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    jax.jit(lambda x: x * 17.3 + 1)(np.arange(7.0))
+    jax.monitoring.unregister_event_duration_listener(listen)
+    assert any("backend_compile" in event for event in heard)
+
+
+# Mistakes, through the whole program.
+
+MISTAKES = {
+    "--config.schedule.name=cosin": (
+        "config.schedule.name = 'cosin' is unknown",
+        "linear_beta, cosine, sigmoid, linear_log_snr, betas",
+        "did you mean cosine?",
+    ),
+    "--config.schedul.name=cosine": ("--config.schedul.name", "--config.schedule.name?"),
+    "--config.train.batchsize=64": ("--config.train.batchsize", "--config.train.batch_size?"),
+    "--config.train.batch_size=many": ("--config.train.batch_size=many",),
+    "--config.train.batch_size=5000": ("config.train.batch_size = 5000", "1000 training examples"),
+    "--config=configs/nothing.py": ("configs/nothing.py", "configs/cifar10.py, configs/digits.py"),
+    "--experiment=evalute": ("--experiment=evalute", "all|train|evaluate|sample"),
+    "--wrkdir=runs/a": ("wrkdir",),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_touches_nothing(mistake, tmp_path):
+    finished, seconds = main(f"--workdir={tmp_path}/run", mistake)
+    line = error_line(finished.stderr)
+    for part in MISTAKES[mistake]:
+        assert part in line
+    assert finished.returncode == 2
+    assert finished.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+    # Of a core's time: the machine may be busy with other tests.
+    assert seconds < 15
+
+
+def test_a_work_directory_beneath_a_file_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("kept")
+    finished, _ = main(f"--workdir={tmp_path}/file/run")
+    line = error_line(finished.stderr)
+    assert line.startswith(f"workdir={tmp_path}/file/run: {tmp_path}/file is a file")
+    assert finished.returncode == 2
+    assert {path.name for path in tmp_path.rglob("*")} == {"file"}
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_data_set_that_is_not_there_says_how_to_get_it(tmp_path):
+    finished, seconds = main(
+        "--config=configs/cifar10.py",
+        f"--config.data.data_dir={tmp_path}/data",
+        f"--workdir={tmp_path}/run",
+    )
+    line = error_line(finished.stderr)
+    assert line.startswith("config.data.name = 'cifar10'")
+    assert f"{tmp_path}/data" in line
+    assert "download_and_prepare" in line
+    assert finished.returncode == 2
+    assert not (tmp_path / "run").exists()
+    assert seconds < 15
+
+
+def test_what_is_left_over_on_the_command_line_is_a_mistake(tmp_path):
+    """As after `experiment=sample`, whose dashes were forgotten."""
+    finished, _ = main(
+        f"--workdir={tmp_path}/run", "experiment=sample", "--config.train.num_steps=0"
+    )
+    assert finished.returncode == 2
+    assert "experiment=sample" in error_line(finished.stderr)
+
+
+def test_help_lists_the_flags():
+    finished, _ = main("--help")
+    for flag in ("--config:", "--workdir:", "--experiment: <all|train|evaluate|sample>"):
+        assert flag in finished.stdout
+    assert "python main.py --config=configs/digits.py --workdir=runs/digits" in finished.stdout
+    assert finished.stderr == ""
+
+
+# Mistakes, through what main calls. `tiny` settings, the U-Net, digits.
+
+
+@pytest.mark.parametrize("experiment", ["all", "train", "evaluate", "sample"])
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (
+            {"model__unet__channel_multipliers": (1, 2, 2, 2, 2)},
+            ("config.model.unet.channel_multipliers = (1, 2, 2, 2, 2)", "8×8", "at most 4"),
+        ),
+        (
+            {"model__unet__channels": 10},
+            ("config.model.unet.num_groups = 4", "10", "divisor of 10"),
+        ),
+        ({"model__unet__dropout": 1.5}, ("config.model.unet.dropout = 1.5", "[0, 1)")),
+        (
+            {"model__unet__noise_input": "t"},
+            ("config.model.unet.noise_input = 't'", "log_snr, ddpm_timestep"),
+        ),
+        ({"data__name": "digit"}, ("config.data.name = 'digit'", "did you mean digits?")),
+        (
+            {"schedule__name": "linear_beta", "schedule__linear_beta__beta_end": 1.0},
+            ("config.schedule.linear_beta", "beta_1000 = 1", "every beta must lie in (0, 1)"),
+        ),
+        ({"schedule__num_timesteps": 0}, ("num_timesteps = 0", "at least 1")),
+    ],
+)
+def test_settings_that_do_not_fit_are_one_line(
+    experiment, overrides, parts, tmp_path, capsys, no_compilation
+):
+    status, line = run(capsys, experiment, tiny.config("unet", **overrides), tmp_path / "run")
+    assert status == 2
+    assert all(part in line for part in parts), line
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        ({"train__batch_size": 0}, ("config.train.batch_size = 0", "at least 1")),
+        ({"train__batch_size": -1}, ("config.train.batch_size = -1", "at least 1")),
+        ({"evaluate__batch_size": 0}, ("config.evaluate.batch_size = 0", "at least 1")),
+        ({"sample__num_samples": 0}, ("config.sample.num_samples = 0", "at least 1")),
+        ({"train__num_steps": -3}, ("config.train.num_steps = -3", "at least 1")),
+        ({"train__checkpoint_every": 0}, ("config.train.checkpoint_every = 0", "at least 1")),
+        (
+            {"train__weight_decay": 0.1, "train__optimizer": "adam"},
+            ("config.train.weight_decay = 0.1", "'adam'", "adamw"),
+        ),
+        ({"train__decay": "linear"}, ("config.train.decay = 'linear'", "constant, cosine")),
+        ({"train__learning_rate": -1.0}, ("config.train.learning_rate = -1.0",)),
+        ({"train__gradient_clip": -1.0}, ("config.train.gradient_clip = -1.0",)),
+        ({"train__warmup_steps": -1}, ("config.train.warmup_steps = -1",)),
+        ({"train__ema_decay": 1.5}, ("config.train.ema_decay = 1.5",)),
+        ({"train__beta2": 1.0}, ("config.train.beta2 = 1.0",)),
+        ({"seed": 2**64}, (f"config.seed = {2**64}",)),
+        ({"seed": 2**32}, (f"config.seed = {2**32}",)),
+    ],
+)
+def test_settings_of_training_that_cannot_work_are_one_line(
+    overrides, parts, tmp_path, capsys, no_compilation
+):
+    status, line = run(capsys, "all", tiny.config(**overrides), tmp_path / "run")
+    assert status == 2
+    assert all(part in line for part in parts), line
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("experiment", ["all", "train", "evaluate", "sample"])
+def test_a_missing_work_directory_is_one_line(experiment, capsys, no_compilation):
+    for workdir in (None, ""):
+        status, line = run(capsys, experiment, tiny.config(), workdir)
+        assert status == 2
+        assert line.startswith("--workdir is missing")
+
+
+@pytest.mark.parametrize("experiment", ["evaluate", "sample"])
+def test_a_work_directory_without_a_checkpoint_is_one_line(
+    experiment, tmp_path, capsys, no_compilation
+):
+    (tmp_path / "empty").mkdir()
+    for workdir in (tmp_path / "none", tmp_path / "empty"):
+        status, line = run(capsys, experiment, tiny.config(), workdir)
+        assert status == 2
+        assert line.startswith(f"workdir={workdir} holds no checkpoint")
+        assert "train first" in line
+    assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
+
+
+@pytest.mark.parametrize("experiment", ["evaluate", "sample"])
+def test_a_checkpoint_of_another_architecture_is_one_line(
+    experiment, finished, capsys, no_compilation
+):
+    before = tiny.files(finished.workdir)
+    config = tiny.config("unet", model__unet__channels=16)
+    status, line = run(capsys, experiment, config, finished.workdir)
+    assert status == 2
+    assert "of another architecture" in line
+    assert "(3, 3, 5, 8) float32 there and (3, 3, 5, 16) float32 here" in line
+    assert tiny.files(finished.workdir) == before
+
+
+def test_a_resume_with_other_settings_is_one_line(finished, capsys, no_compilation):
+    before = tiny.files(finished.workdir)
+    config = tiny.config("unet", train__learning_rate=0.5, model__unet__dropout=0.3)
+    status, line = run(capsys, "all", config, finished.workdir)
+    assert status == 2
+    assert line.startswith(f"workdir={finished.workdir} holds a run of another config: ")
+    assert "model.unet.dropout was 0.1, now 0.3" in line
+    assert "train.learning_rate was 0.02, now 0.5" in line
+    assert tiny.files(finished.workdir) == before
+
+
+def test_a_run_that_diverges_is_one_line(tmp_path, capsys):
+    config = tiny.config(train__learning_rate=1e30, train__warmup_steps=1)
+    status = command_line.run("train", config, str(tmp_path))
+    lines = [x for x in re.split(r"[\r\n]", capsys.readouterr().err) if x.startswith("error: ")]
+    assert status == 1
+    assert len(lines) == 1
+    assert "not finite at step 3" in lines[0]
+
+
+def test_an_interrupted_run_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "batch_indices", tiny.Interruption(6, data.batch_indices, interrupt))
+        status = command_line.run("train", tiny.config(), str(tmp_path))
+    lines = [x for x in re.split(r"[\r\n]", capsys.readouterr().err) if x.startswith("error: ")]
+    assert status == 130
+    assert lines == ["error: interrupted; the same command goes on from the last checkpoint"]
+    assert command_line.run("train", tiny.config(), str(tmp_path)) == 0
+    assert "trained to step 12" in capsys.readouterr().out
+
+
+def test_an_experiment_cannot_change_its_config(tmp_path, capsys):
+    config = tiny.config()
+    with config.unlocked():
+        run(capsys, "train", config, None)
+        assert config.is_locked
+
+
+# The main job.
+
+RESULT = re.compile(
+    r"test bits/dim \d+\.\d{3,} ± \d+\.\d{3,} "
+    r"\(prior \d+\.\d{3,}, diffusion \d+\.\d{3,}, reconstruction \d+\.\d{3,}\), 447 examples"
+)
+
+
+def test_the_main_job_ends_with_its_result(finished):
+    assert RESULT.match(finished.output.strip().splitlines()[-1])
+
+
+def test_a_second_run_says_that_it_is_finished_and_does_nothing(finished, tmp_path, capsys):
+    workdir = tiny.copy(finished.workdir, tmp_path)
+    before = tiny.files(workdir)
+    main_job.run(finished.config, workdir)
+    said, result = capsys.readouterr().out.strip().splitlines()
+    assert "is finished" in said
+    assert result == finished.output.strip().splitlines()[-1]
+    after = tiny.files(workdir)
+    assert after.keys() == before.keys()
+    changed = {path.name for path in before if path.is_file() and after[path] != before[path]}
+    assert changed <= {"config.json"}
+    assert after[workdir / "config.json"][1] == before[workdir / "config.json"][1]
+
+
+def test_without_a_config_a_work_directory_goes_on_with_its_own(finished, tmp_path):
+    """The finished run was no default digits: read as such, it would be refused."""
+    workdir = tiny.copy(finished.workdir, tmp_path)
+    done, _ = main(f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr
+    said, result = done.stdout.strip().splitlines()
+    assert "is finished" in said
+    assert result == finished.output.strip().splitlines()[-1]
+    refused, _ = main("--workdir", workdir, "--config.seed=1")
+    assert "holds a run of another config: seed was 0, now 1;" in error_line(refused.stderr)
+
+
+def test_what_is_missing_of_a_finished_run_is_made_up_for(finished, tmp_path, capsys):
+    workdir = tiny.copy(finished.workdir, tmp_path)
+    before = tiny.files(workdir)
+    main_job.run(tiny.config("unet", sample__num_samples=3), workdir)
+    assert "is finished" not in capsys.readouterr().out
+    with np.load(workdir / "samples" / "samples.npz") as made:
+        assert made["samples"].shape == (3, 8, 8, 1)
+    (workdir / "samples" / "samples.npz").unlink()
+    main_job.run(finished.config, workdir)
+    after = tiny.files(workdir)
+    # Not evaluated again, and the six samples are the same as ever.
+    for name in ("evaluation.json", "evaluation.npz", "evaluations.jsonl"):
+        assert after[workdir / name] == before[workdir / name]
+    name = workdir / "samples" / "samples.png"
+    assert after[name][0] > before[name][0]
+    assert after[name][1] == before[name][1]
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_timesteps": 3}, {"x_0_treatment": "clip"}, {"strip_columns": 3}]
+)
+def test_samples_made_otherwise_are_not_taken_for_those_asked_for(
+    change, finished, tmp_path, capsys
+):
+    """With other settings of `sample` than the finished run's there is something left to do."""
+    workdir = tiny.copy(finished.workdir, tmp_path)
+    before = tiny.files(workdir)
+    overrides = {f"sample__{name}": value for name, value in change.items()}
+    main_job.run(tiny.config("unet", **overrides), workdir)
+    assert "is finished" not in capsys.readouterr().out
+    name = workdir / "samples" / "reverse.png"
+    assert tiny.files(workdir)[name][0] > before[name][0]
+
+
+def test_another_split_is_evaluated_anew(finished, tmp_path, capsys):
+    workdir = tiny.copy(finished.workdir, tmp_path)
+    main_job.run(tiny.config("unet", evaluate__split="validation"), workdir)
+    assert "validation bits/dim" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_nothing_is_trained_if_the_last_part_could_not_be_done(tmp_path):
+    """The main job checks what it needs at its end before its beginning."""
+    with pytest.raises(ConfigError, match=r"config\.sample\.strip_rows = 0"):
+        main_job.run(tiny.config(sample__strip_rows=0), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert workdirs.recorded_config(tmp_path / "run") is None

@@ -1,0 +1,419 @@
+"""The exact bound of a trained model: against closed forms, and against itself done otherwise."""
+
+import json
+import re
+
+import jax
+import matplotlib.image
+import numpy as np
+import pytest
+from scipy import stats
+
+from experiments.evaluate import evaluate, full_bound, make_quick_bound, result_line, summary
+from experiments.harness import data, settings
+from experiments.harness.errors import ConfigError
+from tests.experiments import tiny
+
+pytest_plugins = ["tests.experiments.tiny"]
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+NUM_DIMS = 64
+
+
+def strict_json(text):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def without_clock(result):
+    return {name: value for name, value in result.items() if name != "seconds"}
+
+
+def some_digits(config, n, repeats=1):
+    """The first n test images, over and over."""
+    test = settings.load_data(config, "test")
+    return test._replace(images=np.tile(test.images[:n], (repeats, 1, 1, 1)), labels=None)
+
+
+@pytest.fixture
+def optimized(quick_compiles):
+    """Programs compiled as outside of these tests."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+def random_weights(config, scale=1.0):
+    return tiny.state_of(config, scale).ema_params
+
+
+def untrained(workdir, config, scale=1.0, steps=(1,)):
+    """A work directory with one checkpoint of random weights."""
+    tiny.save(workdir, {step: (tiny.state_of(config, scale), None) for step in steps})
+    return workdir
+
+
+# Against a closed form.
+
+
+@pytest.mark.parametrize("variance", ["beta_tilde", "beta"])
+def test_a_model_that_always_guesses_zero_has_the_bound_on_paper(tmp_path, variance):
+    """x̂_0 = 0, so that nothing is left of the noise: every term in float64, over all 447 digits.
+
+    KL_t = ½ Σ [log Σ/β̃ + β̃/Σ − 1 + c² ᾱ_s x_0²/Σ] with Σ = β̃ or β; at β̃ it is
+    ½ (SNR_{t−1} − SNR_t) ‖x_0‖². The decoder is N(0, β̃_2) over each pixel's bin.
+    """
+    config = tiny.config(
+        model__parameterization="x_0",
+        model__variance=variance,
+        decoder__name="discretized_gaussian",
+    )
+    state = tiny.state_of(config)
+    zero = jax.tree.map(np.zeros_like, state.ema_params)
+    tiny.save(tmp_path, {1: (state._replace(ema_params=zero), None)})
+    result = evaluate(config, tmp_path)
+
+    images = data.load("digits", "test").images.astype(np.float64).reshape(447, NUM_DIMS)
+    x_0, half_bin = images / 8 - 1, 1 / 16
+    log_snr = np.linspace(8, -5, 8)
+    alpha_bar = 1 / (1 + np.exp(-log_snr))
+    sigma2 = 1 / (1 + np.exp(log_snr))
+    beta = 1 - alpha_bar[1:] / alpha_bar[:-1]
+    beta_tilde = beta * sigma2[:-1] / sigma2[1:]
+    ratio = 1.0 if variance == "beta_tilde" else beta / beta_tilde
+    of_x_0 = alpha_bar[:-1] * (beta / sigma2[1:]) ** 2 / (ratio * beta_tilde)
+    squares = (x_0**2).sum(axis=1)
+    kl = 0.5 * (NUM_DIMS * (np.log(ratio) + 1 / ratio - 1) + of_x_0 * squares[:, None])
+    prior = 0.5 * (alpha_bar[-1] * (x_0**2 - 1) - np.log(sigma2[-1])).sum(axis=1)
+    # Around 0 the bins of ± x_0 are alike, and of the last ones all but an edge is open.
+    normal = stats.norm(0, np.sqrt(beta_tilde[0]))
+    upper = normal.logcdf(half_bin - np.abs(x_0))
+    lower = np.where(np.abs(x_0) == 1, -np.inf, normal.logcdf(-half_bin - np.abs(x_0)))
+    reconstruction = -(upper + np.log1p(-np.exp(lower - upper))).sum(axis=1)
+    total = prior + kl.sum(axis=1) + reconstruction
+
+    bits = NUM_DIMS * np.log(2)
+    expected = {
+        "bits_per_dim": total.mean() / bits,
+        "bits_per_dim_se": total.std(ddof=1) / np.sqrt(447) / bits,
+        "prior": prior.mean() / bits,
+        "diffusion": kl.sum(axis=1).mean() / bits,
+        "reconstruction": reconstruction.mean() / bits,
+    }
+    # Terms are float32 sums of 64 numbers, at log-SNRs rounded to float32.
+    for name, value in expected.items():
+        assert result[name] == pytest.approx(value, rel=1e-5), name
+    assert result["bits_per_dim_mc_se"] <= 1e-6 * result["bits_per_dim"]
+    with np.load(tmp_path / "evaluation.npz") as arrays:
+        np.testing.assert_allclose(arrays["kl"], kl.mean(axis=0) / bits, rtol=1e-5)
+        kl_se = kl.std(axis=0, ddof=1) / np.sqrt(447) / bits
+        np.testing.assert_allclose(arrays["kl_se"], kl_se, rtol=1e-4)
+        np.testing.assert_allclose(arrays["log_snr"], log_snr, rtol=1e-12)
+        np.testing.assert_allclose(arrays["bits_per_dim_per_example"], total / bits, rtol=1e-5)
+        # The error of the guess 0 is the digits' own root mean square, in grey levels around 8.
+        rmse = np.sqrt(((images - 8) ** 2).mean())
+        np.testing.assert_allclose(arrays["x_0_rmse"], np.full(8, rmse), rtol=1e-5)
+
+
+# What is written.
+
+
+def test_the_main_job_wrote_what_the_design_asks_for(finished):
+    result = strict_json((finished.workdir / "evaluation.json").read_text())
+    numbers = ("bits_per_dim_se", "bits_per_dim_mc_se", "prior", "diffusion", "reconstruction")
+    for name in ("bits_per_dim", *numbers):
+        assert isinstance(result[name], float)
+        assert result[name] > 0
+    expected = {
+        "num_examples": 447,
+        "split": "test",
+        "step": tiny.best_step(finished.workdir),
+        "num_timesteps": 8,
+        "seed": 0,
+    }
+    assert {name: result[name] for name in expected} == expected
+    # The parts are what was summed, added up in another order, in float64 but for the sum over t.
+    parts = result["prior"] + result["diffusion"] + result["reconstruction"]
+    assert parts == pytest.approx(result["bits_per_dim"], rel=1e-6)
+    lines = (finished.workdir / "evaluations.jsonl").read_text().splitlines()
+    assert [strict_json(line) for line in lines] == [result]
+
+
+def test_the_arrays_add_up_to_the_result(finished):
+    result = json.loads((finished.workdir / "evaluation.json").read_text())
+    with np.load(finished.workdir / "evaluation.npz") as arrays:
+        shapes = {name: arrays[name].shape for name in arrays}
+        assert shapes == {
+            "t": (8,),
+            "log_snr": (8,),
+            "kl": (7,),
+            "kl_se": (7,),
+            "x_0_rmse": (8,),
+            "bits_per_dim_per_example": (447,),
+        }
+        assert arrays["t"].tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+        per_example = arrays["bits_per_dim_per_example"]
+        assert per_example.dtype == np.float64
+        assert per_example.mean() == pytest.approx(result["bits_per_dim"], rel=1e-12)
+        se = per_example.std(ddof=1) / np.sqrt(447)
+        assert se == pytest.approx(result["bits_per_dim_se"], rel=1e-12)
+        assert arrays["kl"].sum() == pytest.approx(result["diffusion"], rel=1e-12)
+        assert (arrays["kl"] > 0).all()
+        # A model that has learned anything errs more where there is more noise.
+        assert arrays["x_0_rmse"][0] < arrays["x_0_rmse"][-1] < 16
+
+
+@pytest.mark.parametrize("name", ["kl_per_timestep.png", "rate_distortion.png"])
+def test_the_plots_are_there(finished, name):
+    picture = matplotlib.image.imread(finished.workdir / name)[..., :3]
+    assert picture.shape[0] > 300
+    assert picture.std() > 0.03
+
+
+def test_the_result_is_one_line(finished):
+    result = json.loads((finished.workdir / "evaluation.json").read_text())
+    line = result_line(result)
+    number = r"\d+\.\d{3,}"
+    assert re.match(
+        rf"test bits/dim {number} ± {number} "
+        rf"\(prior {number}, diffusion {number}, reconstruction {number}\), 447 examples",
+        line,
+    )
+    assert f"{result['bits_per_dim']:.4f} ± {result['bits_per_dim_se']:.4f} " in line
+    assert "\n" not in line
+
+
+# The same numbers, however they are computed.
+
+
+def test_a_second_evaluation_gives_identical_numbers(finished, tmp_path):
+    workdir = tiny.copy(finished.workdir, tmp_path)
+    first = json.loads((workdir / "evaluation.json").read_text())
+    again = evaluate(finished.config, workdir)
+    assert without_clock(again) == without_clock(first)
+    written = json.loads((workdir / "evaluation.json").read_text())
+    assert written == again
+    lines = (workdir / "evaluations.jsonl").read_text().splitlines()
+    assert [without_clock(json.loads(line)) for line in lines] == [without_clock(first)] * 2
+    names = ("kl", "x_0_rmse", "bits_per_dim_per_example")
+    with (
+        np.load(workdir / "evaluation.npz") as a,
+        np.load(finished.workdir / "evaluation.npz") as b,
+    ):
+        assert all((a[name] == b[name]).all() for name in names)
+
+
+@pytest.mark.parametrize(("batch_size", "chunk_size"), [(7, 3), (40, 100)])
+def test_batches_and_chunks_change_nothing(batch_size, chunk_size, optimized):
+    """On programs optimised as usual, as what they fuse depends on these sizes."""
+    config = tiny.config()
+    params, dataset = random_weights(config), some_digits(config, 30)
+    problem = settings.build(config)
+    expected, expected_variances = full_bound(config, problem, params, dataset)
+    config.evaluate.update(batch_size=batch_size, chunk_size=chunk_size)
+    terms, variances = full_bound(config, problem, params, dataset)
+    for name, a, e in zip(terms._fields, terms, expected, strict=True):
+        assert a.dtype == np.float64
+        # Each is a float32 sum of 64 terms of one sign. The log-probability of a sure pixel is one
+        # of 1 − 2⁻²⁴ or so: 64 of them are good to 4e-6 nats.
+        np.testing.assert_allclose(a, e, rtol=2e-6, atol=4e-6, err_msg=name)
+    assert terms.total.mean() == pytest.approx(expected.total.mean(), rel=1e-6)
+    np.testing.assert_allclose(variances, expected_variances, rtol=1e-3)
+
+
+def test_batches_and_chunks_change_nothing_for_the_unet(finished):
+    """Thirty examples by seven, three timesteps at once, against the 447 by 64, four at once."""
+    config = tiny.config("unet")
+    config.evaluate.update(batch_size=7, chunk_size=3)
+    params = tiny.restore(config, finished.workdir, tiny.best_step(finished.workdir)).ema_params
+    terms, _ = full_bound(config, settings.build(config), params, some_digits(config, 30))
+    with np.load(finished.workdir / "evaluation.npz") as arrays:
+        expected = arrays["bits_per_dim_per_example"][:30]
+    actual = terms.total / (NUM_DIMS * np.log(2))
+    np.testing.assert_allclose(actual, expected, rtol=2e-6)
+    assert actual.mean() == pytest.approx(expected.mean(), rel=1e-6)
+
+
+def test_every_example_counts_once_whatever_is_around_it():
+    """The last of two batches holds 4 examples and 12 repeats; the first ten alone fill one."""
+    config = tiny.config(evaluate__batch_size=16)
+    params, problem = random_weights(config), settings.build(config)
+    twenty, variances = full_bound(config, problem, params, some_digits(config, 20))
+    assert [a.shape for a in twenty] == [(20,), (20, 7), (20,), (20, 8)]
+    assert variances.shape == (20,)
+    ten, _ = full_bound(config, problem, params, some_digits(config, 10))
+    for a, b in zip(ten, twenty, strict=True):
+        np.testing.assert_array_equal(a, b[:10])
+    assert len(np.unique(twenty.total)) == 20
+
+
+def test_the_noise_of_an_example_is_its_own_at_every_t():
+    """The same image at two places, and one place under two seeds, have other noise."""
+    config = tiny.config()
+    params, problem = random_weights(config), settings.build(config)
+    here, _ = full_bound(config, problem, params, some_digits(config, 1, repeats=2))
+    assert (here.kl[0] != here.kl[1]).all()
+    assert here.prior[0] == here.prior[1]
+    config.seed = 1
+    there, _ = full_bound(config, problem, params, some_digits(config, 1))
+    assert (there.kl[0] != here.kl[0]).all()
+
+
+# Its standard errors.
+
+
+@pytest.mark.parametrize("replicates", [7, 3])
+def test_the_monte_carlo_error_is_the_scatter_of_repeated_evaluations(replicates):
+    """A hundred evaluations of the same four images, each with noise of its own.
+
+    An example's noise is a function of its index, so one pass over 400 copies does it. With m
+    evaluations the ratio of the observed variance to the claimed one has mean 1 and a standard
+    deviation of √(2/(m − 1)) = 0.14, and the claim itself, from 400 × 3 pairs of draws or more, one
+    of some 0.07: four of the two together are 0.65.
+    """
+    repeats, n = 100, 4
+    config = tiny.config(evaluate__replicates=replicates)
+    problem = settings.build(config)
+    dataset = some_digits(config, n, repeats)
+    terms, variances = full_bound(config, problem, random_weights(config), dataset)
+    means = terms.total.reshape(repeats, n).mean(axis=1)
+    claims = [
+        summary(jax.tree.map(lambda a, rows=rows: a[rows], terms), variances[rows], problem)[
+            "bits_per_dim_mc_se"
+        ]
+        for rows in np.arange(repeats * n).reshape(repeats, n)
+    ]
+    observed = np.var(means / (NUM_DIMS * np.log(2)), ddof=1)
+    assert observed / np.mean(np.square(claims)) == pytest.approx(1, abs=0.65)
+
+
+def test_another_seed_lands_within_the_monte_carlo_error(tmp_path):
+    """Other noise, the same images: only what depends on the noise changes."""
+    workdir = untrained(tmp_path, tiny.config())
+    one, other = (evaluate(tiny.config(seed=seed), workdir) for seed in (0, 1))
+    difference = other["bits_per_dim"] - one["bits_per_dim"]
+    spread = np.hypot(other["bits_per_dim_mc_se"], one["bits_per_dim_mc_se"])
+    assert 0 < abs(difference) < 4 * spread
+    assert other["prior"] == one["prior"]
+    # The latest is in evaluation.json, and both are in the history.
+    assert json.loads((workdir / "evaluation.json").read_text())["seed"] == 1
+    lines = (workdir / "evaluations.jsonl").read_text().splitlines()
+    assert [json.loads(line)["seed"] for line in lines] == [0, 1]
+
+
+def test_one_example_has_no_standard_error(tmp_path, monkeypatch):
+    """Null in the file, and a word in the line."""
+    images = np.arange(64, dtype=np.uint8).reshape(1, 8, 8, 1) % 17
+    source = data.Source(1, (8, 8, 1), 17, lambda: (images, None))
+    monkeypatch.setitem(data.DATASETS, "one", lambda split: source)
+    config = tiny.config(data__name="one")
+    result = evaluate(config, untrained(tmp_path, config))
+    assert "± unknown" in result_line(result)
+    written = strict_json((tmp_path / "evaluation.json").read_text())
+    assert written["bits_per_dim_se"] is None
+    assert written["num_examples"] == 1
+    assert "± unknown" in result_line(written)
+
+
+# Few timesteps.
+
+
+@pytest.mark.parametrize("decoder", ["categorical", "discretized_gaussian"])
+@pytest.mark.parametrize("num_timesteps", [1, 2])
+def test_the_shortest_chains_have_a_bound(num_timesteps, decoder):
+    """T = 1 has no KL between steps, T = 2 has one; everything is finite and adds up."""
+    config = tiny.config(schedule__num_timesteps=num_timesteps, decoder__name=decoder)
+    problem, params = settings.build(config), random_weights(tiny.config())
+    terms, variances = full_bound(config, problem, params, some_digits(config, 5))
+    assert terms.kl.shape == (5, num_timesteps - 1)
+    result = summary(terms, variances, problem)
+    assert all(np.isfinite(value) for value in result.values())
+    parts = result["prior"] + result["diffusion"] + result["reconstruction"]
+    assert parts == pytest.approx(result["bits_per_dim"], rel=1e-6)
+    assert (result["diffusion"] > 0) == (num_timesteps == 2)
+    # From λ = −5 a pixel of 17 levels costs about what it costs to name one, if not much more.
+    assert result["bits_per_dim"] > np.log2(17) / 2
+
+
+@pytest.mark.parametrize("num_timesteps", [1, 2])
+def test_the_shortest_chains_are_written_and_drawn(num_timesteps, tmp_path):
+    config = tiny.config(schedule__num_timesteps=num_timesteps)
+    result = evaluate(config, untrained(tmp_path, config))
+    assert strict_json((tmp_path / "evaluation.json").read_text()) == result
+    with np.load(tmp_path / "evaluation.npz") as arrays:
+        assert arrays["kl"].shape == arrays["kl_se"].shape == (num_timesteps - 1,)
+    assert (tmp_path / "kl_per_timestep.png").exists()
+    assert (tmp_path / "rate_distortion.png").exists()
+
+
+# The quick bound.
+
+
+@pytest.mark.parametrize("num_timesteps", [1, 2, 8])
+def test_a_quick_bound_at_every_t_is_the_bound(num_timesteps):
+    """It has the full bound's noise, so that they differ by float32 sums in another order."""
+    config = tiny.config(
+        schedule__num_timesteps=num_timesteps, train__validation_timesteps=max(num_timesteps - 1, 1)
+    )
+    problem, params = settings.build(config), random_weights(config)
+    dataset = some_digits(config, 70)
+    terms, variances = full_bound(config, problem, params, dataset)
+    expected = summary(terms, variances, problem)["bits_per_dim"]
+    quick = make_quick_bound(config, problem, dataset)(params)
+    assert quick == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_quick_bound_at_some_t_is_close_and_always_the_same():
+    config = tiny.config(train__validation_timesteps=2)
+    problem, params = settings.build(config), random_weights(config, scale=0.1)
+    dataset = settings.load_data(config, "validation")
+    terms, _ = full_bound(config, problem, params, dataset)
+    per_example = terms.total / (NUM_DIMS * np.log(2))
+    # Two of seven terms each, stratified over t: an error of each of less than the sum's spread
+    # over t. Four standard errors of a mean of 350.
+    spread = 7 * (terms.kl / (NUM_DIMS * np.log(2))).std(axis=1).mean() / np.sqrt(2)
+    quick_bound = make_quick_bound(config, problem, dataset)
+    quick = quick_bound(params)
+    assert abs(quick - per_example.mean()) < 4 * spread / np.sqrt(350)
+    assert quick_bound(params) == quick
+    assert make_quick_bound(config, problem, dataset)(params) == quick
+
+
+# Which weights.
+
+
+def test_the_best_or_the_latest_weights_are_measured(tmp_path):
+    config = tiny.config()
+    good, bad = (tiny.state_of(config, scale) for scale in (0.0, 10.0))
+    tiny.save(tmp_path, {5: (good, 1.0), 9: (bad, 2.0)})
+    best = evaluate(config, tmp_path)
+    latest = evaluate(tiny.config(evaluate__checkpoint="latest"), tmp_path)
+    assert (best["step"], latest["step"]) == (5, 9)
+    assert latest["bits_per_dim"] > best["bits_per_dim"] + 1
+
+
+def test_the_validation_split_can_be_measured(tmp_path):
+    config = tiny.config(evaluate__split="validation")
+    result = evaluate(config, untrained(tmp_path, config))
+    assert (result["split"], result["num_examples"]) == ("validation", 350)
+
+
+def test_what_cannot_be_evaluated_is_named_and_nothing_is_written(tmp_path):
+    with pytest.raises(ConfigError, match=r"holds no checkpoint .*train first"):
+        evaluate(tiny.config(), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    workdir = untrained(tmp_path / "run", tiny.config())
+    before = tiny.files(workdir)
+    for overrides, message in (
+        ({"network": "unet"}, "is of another architecture"),
+        ({"evaluate__split": "tset"}, r"config\.evaluate\.split = 'tset' .*did you mean test"),
+        ({"evaluate__checkpoint": "last"}, r"config\.evaluate\.checkpoint = 'last' .*best, latest"),
+        ({"evaluate__batch_size": 0}, r"config\.evaluate\.batch_size = 0"),
+        ({"evaluate__chunk_size": 0}, r"config\.evaluate\.chunk_size = 0"),
+        ({"evaluate__replicates": 0}, r"config\.evaluate\.replicates = 0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            evaluate(tiny.config(**overrides), workdir)
+    assert tiny.files(workdir) == before

@@ -1,0 +1,252 @@
+"""Samples: which noise they come from, what is done to them, and the pictures of the way."""
+
+import jax
+import jax.numpy as jnp
+import matplotlib.image
+import numpy as np
+import pytest
+
+from diffusion.forward import example_noise
+from experiments.harness import data, settings
+from experiments.harness.errors import ConfigError
+from experiments.harness.seeds import STREAMS, stream
+from experiments.sample import make_draw, sample, strip_levels
+from tests.experiments import tiny
+
+pytest_plugins = ["tests.experiments.tiny"]
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+
+def read_png(path):
+    """uint8 [h, w]: digits are grey."""
+    return np.round(matplotlib.image.imread(path) * 255).astype(np.uint8)
+
+
+def rows_of_tiles(path, rows):
+    """The picture of a strip without its captions, as 8×8 tiles [row, column, h, w]."""
+    table = read_png(path)[-(rows * 65 - 1) :]
+    columns = (table.shape[1] + 1) // 65
+    assert table.shape == (rows * 65 - 1, columns * 65 - 1)
+    table = np.pad(table, ((0, 1), (0, 1))).reshape(rows, 65, columns, 65)
+    tiles = table.transpose(0, 2, 1, 3)[:, :, :64, :64]
+    # Each pixel of a digit is drawn as 8 × 8.
+    assert (tiles == tiles[:, :, ::8, ::8].repeat(8, axis=2).repeat(8, axis=3)).all()
+    return tiles[:, :, ::8, ::8]
+
+
+def grey(levels):
+    """Grey levels 0 … 16 as bytes."""
+    return np.round(np.asarray(levels, np.float64) * 255 / 16).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Random weights of the convolution, the same in every process."""
+    return tiny.state_of(tiny.config(), scale=0.3).ema_params
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, quick_compiles):
+    """A work directory that holds these weights. Shared: copy it before writing to it."""
+    workdir = tmp_path_factory.mktemp("untrained")
+    tiny.save(workdir, {3: (tiny.state_of(tiny.config(), scale=0.3), None)})
+    return workdir
+
+
+def draw(config, params, n, num_timesteps=8, record=()):
+    return make_draw(config, settings.build(config), num_timesteps, record)(params, n)
+
+
+# What the main job leaves behind.
+
+
+def test_the_main_job_wrote_samples_as_grey_levels(finished):
+    with np.load(finished.workdir / "samples" / "samples.npz") as saved:
+        samples, x_0 = saved["samples"], saved["x_0"]
+        assert saved["seed"] == 0
+        assert saved["step"] == tiny.best_step(finished.workdir)
+    assert (samples.shape, samples.dtype) == ((6, 8, 8, 1), np.uint8)
+    assert samples.max() <= 16
+    # To the nearest of the levels, which are an eighth apart on [−1, 1].
+    nearest = np.clip(np.round((np.float64(x_0) + 1) * 8), 0, 16)
+    assert (samples == nearest).all()
+
+
+def test_the_main_job_drew_its_samples(finished):
+    """Six of them in two rows of three, at 8 × 8 pixels a pixel and a line between."""
+    directory = finished.workdir / "samples"
+    with np.load(directory / "samples.npz") as saved:
+        x_0 = saved["x_0"]
+    tiles = rows_of_tiles(directory / "samples.png", rows=2)
+    shown = np.clip(np.round((x_0 + 1) * 127.5), 0, 255).astype(np.uint8)
+    np.testing.assert_array_equal(tiles.reshape(6, 8, 8), shown[..., 0])
+
+
+def test_the_strips_show_the_way_down_and_up(finished):
+    directory = finished.workdir / "samples"
+    # Levels 8, 6, 3, 1 and the sample; for each of two samples, x_t over x̂_0.
+    down = rows_of_tiles(directory / "reverse.png", rows=4)
+    assert down.shape[1] == 5
+    with np.load(directory / "samples.npz") as saved:
+        shown = np.clip(np.round((saved["x_0"][:2] + 1) * 127.5), 0, 255).astype(np.uint8)
+    np.testing.assert_array_equal(down[0::2, -1], shown[..., 0])
+    np.testing.assert_array_equal(down[1::2, -1], shown[..., 0])
+    # Two test digits and levels 1, 3, 6, 8: ever further from where they came from.
+    up = rows_of_tiles(directory / "forward.png", rows=2)
+    assert up.shape[1] == 5
+    digits = data.load("digits", "test").images[:2, :, :, 0]
+    np.testing.assert_array_equal(up[:, 0], grey(digits))
+    distance = np.abs(up.astype(float) - up[:, :1]).mean(axis=(0, 2, 3))
+    assert (np.diff(distance) > 0).all()
+
+
+def test_a_second_time_gives_the_same_samples(finished, tmp_path):
+    copy = tiny.copy(finished.workdir, tmp_path)
+    samples = sample(finished.config, copy)
+    with np.load(finished.workdir / "samples" / "samples.npz") as saved:
+        np.testing.assert_array_equal(samples, saved["samples"])
+    for name in ("samples.png", "reverse.png", "forward.png"):
+        path = copy / "samples" / name
+        expected = finished.workdir / "samples" / name
+        assert path.stat().st_mtime_ns > expected.stat().st_mtime_ns
+        assert path.read_bytes() == expected.read_bytes()
+
+
+# Sample i is a function of the seed and of i.
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(3, 4), (7, 7), (7, 2), (1, 1), (2, 100)])
+def test_a_sample_does_not_depend_on_those_around_it(model, n, batch_size):
+    config = tiny.config()
+    expected = draw(config, model, 8, record=(8, 3))
+    config.sample.batch_size = batch_size
+    samples = draw(config, model, n, record=(8, 3))
+    assert samples.x_0.shape == (n, 8, 8, 1)
+    # Eight steps that each round at 2⁻²⁴, in another order for another batch.
+    size = np.abs(expected.x_0).max()
+    np.testing.assert_allclose(samples.x_0, expected.x_0[:n], rtol=0, atol=1e-5 * size)
+    # The way is kept for the first two samples, fewer if there are no more.
+    shown = min(n, 2)
+    for way, expected_way in ((samples.x_t, expected.x_t), (samples.x_0_hat, expected.x_0_hat)):
+        assert way.shape == (2, shown, 8, 8, 1)
+        size = np.abs(expected_way).max()
+        np.testing.assert_allclose(way, expected_way[:, :shown], rtol=0, atol=1e-5 * size)
+
+
+def test_samples_differ_from_one_another_and_from_those_of_another_seed(model):
+    samples = draw(tiny.config(), model, 6).x_0
+    other = draw(tiny.config(seed=1), model, 6).x_0
+    both = np.concatenate([samples, other]).reshape(12, -1)
+    distances = np.abs(both[:, None] - both).max(axis=-1)
+    assert (distances[~np.eye(12, dtype=bool)] > 0.1).all()
+
+
+def test_purposes_draw_from_streams_of_their_own():
+    keys = [
+        tuple(jax.random.key_data(stream(seed, purpose)).tolist())
+        for seed in (0, 1, -1, 2**31 - 1)
+        for purpose in STREAMS
+    ]
+    assert len(set(keys)) == len(keys) == 4 * len(STREAMS)
+
+
+# How they are made.
+
+
+def test_one_level_is_one_prediction_from_noise(model):
+    """With T = 1 the sample is x̂_0(x_1), where x_1 is the sample's noise at level 1."""
+    config = tiny.config()
+    samples = draw(config, model, 5, num_timesteps=1)
+    problem = settings.build(config)
+    noise = example_noise(stream(0, "sample"), np.arange(5), (8, 8, 1))
+    x_1, log_snr = noise(jnp.ones(5, jnp.int32)), jnp.full(5, -5.0)
+    expected = problem.reverse(model).predict("x_0", x_1, log_snr)
+    np.testing.assert_allclose(samples.x_0, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_way_starts_at_the_noise_and_ends_at_the_prediction(model):
+    config = tiny.config()
+    samples = draw(config, model, 2, record=(8, 1))
+    noise = example_noise(stream(0, "sample"), np.arange(2), (8, 8, 1))
+    np.testing.assert_allclose(samples.x_t[0], noise(jnp.full(2, 8)), rtol=1e-6)
+    # p(x_0 | x_1) is replaced by its mean: x̂_0 at the last level is the sample.
+    np.testing.assert_array_equal(samples.x_0_hat[1], samples.x_0)
+
+
+def test_the_schedule_is_respaced_to_the_levels_asked_for(workdir, tmp_path):
+    """All of them by default; ends are kept, so that λ runs from −5 to 8 however many there are."""
+    default, eight, three = (
+        sample(tiny.config(sample__num_timesteps=n), tiny.copy(workdir, tmp_path / str(n)))
+        for n in (0, 8, 3)
+    )
+    np.testing.assert_array_equal(default, eight)
+    assert (three != eight).any()
+    # Three levels are 3, 2, 1, and every one of them is shown.
+    assert rows_of_tiles(tmp_path / "3" / "copy/samples/reverse.png", rows=4).shape[1] == 4
+
+
+def test_clipping_keeps_the_samples_in_range(workdir, tmp_path):
+    made = {}
+    for treatment in ("none", "clip"):
+        copy = tiny.copy(workdir, tmp_path / treatment)
+        samples = sample(tiny.config(sample__x_0_treatment=treatment), copy)
+        assert samples.max() <= 16
+        with np.load(copy / "samples" / "samples.npz") as saved:
+            made[treatment] = saved["x_0"]
+            np.testing.assert_array_equal(saved["samples"], samples)
+    assert np.abs(made["none"]).max() > 1.01
+    assert np.abs(made["clip"]).max() <= 1
+
+
+# Pictures.
+
+
+@pytest.mark.parametrize("num_timesteps", [1, 2, 3, 10, 11, 1000, 10**6])
+@pytest.mark.parametrize("columns", [1, 2, 11])
+def test_strips_show_levels_from_first_to_last(num_timesteps, columns):
+    levels = strip_levels(num_timesteps, columns)
+    assert len(levels) == min(columns, num_timesteps)
+    assert (np.diff(levels) < 0).all()
+    if columns > 1:
+        assert (levels[0], levels[-1]) == (num_timesteps, 1)
+    if len(levels) > 2:
+        # Evenly, but for rounding to whole levels.
+        assert np.ptp(np.diff(levels)) <= 1
+
+
+@pytest.mark.parametrize("num_timesteps", [1, 2])
+def test_strips_of_short_chains_repeat_no_level(num_timesteps, workdir, tmp_path):
+    config = tiny.config(schedule__num_timesteps=num_timesteps, sample__strip_columns=11)
+    copy = tiny.copy(workdir, tmp_path)
+    sample(config, copy)
+    for name, rows in (("reverse.png", 4), ("forward.png", 2)):
+        tiles = rows_of_tiles(copy / "samples" / name, rows)
+        assert tiles.shape[1] == num_timesteps + 1
+
+
+def test_a_single_sample_and_more_rows_than_samples(workdir, tmp_path):
+    config = tiny.config(sample__num_samples=1, sample__strip_rows=3)
+    copy = tiny.copy(workdir, tmp_path)
+    assert sample(config, copy).shape == (1, 8, 8, 1)
+    assert rows_of_tiles(copy / "samples" / "samples.png", rows=1).shape[1] == 1
+    assert rows_of_tiles(copy / "samples" / "reverse.png", rows=2).shape[1] == 5
+    assert rows_of_tiles(copy / "samples" / "forward.png", rows=3).shape[1] == 5
+
+
+def test_what_cannot_be_sampled_is_named_and_nothing_is_written(workdir, tmp_path):
+    with pytest.raises(ConfigError, match=r"holds no checkpoint .*train first"):
+        sample(tiny.config(), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    before = tiny.files(workdir)
+    for overrides, message in (
+        ({"network": "unet"}, "is of another architecture"),
+        ({"sample__num_timesteps": -1}, r"config\.sample\.num_timesteps = -1"),
+        ({"sample__num_samples": 0}, r"config\.sample\.num_samples = 0"),
+        ({"sample__batch_size": 0}, r"config\.sample\.batch_size = 0"),
+        ({"sample__strip_columns": 0}, r"config\.sample\.strip_columns = 0"),
+        ({"sample__x_0_treatment": "cilp"}, r"x_0_treatment = 'cilp' .*did you mean clip"),
+        ({"sample__checkpoint": "first"}, r"config\.sample\.checkpoint = 'first' .*best, latest"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            sample(tiny.config(**overrides), workdir)
+    assert tiny.files(workdir) == before

@@ -1,0 +1,316 @@
+"""Training as a whole: what a run leaves behind, however often it is stopped and goes on."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.harness import data, settings, steps
+from experiments.harness import workdir as workdirs
+from experiments.harness.errors import ConfigError, RunError
+from experiments.harness.state import init_params
+from experiments.train import train
+from tests.experiments import tiny
+
+pytest_plugins = ["tests.experiments.tiny"]
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+
+def interrupt_at(monkeypatch, step):
+    """Ctrl-C before a step: `step` steps have been taken."""
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    stop = tiny.Interruption(step, data.batch_indices, interrupt)
+    monkeypatch.setattr(data, "batch_indices", stop)
+
+
+def train_until(config, workdir, step):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        interrupt_at(monkeypatch, step)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, workdir)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, quick_compiles):
+    """Twelve steps of the convolution: config, work directory, final state."""
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    return tiny.config(), workdir, train(tiny.config(), workdir)
+
+
+# Resuming.
+
+
+def test_a_stopped_run_of_the_unet_goes_on_as_if_it_never_stopped(finished, tmp_path):
+    # Stopped before step 6, between the checkpoint at 4 and the one at 8, after lines up to 6.
+    train_until(finished.config, tmp_path, 6)
+    assert tiny.saved_steps(tmp_path) == [4]
+    state = train(finished.config, tmp_path)
+    assert int(state.step) == 12
+    tiny.assert_bit_equal(state, tiny.restore(finished.config, finished.workdir))
+    assert tiny.saved_steps(tmp_path) == tiny.saved_steps(finished.workdir)
+    for step in tiny.saved_steps(tmp_path):
+        expected = tiny.restore(finished.config, finished.workdir, step)
+        tiny.assert_bit_equal(tiny.restore(finished.config, tmp_path, step), expected)
+    assert tiny.metrics(tmp_path) == tiny.metrics(finished.workdir)
+
+
+@pytest.mark.parametrize("stops", [[2], [4], [5, 7, 11]])
+def test_however_often_it_stops_nothing_changes(uninterrupted, tmp_path, stops):
+    config, workdir, expected = uninterrupted
+    for step in stops:
+        train_until(config, tmp_path, step)
+    tiny.assert_bit_equal(train(config, tmp_path), expected)
+    assert tiny.metrics(tmp_path) == tiny.metrics(workdir)
+
+
+def test_a_killed_run_goes_on_as_if_it_never_stopped(uninterrupted, tmp_path, quick_compiles):
+    """SIGKILL two steps after a checkpoint, which may still be on its way to the disk."""
+    program = """
+import os, signal, sys
+from experiments.harness import data
+from experiments.train import train
+from tests.experiments import tiny
+
+kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
+data.batch_indices = tiny.Interruption(6, data.batch_indices, kill)
+train(tiny.config(), sys.argv[1])
+"""
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    killed = subprocess.run(command, env=quick_compiles, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert [line["step"] for line in tiny.metrics(tmp_path)] == [2, 4, 4, 6]
+    config, workdir, expected = uninterrupted
+    tiny.assert_bit_equal(train(config, tmp_path), expected)
+    assert tiny.metrics(tmp_path) == tiny.metrics(workdir)
+    assert not list((tmp_path / "checkpoints").glob("*tmp*"))
+
+
+def test_a_finished_run_returns_at_once_and_changes_nothing(uninterrupted, monkeypatch):
+    config, workdir, expected = uninterrupted
+    before = tiny.files(workdir)
+    interrupt_at(monkeypatch, 12)
+    monkeypatch.setattr(steps, "make_train_step", None)  # whoever wanted to step would fail
+    tiny.assert_bit_equal(train(config, workdir), expected)
+    after = tiny.files(workdir)
+    assert after.keys() == before.keys()
+    assert all(after[p][1] == before[p][1] for p in before)
+    changed = {p.name for p in before if after[p] != before[p]} - {workdir.name}
+    assert changed <= {"config.json"}
+
+
+def test_a_constant_rate_may_be_trained_further(tmp_path):
+    """With nothing in the run that depends on its length, 4 steps and then 4 are 8."""
+    short, long = (tiny.config(train__decay="constant", train__num_steps=n) for n in (4, 8))
+    train(short, tmp_path / "a")
+    state = train(long, tmp_path / "a")
+    tiny.assert_bit_equal(state, train(long, tmp_path / "b"))
+    assert workdirs.recorded_config(tmp_path / "a")["train"]["num_steps"] == 8
+    with pytest.raises(ConfigError, match=r"train\.num_steps was 8, now 9"):
+        train(tiny.config(train__decay="cosine", train__num_steps=9), tmp_path / "a")
+
+
+def test_what_is_measured_and_how_often_does_not_change_what_is_learned(uninterrupted, tmp_path):
+    config, _, expected = uninterrupted
+    other = tiny.config(
+        train__log_every=5,
+        train__checkpoint_every=12,
+        train__sample_every=12,
+        train__validation_timesteps=1,
+        evaluate__batch_size=100,
+        sample__num_samples=3,
+    )
+    state = train(other, tmp_path)
+    for part in ("step", "params", "ema_params", "opt_state"):
+        tiny.assert_bit_equal(getattr(state, part), getattr(expected, part))
+    # So they may change when a run goes on.
+    again = train(config, tmp_path)
+    tiny.assert_bit_equal(again, state)
+
+
+def test_resuming_with_other_settings_lists_every_difference(uninterrupted):
+    _, workdir, _ = uninterrupted
+    before = tiny.files(workdir)
+    other = tiny.config(train__learning_rate=0.1, model__parameterization="eps", seed=3)
+    with pytest.raises(ConfigError) as error:
+        train(other, workdir)
+    message = str(error.value)
+    assert message.startswith(f"workdir={workdir} holds a run of another config: ")
+    for difference in (
+        "model.parameterization was 'v', now 'eps'",
+        "seed was 0, now 3",
+        "train.learning_rate was 0.02, now 0.1",
+    ):
+        assert difference in message
+    assert message.count(" was ") == 3
+    assert "\n" not in message
+    assert tiny.files(workdir) == before
+
+
+# What a run leaves behind.
+
+
+def test_a_run_leaves_its_config_metrics_samples_and_checkpoints(uninterrupted):
+    config, workdir, state = uninterrupted
+    written = json.loads((workdir / "config.json").read_text())
+    assert workdirs.flatten(written) == workdirs.flatten(config.to_dict())
+    assert tiny.saved_steps(workdir) == [4, 8, 12]
+    tiny.assert_bit_equal(tiny.restore(config, workdir), state)
+    assert {p.name for p in (workdir / "samples").iterdir()} == {
+        "step_00000006.png",
+        "step_00000012.png",
+    }
+    assert list(workdir.glob("events.out.tfevents*"))
+
+
+def test_metrics_say_what_each_step_was_like(uninterrupted):
+    _, workdir, _ = uninterrupted
+    lines = tiny.metrics(workdir)
+    logged = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in logged] == [2, 4, 6, 8, 10, 12]
+    validated = [line for line in lines if "validation_bits_per_dim" in line]
+    assert [line["step"] for line in validated] == [4, 8, 12]
+    for line in logged:
+        # Stratified: 16 draws of 8 levels put 4 of them into each quartile at every step, so that
+        # the loss is the plain mean of the quartiles' means. In float32 sums of 32 losses.
+        quartiles = [line[f"loss_quartile_{i}"] for i in (1, 2, 3, 4)]
+        assert np.mean(quartiles) == pytest.approx(line["loss"], rel=1e-5)
+    rates = {line["step"]: line["learning_rate"] for line in logged}
+    # The rate of the step that was the last: the second of three steps of warm-up, …
+    assert rates[2] == pytest.approx(0.02 / 3, rel=1e-6)
+    # … and, of the nine steps of the cosine, the first and the last.
+    assert rates[4] == pytest.approx(0.02, rel=1e-6)
+    assert rates[12] == pytest.approx(0.01 * (1 + np.cos(np.pi * 8 / 9)), rel=1e-5)
+
+
+def test_the_seed_changes_everything_that_is_random(uninterrupted, tmp_path):
+    _, workdir, state = uninterrupted
+    other = train(tiny.config(seed=1, train__num_steps=12), tmp_path)
+    assert np.abs(other.params["conv"]["kernel"] - state.params["conv"]["kernel"]).min() > 0
+    assert tiny.metrics(tmp_path)[0]["loss"] != tiny.metrics(workdir)[0]["loss"]
+
+
+# One compilation.
+
+
+def test_a_run_compiles_its_step_once(tmp_path, monkeypatch):
+    made, make = [], steps.make_train_step
+
+    def remember(*args):
+        made.append(make(*args))
+        return made[-1]
+
+    monkeypatch.setattr(steps, "make_train_step", remember)
+    train_until(tiny.config(), tmp_path, 7)
+    train(tiny.config(), tmp_path)
+    first, resumed = made
+    # jit keeps one entry for each set of shapes, dtypes and shardings that it was called with.
+    assert first._cache_size() == 1
+    assert resumed._cache_size() == 1
+
+
+# What goes wrong.
+
+
+def diverging(**overrides):
+    """Rate 0 at step 1, 10³⁰ at step 2: the loss of step 3 squares weights of 10³⁰."""
+    settings = {"train__learning_rate": 1e30, "train__warmup_steps": 1, "train__decay": "constant"}
+    return tiny.config(**settings | overrides)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    with pytest.raises(RunError) as error:
+        train(diverging(), tmp_path)
+    message = str(error.value)
+    assert "not finite at step 3" in message
+    assert "no checkpoint was saved" in message
+    assert "config.train.learning_rate" in message
+    assert "\n" not in message
+    with pytest.raises(ConfigError, match="holds no checkpoint"):
+        tiny.saved_steps(tmp_path)
+    assert all(line["step"] < 3 for line in tiny.metrics(tmp_path))
+
+
+@pytest.mark.parametrize("log_every", [1, 100])
+def test_no_state_is_saved_after_the_bad_step_and_the_last_good_one_stays(tmp_path, log_every):
+    """Whether the log or the check before a checkpoint is the first to look."""
+    config = diverging(train__checkpoint_every=1, train__log_every=log_every)
+    with pytest.raises(RunError, match=r"not finite at step 3 .* step 2 is the last saved"):
+        train(config, tmp_path)
+    assert tiny.saved_steps(tmp_path) == [1, 2]
+    good = tiny.restore(config, tmp_path, 1)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(good))
+    tiny.assert_bit_equal(good.params, init_params(settings.build(config), 0))
+    # Nothing about it is random: going on from there ends in the same place.
+    with pytest.raises(RunError, match="not finite at step 3"):
+        train(config, tmp_path)
+
+
+def test_a_bad_step_is_noticed_at_the_next_look_though_later_ones_hide_it(tmp_path, monkeypatch):
+    """Steps 3 and 4 are looked at together, after 4; the message names the first bad one."""
+    with pytest.raises(RunError, match="not finite at step 3"):
+        train(diverging(train__log_every=4), tmp_path)
+
+
+def test_settings_that_cannot_work_touch_nothing(tmp_path):
+    for overrides, named in (
+        ({"train__batch_size": 0}, "config.train.batch_size = 0"),
+        ({"train__batch_size": 5000}, "config.train.batch_size = 5000 is more than the 1000"),
+        ({"train__num_steps": 0}, "config.train.num_steps = 0"),
+        ({"sample__batch_size": -1}, "config.sample.batch_size = -1"),
+        ({"train__init_from": str(tmp_path / "none")}, "config.train.init_from="),
+    ):
+        with pytest.raises(ConfigError) as error:
+            train(tiny.config(**overrides), tmp_path / "run")
+        assert str(error.value).startswith(named)
+    assert list(tmp_path.iterdir()) == []
+
+
+# A warm start.
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Another run, whose best weights are not its latest."""
+    states = {step: tiny.state_of(tiny.config(), scale=1.0, seed=step) for step in (1, 2, 3)}
+    tiny.save(
+        tmp_path / "source",
+        {step: (states[step], bpd) for step, bpd in ((1, 3.0), (2, 2.0), (3, 2.5))},
+    )
+    return tmp_path / "source", states[2].ema_params
+
+
+def test_a_warm_start_begins_with_the_best_averaged_weights(source, tmp_path):
+    """A rate of 0 in the first step of the warm-up leaves them as they were."""
+    directory, best = source
+    before = tiny.files(directory)
+    config = tiny.config(train__init_from=str(directory), train__num_steps=1)
+    state = train(config, tmp_path / "run")
+    tiny.assert_bit_equal(jax.device_get(state.params), best)
+    assert int(state.step) == 1
+    # Adam starts anew: after one step its first moment is a tenth of one gradient.
+    assert int(state.opt_state[1][0].count) == 1
+    assert tiny.files(directory) == before
+
+
+def test_a_warm_started_run_resumes_without_its_source(source, tmp_path):
+    directory, _ = source
+    config = tiny.config(train__init_from=str(directory))
+    expected = train(config, tmp_path / "a")
+    train_until(config, tmp_path / "b", 6)
+    shutil.rmtree(directory)
+    tiny.assert_bit_equal(train(config, tmp_path / "b"), expected)
+
+
+def test_a_warm_start_from_another_architecture_is_named(source, tmp_path):
+    directory, _ = source
+    with pytest.raises(ConfigError, match=r"config\.train\.init_from=.* another architecture"):
+        train(tiny.config("unet", train__init_from=str(directory)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
