@@ -41,7 +41,8 @@ def _schedule() -> dict:
     return {
         # linear_beta, cosine, sigmoid, linear_log_snr or betas: which of the groups below is used.
         "name": "linear_beta",
-        # T: noisy levels, in training and in the bound. A β table is respaced to it.
+        # T: noisy levels, in training and in the bound. A table of native_timesteps β's is respaced
+        # to a smaller T, and to a larger one interpolated: for iDDPM's cosine of 4000, set both.
         "num_timesteps": 1000,
         "linear_beta": {"native_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02},
         "cosine": {"native_timesteps": 1000, "offset": 0.008},

@@ -42,6 +42,6 @@ def get_config() -> ConfigDict:
         sample_every=50_000,
         sample_timesteps=1000,
     )
-    config.evaluate.update(batch_size=256, chunk_size=16)
+    config.evaluate.update(batch_size=256, chunk_size=4)
     config.sample.update(num_samples=256, batch_size=256, x_0_treatment="clip")
     return config

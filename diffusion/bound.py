@@ -73,10 +73,14 @@ def step_terms(
     factor is SNR_s/SNR_t − 1. At Σ_θ = β̃ only ½ expm1(gap) ‖ε − ε̂‖² is left.
     """
     error = reverse.squared_eps_error(x_0, eps, step.log_snr, condition)
-    r = VARIANCES[reverse.variance].log_ratio(step)
+    return StepTerms(kl_of_error(reverse.variance, error, step), sum_per_example(error))
+
+
+def kl_of_error(variance: str, error: Float[Array, "b *d"], step: Step) -> Float[Array, "b"]:
+    """The KL of `step_terms` from (ε − ε̂)² and the name of Σ_θ."""
+    r = VARIANCES[variance].log_ratio(step)
     of_error = jnp.exp(-r) * jnp.expm1(step.gap)
-    kl = 0.5 * sum_per_example(expand(_expm1_excess(-r), x_0) + expand(of_error, x_0) * error)
-    return StepTerms(kl, sum_per_example(error))
+    return 0.5 * sum_per_example(expand(_expm1_excess(-r), error) + expand(of_error, error) * error)
 
 
 def _expm1_excess(x: Float[Array, "*b"]) -> Float[Array, "*b"]:

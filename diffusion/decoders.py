@@ -137,9 +137,9 @@ def discretized_gaussian(quantization: Quantization, variance: str = "beta_tilde
 
 def first_variance(levels: Levels, variance: str) -> Float[Array, "1"]:
     """σ_1² of the discretised Gaussian decoder: β̃_2 or β_1; shaped to broadcast."""
-    if variance == "beta_tilde" and levels.num_timesteps > 1:
-        return levels.step(jnp.array([2])).posterior_variance
-    return levels.step(jnp.array([1])).beta
+    t = {"beta": 1, "beta_tilde": min(2, levels.num_timesteps)}[variance]
+    step = levels.step(jnp.array([t]))
+    return step.beta if t == 1 else step.posterior_variance
 
 
 def categorical(quantization: Quantization) -> Decoder:

@@ -3,12 +3,12 @@
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
 from diffusion.schedules import Array
 
 
-def expand(per_example: Float[Array, "b"], like: Float[Array, "b *d"]) -> Float[Array, "b ..."]:
+def expand(per_example: Shaped[Array, "b"], like: Float[Array, "b *d"]) -> Shaped[Array, "b ..."]:
     """A number per example, shaped [b, 1, …, 1] to broadcast against `like`."""
     return jnp.reshape(per_example, jnp.shape(per_example) + (1,) * (jnp.ndim(like) - 1))
 

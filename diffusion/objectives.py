@@ -1,7 +1,7 @@
 """Training losses, as weightings of the per-timestep KL.
 
 With Σ_θ = β̃ the KL at t is ½ expm1(λ_{t−1} − λ_t) ‖ε − ε̂‖², so a loss is a choice of weight.
-Each takes one t per example and is an unbiased estimate of its sum over t.
+Each takes one t per example; the mean over uniform t is the loss.
 """
 
 from collections.abc import Callable
@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, PyTree
 
-from diffusion.bound import prior_kl, reconstruction, step_terms
+from diffusion.bound import kl_of_error, prior_kl
 from diffusion.decoders import Decoder
-from diffusion.reverse import Reverse
+from diffusion.forward import diffuse
+from diffusion.gaussian import expand, sum_per_example
+from diffusion.reverse import Reverse, convert
 from diffusion.schedules import Array, Levels, Step
 
 
@@ -31,9 +33,15 @@ def vlb(
     is the bound.
     """
     step = levels.step(t)
-    inner = Step(step.log_snr, jnp.where(t == 1, 1.0, step.gap))  # s ≥ 1: t = 1 has no KL
-    kl = step_terms(reverse, x_0, eps, inner, condition).kl
-    term = jnp.where(t == 1, reconstruction(reverse, decoder, x_0, eps, levels, condition), kl)
+    x_t = diffuse(x_0, step.log_snr, eps)
+    prediction = reverse.denoiser(x_t, step.log_snr, condition)
+    error = reverse.eps_error_of(prediction, x_0, eps, step.log_snr)
+    inner = Step(step.log_snr, jnp.where(t == 1, 1.0, step.gap))  # t = 1 has no KL
+    kl = kl_of_error(reverse.variance, error, inner)
+    x_0_hat = convert(prediction, x_t, step.log_snr, reverse.parameterization, "x_0")
+    x_0_hat = jnp.where(expand(t == 1, x_0), x_0_hat, x_0)  # elsewhere there is nothing to decode
+    reconstruction = -sum_per_example(decoder(x_0, x_t, x_0_hat, levels))
+    term = jnp.where(t == 1, reconstruction, kl)
     last = levels.step(jnp.full_like(t, levels.num_timesteps)).log_snr
     nats = prior_kl(x_0, last) + levels.num_timesteps * term
     return nats / (np.log(2.0) * np.prod(x_0.shape[1:]))

@@ -137,10 +137,20 @@ class Reverse(NamedTuple):
         condition: PyTree | None = None,
     ) -> Float[Array, "b *d"]:
         """(ε − ε̂)² at x_t = α x_0 + σ ε, per coordinate; exact at high and at low log-SNR."""
+        prediction = self.denoiser(diffuse(x_0, log_snr, eps), log_snr, condition)
+        return self.eps_error_of(prediction, x_0, eps, log_snr)
+
+    def eps_error_of(
+        self,
+        prediction: Float[Array, "b *d"],
+        x_0: Float[Array, "b *d"],
+        eps: Float[Array, "b *d"],
+        log_snr: Float[Array, "b"],
+    ) -> Float[Array, "b *d"]:
+        """(ε − ε̂)² of a prediction that the denoiser has made at x_t = α x_0 + σ ε."""
         a, s = expand(alpha(log_snr), x_0), expand(sigma(log_snr), x_0)
         known = PARAMETERIZATIONS[self.parameterization]
         target = known.from_pair(x_0, eps, a, s)
-        prediction = self.denoiser(diffuse(x_0, log_snr, eps), log_snr, condition)
         weight = known.eps_error_weight(jnp.asarray(log_snr))
         return expand(weight, x_0) * (target - prediction) ** 2
 

@@ -11,8 +11,9 @@ from ml_collections import ConfigDict
 from diffusion.bound import Bound
 from diffusion.estimate import bits_per_dim, estimate, noise_variance, replicate_timesteps
 from experiments.harness import data, devices, pictures, settings, steps
+from experiments.harness import workdir as workdirs
 from experiments.harness.checkpoints import CHECKPOINTS, load_ema
-from experiments.harness.metrics import append_jsonl, write_json
+from experiments.harness.metrics import append_jsonl, write_json, write_npz
 from experiments.harness.progress import progress
 from experiments.harness.settings import Problem
 from experiments.harness.state import abstract_params
@@ -43,8 +44,10 @@ def evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
       ConfigError: for a setting or a checkpoint that does not fit.
     """
     check(config)
+    workdirs.check_network(config, workdir)
     problem = settings.build(config)
     params, step = load_ema(workdir, config.evaluate.checkpoint, abstract_params(problem))
+    workdirs.check_writable(workdir)
     dataset = settings.load_data(config, config.evaluate.split)
     start = time.monotonic()
     terms, noise_variances = full_bound(config, problem, params, dataset)
@@ -60,16 +63,16 @@ def evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
 
 def identity(config: ConfigDict, problem: Problem, step: int) -> dict[str, Any]:
     """What an evaluation is of: two with the same identity have the same numbers."""
+    told = config.to_dict()
+    del told["train"], told["sample"], told["data"]["data_dir"]
+    del told["evaluate"]["batch_size"], told["evaluate"]["chunk_size"]
     return {
         "split": config.evaluate.split,
         "checkpoint": config.evaluate.checkpoint,
         "step": step,
         "num_timesteps": problem.levels.num_timesteps,
-        "schedule": config.schedule.name,
-        "log_snr_range": [problem.levels.log_snr[1], problem.levels.log_snr[-1]],
-        "variance": config.model.variance,
-        "decoder": config.decoder.name,
         "seed": config.seed,
+        "settings": workdirs.flatten(told),
     }
 
 
@@ -139,18 +142,17 @@ def summary(terms: Bound, noise_variances: np.ndarray, problem: Problem) -> dict
 
 def result_line(result: dict[str, Any]) -> str:
     """The result as one line for people."""
+
+    def show(name):  # NaN with one example, and null once it has been through a file
+        value = result[name]
+        return "unknown" if value is None or np.isnan(value) else f"{value:.4f}"
+
     return (
-        f"{result['split']} bits/dim {result['bits_per_dim']:.4f} ± {_se(result)} "
-        f"(prior {result['prior']:.4f}, diffusion {result['diffusion']:.4f}, "
-        f"reconstruction {result['reconstruction']:.4f}), {result['num_examples']} examples, "
-        f"T = {result['num_timesteps']}, Monte-Carlo error ± {result['bits_per_dim_mc_se']:.4f}"
+        f"{result['split']} bits/dim {show('bits_per_dim')} ± {show('bits_per_dim_se')} "
+        f"(prior {show('prior')}, diffusion {show('diffusion')}, "
+        f"reconstruction {show('reconstruction')}), {result['num_examples']} examples, "
+        f"T = {result['num_timesteps']}, Monte-Carlo error ± {show('bits_per_dim_mc_se')}"
     )
-
-
-def _se(result: dict[str, Any]) -> str:
-    """NaN with one example, and null once it has been through a file."""
-    se = result["bits_per_dim_se"]
-    return "unknown" if se is None or np.isnan(se) else f"{se:.4f}"
 
 
 def _write(workdir: epath.Path, result: dict, terms: Bound, problem: Problem) -> None:
@@ -171,8 +173,7 @@ def _write(workdir: epath.Path, result: dict, terms: Bound, problem: Problem) ->
         "x_0_rmse": rmse,
         "bits_per_dim_per_example": bits_per_dim(terms.total, num_dims),
     }
-    with (workdir / "evaluation.npz").open("wb") as file:
-        np.savez(file, **arrays, **({} if kl_se is None else {"kl_se": kl_se}))
+    write_npz(workdir / "evaluation.npz", **arrays, **({} if kl_se is None else {"kl_se": kl_se}))
     parts = {"kl": kl_mean, "prior": result["prior"]}
     pictures.plot_kl_per_timestep(
         workdir / "kl_per_timestep.png",

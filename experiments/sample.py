@@ -13,7 +13,9 @@ from ml_collections import ConfigDict
 from diffusion.forward import diffuse
 from diffusion.samplers import Samples
 from experiments.harness import data, devices, pictures, settings, steps
+from experiments.harness import workdir as workdirs
 from experiments.harness.checkpoints import CHECKPOINTS, load_ema
+from experiments.harness.metrics import write_npz
 from experiments.harness.progress import progress
 from experiments.harness.seeds import stream
 from experiments.harness.settings import Problem
@@ -43,39 +45,43 @@ def sample(config: ConfigDict, workdir: epath.PathLike) -> np.ndarray:
       ConfigError: for a setting or a checkpoint that does not fit.
     """
     check(config)
+    workdirs.check_network(config, workdir)
     problem = settings.build(config)
     params, step = load_ema(workdir, config.sample.checkpoint, abstract_params(problem))
+    workdirs.check_writable(workdir)
     num_timesteps = config.sample.num_timesteps or problem.levels.num_timesteps
     record = strip_levels(num_timesteps, config.sample.strip_columns)
     parts = make_draw(config, problem, num_timesteps, record)(params, config.sample.num_samples)
-    samples = problem.quantization.to_level(parts.x_0)
+    samples = np.asarray(problem.quantization.to_level(parts.x_0), np.uint8)
     directory = epath.Path(workdir) / "samples"
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / "samples.npz").open("wb") as file:
-        np.savez(
-            file,
-            samples=np.asarray(samples, np.uint8),
-            x_0=parts.x_0,
-            step=step,
-            seed=config.seed,
-            identity=identity(config, step),
-        )
     pictures.save_png(directory / "samples.png", pictures.grid(to_bytes(problem, parts.x_0)))
     rows = config.sample.strip_rows
     _save_reverse_strip(directory / "reverse.png", problem, parts, record, rows)
     _save_forward_strip(directory / "forward.png", config, problem)
-    return np.asarray(samples, np.uint8)
+    # Last, and whole: with it the samples are finished.
+    write_npz(
+        directory / "samples.npz",
+        samples=samples,
+        x_0=parts.x_0,
+        step=step,
+        seed=config.seed,
+        identity=identity(config, step),
+    )
+    return samples
 
 
 def identity(config: ConfigDict, step: int) -> str:
     """What samples are of, as JSON: two with the same identity are the same samples."""
-    asked = {k: v for k, v in config.sample.to_dict().items() if k != "batch_size"}
-    return json.dumps({"step": step, "seed": config.seed, **asked}, sort_keys=True)
+    told = config.to_dict()
+    del told["train"], told["evaluate"], told["sample"]["batch_size"], told["data"]["data_dir"]
+    return json.dumps({"step": step, **workdirs.flatten(told)}, sort_keys=True)
 
 
 def check(config: ConfigDict) -> None:
     """Raises ConfigError for settings or data that `sample` can't use; compiles nothing."""
     settings.build(config)
+    settings.describe_data(config, "test")  # the strip of the forward process
     devices.check_batch("config.sample.batch_size", config.sample.batch_size)
     settings.check_positive(
         config, "sample.num_samples", "sample.strip_rows", "sample.strip_columns"
@@ -122,7 +128,8 @@ def strip_levels(num_timesteps: int, columns: int) -> tuple[int, ...]:
 
 
 def to_bytes(problem: Problem, x: np.ndarray) -> np.ndarray:
-    """Data values as bytes for a picture: [−1, 1] to [0, 255], clipped."""
+    """Data values as bytes for a picture: [−1, 1] to [0, 255], clipped; one channel or three."""
+    x = x if x.shape[-1] in (1, 3) else x[..., :1]
     ends = problem.quantization.values[-1]
     return np.clip(np.round((np.asarray(x) / ends + 1) * 127.5), 0, 255).astype(np.uint8)
 

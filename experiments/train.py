@@ -88,6 +88,12 @@ def check(config: ConfigDict) -> None:
     )
     for name in ("learning_rate", "warmup_steps", "gradient_clip", "weight_decay"):
         settings.check_setting(config, f"train.{name}", lambda x: x >= 0, "it must not be negative")
+    settings.check_setting(
+        config,
+        "train.warmup_steps",
+        lambda steps: steps < config.train.num_steps,
+        f"it must be less than config.train.num_steps = {config.train.num_steps}",
+    )
     for name in ("ema_decay", "beta2"):
         settings.check_setting(
             config, f"train.{name}", lambda x: 0 <= x < 1, "it must be in [0, 1)"
@@ -244,6 +250,10 @@ class Trainer:
         step = int(state.step)
         self.stop_if_not_finite(jax.device_get(state.window))
         validation = self.quick_bound(state.ema_params)
+        if not np.isfinite(validation):
+            raise RunError(
+                f"the bound on validation is {validation} at step {step}; it is not saved"
+            )
         self.log.write(step, validation_bits_per_dim=validation)
         tqdm.write(f"step {step}: validation bits/dim {validation:.4f}")
         self.checkpoints.save(step, state, validation)

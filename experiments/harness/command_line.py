@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import importlib.util
 import re
 import sys
 from collections.abc import Sequence
@@ -91,10 +92,13 @@ def _check_is_file(config: str) -> None:
 def _misspelt_override(argv: list[str], config: str) -> str | None:
     """The first override that names no setting, with the settings that it may have meant."""
     path, _, argument = config.partition(":")
-    spec = importlib.util.spec_from_file_location("config_file", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    tree = module.get_config(*([argument] if argument else [])).to_dict()
+    try:
+        spec = importlib.util.spec_from_file_location("config_file", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        tree = module.get_config(*([argument] if argument else [])).to_dict()
+    except Exception:  # the config file itself is wrong: the first error says how
+        return None
     names = set(workdirs.flatten(tree))
     sections = {name.rsplit(".", 1)[0] for name in names if "." in name}
     for argument in argv:

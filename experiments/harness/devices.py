@@ -10,7 +10,13 @@ from experiments.harness.errors import ConfigError
 
 
 def mesh() -> Mesh:
-    """All devices of all hosts along one axis, `data`."""
+    """All devices along one axis, `data`.
+
+    Raises:
+      ConfigError: where several processes run together; data and logs know one process only.
+    """
+    if jax.process_count() > 1:
+        raise ConfigError(f"{jax.process_count()} processes run together; only one is supported")
     return Mesh(np.array(jax.devices()), ("data",))
 
 

@@ -3,6 +3,7 @@
 All JSON here is strict: what is not finite becomes null.
 """
 
+import io
 import json
 import math
 import os
@@ -92,6 +93,13 @@ def write_json(path: epath.PathLike, obj: Any) -> None:
     _replace(epath.Path(path), (_dumps(obj, indent=2) + "\n").encode())
 
 
+def write_npz(path: epath.PathLike, **arrays: Any) -> None:
+    """Replaces an .npz file whole, as `write_json` does."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    _replace(epath.Path(path), buffer.getvalue())
+
+
 def append_jsonl(path: epath.PathLike, obj: Any) -> None:
     """Appends a line of JSON, on a line of its own even after one that a kill left half written.
 
@@ -126,9 +134,13 @@ def _is_line_until(line: bytes, last_step: int | None) -> bool:
 
 
 def _append(path: epath.Path, obj: Any) -> None:
-    # Opened for each line: closing is what commits it, on a disk and on a bucket.
+    line = _dumps(obj) + "\n"
+    if "://" in os.fspath(path):  # a bucket, which has no appending
+        _replace(path, ((path.read_text() if path.exists() else "") + line).encode())
+        return
+    # Opened for each line: closing is what commits it.
     with path.open("a") as file:
-        file.write(_dumps(obj) + "\n")
+        file.write(line)
 
 
 def _replace(path: epath.Path, content: bytes) -> None:

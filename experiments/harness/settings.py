@@ -104,6 +104,11 @@ def _unet(config: ConfigDict, schedule: Schedule) -> nn.Module:
         "log_snr": lambda: log_snr_to_timestep,
         "ddpm_timestep": lambda: ddpm_timestep(schedule.knots),
     }
+    if settings["noise_input"] == "ddpm_timestep" and len(schedule.knots) < 3:
+        raise ConfigError(
+            "config.model.unet.noise_input = 'ddpm_timestep' needs a schedule with a table of β, "
+            "such as linear_beta; use log_snr"
+        )
     noise_input = pick(inputs, settings.pop("noise_input"), "config.model.unet.noise_input")
     return UNet(**settings, timestep_of=noise_input())
 

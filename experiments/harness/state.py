@@ -20,7 +20,7 @@ class Window(NamedTuple):
       steps: training steps summed.
       loss: of the batch means.
       grad_norm: of the global gradient norms.
-      quartile_loss: of per-example losses, by quartile of t, [0, T/4) first.
+      quartile_loss: of per-example losses, by quartile of t, (0, T/4] first.
       quartile_count: examples in each quartile.
       first_bad_step: the first step of the run whose loss or gradient was not finite, else −1.
     """

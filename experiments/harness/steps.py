@@ -89,20 +89,22 @@ def _update_window(
     time: Float[Array, "b"],
     grad_norm: Array,
 ) -> Window:
-    """Adds a batch; `time` is t/T in (0, 1]."""
+    """Adds a batch, unless a step has been bad; `time` is t/T in (0, 1]."""
+    frozen = window.first_bad_step >= 0
     fresh = Window.empty()._replace(first_bad_step=window.first_bad_step)
-    window = jax.tree.map(lambda new, old: jnp.where(restart, new, old), fresh, window)
-    quartile = jax.nn.one_hot(jnp.ceil(4 * time).astype(jnp.int32) - 1, 4)
+    old, window = window, jax.tree.map(lambda a, b: jnp.where(restart, a, b), fresh, window)
+    quartile = jnp.ceil(4 * time).astype(jnp.int32) - 1
     loss = losses.mean()
     bad = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm)) & (window.first_bad_step < 0)
-    return Window(
+    new = Window(
         steps=window.steps + 1,
         loss=window.loss + loss,
         grad_norm=window.grad_norm + grad_norm,
-        quartile_loss=window.quartile_loss + losses @ quartile,
-        quartile_count=window.quartile_count + quartile.sum(axis=0),
+        quartile_loss=window.quartile_loss.at[quartile].add(losses),
+        quartile_count=window.quartile_count.at[quartile].add(1.0),
         first_bad_step=jnp.where(bad, step + 1, window.first_bad_step),
     )
+    return jax.tree.map(lambda a, b: jnp.where(frozen, a, b), old, new)
 
 
 def make_bound(
@@ -192,9 +194,19 @@ def evaluation_noise(
 
 
 def _jit_evaluation(function: Callable, mesh: Mesh, num_batched: int) -> Callable:
-    """Compiles with full-precision products, parameters everywhere and the rest split."""
-    in_shardings = (devices.replicated(mesh), *[devices.split_batch(mesh)] * num_batched)
-    compiled = jax.jit(function, in_shardings=in_shardings, out_shardings=devices.split_batch(mesh))
+    """Compiles with full-precision products: parameters everywhere, the rest split by examples.
+
+    Each device runs the function on its own examples, and nothing is communicated.
+    """
+    split = PartitionSpec("data")
+    local = jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), *[split] * num_batched),
+        out_specs=split,
+        check_vma=False,
+    )
+    compiled = jax.jit(local)
 
     def run(*args):
         with jax.default_matmul_precision("highest"):

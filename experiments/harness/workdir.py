@@ -1,11 +1,14 @@
 """What a work directory is of: its config, written once and held to on resume."""
 
 import json
+import os
+from collections.abc import Callable
 from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
 
+from experiments.harness.checkpoints import is_new
 from experiments.harness.errors import ConfigError
 from experiments.harness.metrics import write_json
 
@@ -38,8 +41,17 @@ def check(config: ConfigDict, workdir: epath.PathLike) -> None:
         recorded = recorded_config(directory)
     except OSError as error:
         raise ConfigError(f"workdir={workdir} cannot be read: {error.strerror}") from error
-    if recorded is not None:
-        _check_same(config, recorded, workdir)
+    except ImportError as error:  # a bucket without the package for it
+        raise ConfigError(f"workdir={workdir}: {error}") from error
+    # A run that saved nothing has nothing to hold it to its settings.
+    if recorded is not None and not is_new(workdir):
+        harmless = HARMLESS + (("train.num_steps",) if config.train.decay == "constant" else ())
+        changed = _changes(config, recorded, lambda name: not name.startswith(harmless))
+        if changed:
+            raise ConfigError(
+                f"workdir={workdir} holds a run of another config: {'; '.join(changed)}; "
+                "use the same settings to resume it, or another workdir"
+            )
 
 
 def recorded_config(workdir: epath.PathLike) -> dict[str, Any] | None:
@@ -74,16 +86,47 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _check_same(config: ConfigDict, recorded: dict[str, Any], workdir: epath.PathLike) -> None:
-    now, then = flatten(config.to_dict()), flatten(recorded)
-    harmless = HARMLESS + (("train.num_steps",) if config.train.decay == "constant" else ())
-    changed = [
-        f"{name} was {then.get(name)!r}, now {now.get(name)!r}"
-        for name in sorted(now.keys() | then.keys())
-        if now.get(name) != then.get(name) and not name.startswith(harmless)
-    ]
+def check_network(config: ConfigDict, workdir: epath.PathLike) -> None:
+    """Raises ConfigError unless the trained network is read as it was trained.
+
+    Its parameters fit other settings too, which would make it another network: what it predicts,
+    how the noise level or the data are put to it. How it is measured may change.
+    """
+    recorded = recorded_config(workdir)
+    if recorded is None:
+        return
+    own = ["model.", "data.name", "decoder.scaling"]
+    if config.model.unet.noise_input == "ddpm_timestep":
+        own += ["schedule.name", f"schedule.{config.schedule.name}."]
+
+    def is_own(name: str) -> bool:
+        return name.startswith(tuple(own)) and name != "model.variance"
+
+    changed = _changes(config, recorded, is_own)
     if changed:
         raise ConfigError(
-            f"workdir={workdir} holds a run of another config: {'; '.join(changed)}; "
-            "use the same settings to resume it, or another workdir"
+            f"workdir={workdir} holds a network that was trained otherwise: {'; '.join(changed)}; "
+            "leave these settings as they were"
         )
+
+
+def check_writable(workdir: epath.PathLike) -> None:
+    """Raises ConfigError unless files can be written here: before hours of work, not after."""
+    probe = epath.Path(workdir) / f".probe.{os.getpid()}"
+    try:
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"workdir={workdir} cannot be written ({error.strerror})") from error
+
+
+def _changes(
+    config: ConfigDict, recorded: dict[str, Any], matters: Callable[[str], bool]
+) -> list[str]:
+    """The settings that matter and differ; one that only one side knows is of another version."""
+    now, then = flatten(config.to_dict()), flatten(recorded)
+    return [
+        f"{name} was {then[name]!r}, now {now[name]!r}"
+        for name in sorted(now.keys() & then.keys())
+        if now[name] != then[name] and matters(name)
+    ]

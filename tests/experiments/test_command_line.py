@@ -1,5 +1,6 @@
 """What a user types and reads: one line for a mistake, one line for a result."""
 
+import json
 import pathlib
 import re
 import resource
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from experiments import all as main_job
+from experiments import evaluate, sample
 from experiments.harness import command_line, data
 from experiments.harness import workdir as workdirs
 from experiments.harness.errors import ConfigError
@@ -352,25 +354,33 @@ def test_what_is_missing_of_a_finished_run_is_made_up_for(finished, tmp_path, ca
 
 
 @pytest.mark.parametrize(
-    "change", [{"num_timesteps": 3}, {"x_0_treatment": "clip"}, {"strip_columns": 3}]
+    ("change", "part"),
+    [
+        ({"sample__num_timesteps": 3}, "sample"),
+        ({"sample__x_0_treatment": "clip"}, "sample"),
+        ({"sample__strip_columns": 3}, "sample"),
+        ({"sample__num_samples": 5}, "sample"),
+        ({"evaluate__split": "validation"}, "evaluate"),
+        ({"sample__batch_size": 3, "evaluate__batch_size": 3, "evaluate__chunk_size": 1}, None),
+    ],
 )
-def test_samples_made_otherwise_are_not_taken_for_those_asked_for(
-    change, finished, tmp_path, capsys
+def test_what_was_done_otherwise_is_not_taken_for_what_is_asked_for(
+    change, part, finished, tmp_path, capsys, monkeypatch
 ):
-    """With other settings of `sample` than the finished run's there is something left to do."""
-    workdir = tiny.copy(finished.workdir, tmp_path)
-    before = tiny.files(workdir)
-    overrides = {f"sample__{name}": value for name, value in change.items()}
-    main_job.run(tiny.config("unet", **overrides), workdir)
-    assert "is finished" not in capsys.readouterr().out
-    name = workdir / "samples" / "reverse.png"
-    assert tiny.files(workdir)[name][0] > before[name][0]
+    """Settings of a part other than the finished run's leave that part to do, and no other."""
+    result = json.loads((finished.workdir / "evaluation.json").read_text())
+    done = []
+    for module, returned in ((sample, None), (evaluate, result)):
+        name = module.__name__.rpartition(".")[2]
 
+        def do(config, workdir, name=name, returned=returned):
+            done.append(name)
+            return returned
 
-def test_another_split_is_evaluated_anew(finished, tmp_path, capsys):
-    workdir = tiny.copy(finished.workdir, tmp_path)
-    main_job.run(tiny.config("unet", evaluate__split="validation"), workdir)
-    assert "validation bits/dim" in capsys.readouterr().out.splitlines()[-1]
+        monkeypatch.setattr(module, name, do)
+    main_job.run(tiny.config("unet", **change), tiny.copy(finished.workdir, tmp_path))
+    assert done == ([part] if part else [])
+    assert ("is finished" in capsys.readouterr().out) == (part is None)
 
 
 def test_nothing_is_trained_if_the_last_part_could_not_be_done(tmp_path):

@@ -7,13 +7,14 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusion.objectives import OBJECTIVES, vlb
 from experiments.harness import data, settings, steps
 from experiments.harness import workdir as workdirs
 from experiments.harness.errors import ConfigError, RunError
-from experiments.harness.state import init_params
 from experiments.train import train
 from tests.experiments import tiny
 
@@ -48,18 +49,21 @@ def uninterrupted(tmp_path_factory, quick_compiles):
 # Resuming.
 
 
-def test_a_stopped_run_of_the_unet_goes_on_as_if_it_never_stopped(finished, tmp_path):
-    # Stopped before step 6, between the checkpoint at 4 and the one at 8, after lines up to 6.
-    train_until(finished.config, tmp_path, 6)
-    assert tiny.saved_steps(tmp_path) == [4]
-    state = train(finished.config, tmp_path)
+def test_the_unet_goes_on_from_a_checkpoint_as_if_it_never_stopped(finished, tmp_path):
+    """Twelve steps whose checkpoints at 8 and 12 were lost: the last eight are done again."""
+    workdir = tiny.copy(finished.workdir, tmp_path)
+    for step in (8, 12):
+        shutil.rmtree(workdir / "checkpoints" / str(step))
+    assert tiny.saved_steps(workdir) == [4]
+    state = train(finished.config, workdir)
     assert int(state.step) == 12
     tiny.assert_bit_equal(state, tiny.restore(finished.config, finished.workdir))
-    assert tiny.saved_steps(tmp_path) == tiny.saved_steps(finished.workdir)
-    for step in tiny.saved_steps(tmp_path):
-        expected = tiny.restore(finished.config, finished.workdir, step)
-        tiny.assert_bit_equal(tiny.restore(finished.config, tmp_path, step), expected)
-    assert tiny.metrics(tmp_path) == tiny.metrics(finished.workdir)
+    assert tiny.saved_steps(workdir) == tiny.saved_steps(finished.workdir) == [4, 8, 12]
+    tiny.assert_bit_equal(
+        tiny.restore(finished.config, workdir, 8),
+        tiny.restore(finished.config, finished.workdir, 8),
+    )
+    assert tiny.metrics(workdir) == tiny.metrics(finished.workdir)
 
 
 @pytest.mark.parametrize("stops", [[2], [4], [5, 7, 11]])
@@ -239,21 +243,37 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 
 @pytest.mark.parametrize("log_every", [1, 100])
-def test_no_state_is_saved_after_the_bad_step_and_the_last_good_one_stays(tmp_path, log_every):
+def test_no_state_is_saved_after_the_bad_step_and_the_last_good_one_stays(
+    tmp_path, monkeypatch, log_every
+):
     """Whether the log or the check before a checkpoint is the first to look."""
-    config = diverging(train__checkpoint_every=1, train__log_every=log_every)
-    with pytest.raises(RunError, match=r"not finite at step 3 .* step 2 is the last saved"):
-        train(config, tmp_path)
-    assert tiny.saved_steps(tmp_path) == [1, 2]
-    good = tiny.restore(config, tmp_path, 1)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(good))
-    tiny.assert_bit_equal(good.params, init_params(settings.build(config), 0))
-    # Nothing about it is random: going on from there ends in the same place.
-    with pytest.raises(RunError, match="not finite at step 3"):
-        train(config, tmp_path)
+    config = tiny.config(train__checkpoint_every=1, train__log_every=log_every)
+    images = settings.load_data(config, "train").images
+    third = images[data.batch_indices(0, 2, len(images), config.train.batch_size)[0]] / 8.0 - 1
+
+    def bad_at_step_3(reverse, decoder, x_0, *rest):
+        return jnp.where((x_0[0] == third).all(), jnp.inf, vlb(reverse, decoder, x_0, *rest))
+
+    monkeypatch.setitem(OBJECTIVES, "vlb", bad_at_step_3)
+    for _ in range(2):  # nothing about it is random: going on from there ends in the same place
+        with pytest.raises(RunError, match=r"not finite at step 3 .* step 2 is the last saved"):
+            train(config, tmp_path)
+        assert tiny.saved_steps(tmp_path) == [1, 2]
+        assert [line["step"] for line in tiny.metrics(tmp_path) if "loss" not in line] == [1, 2]
+    for step in (1, 2):
+        good = tiny.restore(config, tmp_path, step)
+        assert int(good.step) == step
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(good))
 
 
-def test_a_bad_step_is_noticed_at_the_next_look_though_later_ones_hide_it(tmp_path, monkeypatch):
+def test_a_state_whose_bound_is_not_finite_is_not_saved(tmp_path):
+    """Step 2 has a finite loss, and weights of 10³⁰ behind it."""
+    with pytest.raises(RunError, match="bound on validation is inf at step 2"):
+        train(diverging(train__checkpoint_every=1), tmp_path)
+    assert tiny.saved_steps(tmp_path) == [1]
+
+
+def test_a_bad_step_is_noticed_at_the_next_look(tmp_path):
     """Steps 3 and 4 are looked at together, after 4; the message names the first bad one."""
     with pytest.raises(RunError, match="not finite at step 3"):
         train(diverging(train__log_every=4), tmp_path)
@@ -291,11 +311,16 @@ def test_a_warm_start_begins_with_the_best_averaged_weights(source, tmp_path):
     """A rate of 0 in the first step of the warm-up leaves them as they were."""
     directory, best = source
     before = tiny.files(directory)
-    config = tiny.config(train__init_from=str(directory), train__num_steps=1)
-    state = train(config, tmp_path / "run")
+    config = tiny.config(
+        train__init_from=str(directory),
+        train__num_steps=2,
+        train__warmup_steps=1,
+        train__checkpoint_every=1,
+    )
+    assert int(train(config, tmp_path / "run").step) == 2
+    state = tiny.restore(config, tmp_path / "run", 1)
     tiny.assert_bit_equal(jax.device_get(state.params), best)
-    assert int(state.step) == 1
-    # Adam starts anew: after one step its first moment is a tenth of one gradient.
+    # Adam starts anew: it has seen one gradient.
     assert int(state.opt_state[1][0].count) == 1
     assert tiny.files(directory) == before
 
