@@ -17,9 +17,7 @@ _CONFIG = config_flags.DEFINE_config_file(
     "The config file. Left out, it is the one that the work directory was trained with, or "
     "configs/digits.py in a new one. --config.SECTION.NAME=VALUE overrides a setting.",
 )
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where checkpoints, metrics and results go; local or a bucket (gs://…)."
-)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and results go.")
 _EXPERIMENT = flags.DEFINE_enum(
     "experiment",
     "all",

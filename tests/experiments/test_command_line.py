@@ -245,15 +245,24 @@ def test_a_work_directory_without_a_checkpoint_is_one_line(
 
 @pytest.mark.parametrize("experiment", ["evaluate", "sample"])
 def test_a_checkpoint_of_another_architecture_is_one_line(
-    experiment, finished, capsys, no_compilation
+    experiment, finished, tmp_path, capsys, no_compilation
 ):
     before = tiny.files(finished.workdir)
     config = tiny.config("unet", model__unet__channels=16)
     status, line = run(capsys, experiment, config, finished.workdir)
     assert status == 2
+    assert line.startswith(f"workdir={finished.workdir} holds ")
+    assert "model.unet.channels was 8, now 16" in line
+    assert tiny.files(finished.workdir) == before
+    # Where nobody wrote down the config, the checkpoint itself tells.
+    workdir = tiny.copy(finished.workdir, tmp_path)
+    (workdir / "config.json").unlink()
+    before = tiny.files(workdir)
+    status, line = run(capsys, experiment, config, workdir)
+    assert status == 2
     assert "of another architecture" in line
     assert "(3, 3, 5, 8) float32 there and (3, 3, 5, 16) float32 here" in line
-    assert tiny.files(finished.workdir) == before
+    assert tiny.files(workdir) == before
 
 
 def test_a_resume_with_other_settings_is_one_line(finished, capsys, no_compilation):
@@ -361,6 +370,7 @@ def test_what_is_missing_of_a_finished_run_is_made_up_for(finished, tmp_path, ca
         ({"sample__strip_columns": 3}, "sample"),
         ({"sample__num_samples": 5}, "sample"),
         ({"evaluate__split": "validation"}, "evaluate"),
+        ({"evaluate__replicates": 2}, "evaluate"),
         ({"sample__batch_size": 3, "evaluate__batch_size": 3, "evaluate__chunk_size": 1}, None),
     ],
 )

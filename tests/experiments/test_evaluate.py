@@ -11,6 +11,7 @@ from scipy import stats
 
 from experiments.evaluate import evaluate, full_bound, make_quick_bound, result_line, summary
 from experiments.harness import data, settings
+from experiments.harness import workdir as workdirs
 from experiments.harness.errors import ConfigError
 from tests.experiments import tiny
 
@@ -391,6 +392,26 @@ def test_the_best_or_the_latest_weights_are_measured(tmp_path):
     latest = evaluate(tiny.config(evaluate__checkpoint="latest"), tmp_path)
     assert (best["step"], latest["step"]) == (5, 9)
     assert latest["bits_per_dim"] > best["bits_per_dim"] + 1
+
+
+def test_a_checkpoint_can_be_measured_otherwise_than_it_was_trained(tmp_path):
+    """At any T, on any schedule, with any Σ and decoder; what it predicts is its own."""
+    workdir = untrained(tmp_path, tiny.config())
+    workdirs.record(tiny.config(), workdir)
+    result = evaluate(
+        tiny.config(
+            schedule__name="cosine",
+            schedule__num_timesteps=3,
+            model__variance="beta",
+            decoder__name="discretized_gaussian",
+        ),
+        workdir,
+    )
+    assert result["num_timesteps"] == 3
+    before = tiny.files(workdir)
+    with pytest.raises(ConfigError, match=r"model\.parameterization was 'v', now 'eps'"):
+        evaluate(tiny.config(model__parameterization="eps"), workdir)
+    assert tiny.files(workdir) == before
 
 
 def test_the_validation_split_can_be_measured(tmp_path):
