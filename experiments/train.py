@@ -88,12 +88,6 @@ def check(config: ConfigDict) -> None:
     )
     for name in ("learning_rate", "warmup_steps", "gradient_clip", "weight_decay"):
         settings.check_setting(config, f"train.{name}", lambda x: x >= 0, "it must not be negative")
-    settings.check_setting(
-        config,
-        "train.warmup_steps",
-        lambda steps: steps < config.train.num_steps,
-        f"it must be less than config.train.num_steps = {config.train.num_steps}",
-    )
     for name in ("ema_decay", "beta2"):
         settings.check_setting(
             config, f"train.{name}", lambda x: 0 <= x < 1, "it must be in [0, 1)"
