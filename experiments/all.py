@@ -15,7 +15,7 @@ from experiments.harness.checkpoints import Checkpoints
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Brings the work directory to the end of its config, and prints the result."""
     check(config)
-    train.train(config, workdir)
+    state = train.train(config, workdir)
     result = _evaluation(config, workdir)
     finished = result is not None and _is_sampled(config, workdir)
     if result is None:
@@ -23,7 +23,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     if not _is_sampled(config, workdir):
         sample.sample(config, workdir)
     if finished:
-        print(f"{workdir} is finished: {config.train.num_steps} steps, evaluated and sampled")
+        print(f"{workdir} is finished: {int(state.step)} steps, evaluated and sampled")
     print(evaluate.result_line(result))
 
 

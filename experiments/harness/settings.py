@@ -137,6 +137,7 @@ def build(config: ConfigDict) -> Problem:
     pick(VARIANCES, gaussian.variance, "config.decoder.discretized_gaussian.variance")
 
     check_setting(config, "seed", lambda seed: 0 <= seed < 2**32, "it must be in [0, 2³²)")
+    check_positive(config, "schedule.num_timesteps")
     source = describe_data(config, "train")
     quantization = Quantization(source.num_levels, config.decoder.scaling)
     try:
