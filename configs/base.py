@@ -57,7 +57,8 @@ def _model() -> dict:
         "name": "unet",
         # What the network predicts: eps, x_0, v or score.
         "parameterization": "eps",
-        # Σ_θ: beta_tilde (the posterior's variance) or beta (the forward step's).
+        # Σ_θ: beta_tilde (the posterior's variance), beta (the forward step's), learned_range
+        # (between the two, iDDPM's) or learned_diagonal; learned ones double the network's output.
         "variance": "beta_tilde",
         "unet": {
             "channels": 128,

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int, PyTree
 from diffusion.decoders import Decoder
 from diffusion.forward import Noise, diffuse
 from diffusion.gaussian import expand, sum_per_example
-from diffusion.reverse import VARIANCES, Reverse
+from diffusion.reverse import Reverse
 from diffusion.schedules import Array, Levels, Step
 
 
@@ -72,15 +72,19 @@ def step_terms(
     With r = log(Σ_θ/β̃) it is ½ Σ [r + expm1(−r) + e^{−r} expm1(λ_s − λ_t) (ε − ε̂)²]; the last
     factor is SNR_s/SNR_t − 1. At Σ_θ = β̃ only ½ expm1(gap) ‖ε − ε̂‖² is left.
     """
-    error = reverse.squared_eps_error(x_0, eps, step.log_snr, condition)
-    return StepTerms(kl_of_error(reverse.variance, error, step), sum_per_example(error))
+    outputs = reverse.outputs(diffuse(x_0, step.log_snr, eps), step.log_snr, condition)
+    error = reverse.eps_error_of(outputs.prediction, x_0, eps, step.log_snr)
+    r = reverse.log_variance_ratio(step, error, outputs.extra)
+    return StepTerms(kl_of_error(error, step, r), sum_per_example(error))
 
 
-def kl_of_error(variance: str, error: Float[Array, "b *d"], step: Step) -> Float[Array, "b"]:
-    """The KL of `step_terms` from (ε − ε̂)² and the name of Σ_θ."""
-    r = VARIANCES[variance].log_ratio(step)
-    of_error = jnp.exp(-r) * jnp.expm1(step.gap)
-    return 0.5 * sum_per_example(expand(_expm1_excess(-r), error) + expand(of_error, error) * error)
+def kl_of_error(
+    error: Float[Array, "b *d"], step: Step, log_variance_ratio: Float[Array, "b ..."]
+) -> Float[Array, "b"]:
+    """The KL of `step_terms` from (ε − ε̂)² and r = log(Σ_θ/β̃), one number or one a coordinate."""
+    r = log_variance_ratio
+    of_error = jnp.exp(-r) * expand(jnp.expm1(step.gap), error)
+    return 0.5 * sum_per_example(_expm1_excess(-r) + of_error * error)
 
 
 def _expm1_excess(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
@@ -101,7 +105,7 @@ def reconstruction(
     log_snr = levels.step(jnp.ones(jnp.shape(x_0)[0], jnp.int32)).log_snr
     x_1 = diffuse(x_0, log_snr, eps)
     x_0_hat = reverse.predict("x_0", x_1, log_snr, condition)
-    return -sum_per_example(decoder(x_0, x_1, x_0_hat, levels))
+    return -decoder(x_0, x_1, x_0_hat, levels)
 
 
 def terms_at(

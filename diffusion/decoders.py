@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from diffusion.gaussian import expand
+from diffusion.gaussian import Gaussian, expand, sum_per_example
 from diffusion.schedules import Array, Levels, alpha, sigma
 
 
@@ -50,8 +50,8 @@ class Quantization(NamedTuple):
 
 SCALINGS = ("endpoints", "midpoints")
 
-Decoder = Callable[..., Float[Array, "b *d"]]
-"""(x_0, x_1, x_0_hat, levels) -> log p(x_0 | x_1) in nats, per coordinate."""
+Decoder = Callable[..., Float[Array, "b"]]
+"""(x_0, x_1, x_0_hat, levels) -> log p(x_0 | x_1) in nats, per example."""
 
 
 def discretized_gaussian_log_prob(
@@ -128,11 +128,13 @@ def discretized_gaussian(quantization: Quantization, variance: str = "beta_tilde
 
     def log_prob(x_0, x_1, x_0_hat, levels):
         del x_1
-        return discretized_gaussian_log_prob(
-            x_0, x_0_hat, jnp.sqrt(first_variance(levels, variance)), quantization
-        )
+        std = jnp.sqrt(first_variance(levels, variance))
+        return sum_per_example(discretized_gaussian_log_prob(x_0, x_0_hat, std, quantization))
 
     return log_prob
+
+
+FIRST_VARIANCES = ("beta_tilde", "beta")
 
 
 def first_variance(levels: Levels, variance: str) -> Float[Array, "1"]:
@@ -142,13 +144,23 @@ def first_variance(levels: Levels, variance: str) -> Float[Array, "1"]:
     return step.beta if t == 1 else step.posterior_variance
 
 
+def gaussian(variance: float) -> Decoder:
+    """For continuous data: p(x_0 | x_1) = N(x̂_0, variance) as a density."""
+
+    def log_prob(x_0, x_1, x_0_hat, levels):
+        del x_1, levels
+        return Gaussian(x_0_hat, jnp.full((1,) * jnp.ndim(x_0), variance)).log_prob(x_0)
+
+    return log_prob
+
+
 def categorical(quantization: Quantization) -> Decoder:
     """VDM's decoder: a softmax over the K values, from x_1 alone."""
 
     def log_prob(x_0, x_1, x_0_hat, levels):
         del x_0_hat
         log_snr = jnp.full(jnp.shape(x_1)[0], levels.log_snr[1])
-        return categorical_log_prob(x_0, x_1, log_snr, quantization)
+        return sum_per_example(categorical_log_prob(x_0, x_1, log_snr, quantization))
 
     return log_prob
 

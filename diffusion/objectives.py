@@ -13,7 +13,7 @@ from jaxtyping import Float, Int, PyTree
 from diffusion.bound import kl_of_error, prior_kl
 from diffusion.decoders import Decoder
 from diffusion.forward import diffuse
-from diffusion.gaussian import expand, sum_per_example
+from diffusion.gaussian import expand
 from diffusion.reverse import Reverse, convert
 from diffusion.schedules import Array, Levels, Step
 
@@ -34,13 +34,13 @@ def vlb(
     """
     step = levels.step(t)
     x_t = diffuse(x_0, step.log_snr, eps)
-    prediction = reverse.denoiser(x_t, step.log_snr, condition)
+    prediction, extra = reverse.outputs(x_t, step.log_snr, condition)
     error = reverse.eps_error_of(prediction, x_0, eps, step.log_snr)
     inner = Step(step.log_snr, jnp.where(t == 1, 1.0, step.gap))  # t = 1 has no KL
-    kl = kl_of_error(reverse.variance, error, inner)
+    kl = kl_of_error(error, inner, reverse.log_variance_ratio(inner, error, extra))
     x_0_hat = convert(prediction, x_t, step.log_snr, reverse.parameterization, "x_0")
     x_0_hat = jnp.where(expand(t == 1, x_0), x_0_hat, x_0)  # elsewhere there is nothing to decode
-    reconstruction = -sum_per_example(decoder(x_0, x_t, x_0_hat, levels))
+    reconstruction = -decoder(x_0, x_t, x_0_hat, levels)
     term = jnp.where(t == 1, reconstruction, kl)
     last = levels.step(jnp.full_like(t, levels.num_timesteps)).log_snr
     nats = prior_kl(x_0, last) + levels.num_timesteps * term

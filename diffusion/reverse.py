@@ -15,6 +15,7 @@ from jaxtyping import Float, PyTree
 from diffusion.forward import diffuse, posterior
 from diffusion.gaussian import Gaussian, expand
 from diffusion.schedules import Array, Step, alpha, sigma
+from diffusion.variances import VARIANCES, Variance
 
 
 class Denoiser(Protocol):
@@ -85,38 +86,49 @@ def convert(
     return PARAMETERIZATIONS[target].from_pair(x_0, eps, a, s)
 
 
-class Variance(NamedTuple):
-    """A choice of Σ_θ for the steps to s ≥ 1.
+class Outputs(NamedTuple):
+    """What a denoiser returned, taken apart.
 
     Attributes:
-      of: Step -> Σ_θ, one per example.
-      log_ratio: Step -> log(Σ_θ/β̃), formed without cancellation.
+      prediction: of the parameterisation, with x_t's shape.
+      extra: what Σ_θ is told by, with x_t's shape too; None where there is none.
     """
 
-    of: Callable[[Step], Float[Array, "b"]]
-    log_ratio: Callable[[Step], Float[Array, "b"]]
-
-
-VARIANCES: dict[str, Variance] = {
-    "beta_tilde": Variance(
-        of=lambda step: step.posterior_variance, log_ratio=lambda step: jnp.zeros_like(step.gap)
-    ),
-    "beta": Variance(of=lambda step: step.beta, log_ratio=lambda step: step.log_beta_ratio),
-}
+    prediction: Float[Array, "b *d"]
+    extra: Float[Array, "b *d"] | None
 
 
 class Reverse(NamedTuple):
     """p_θ(x_s | x_t): a denoiser, what it predicts, and the variance Σ_θ of the step.
 
     Attributes:
-      denoiser: (x_t, log_snr, condition) -> prediction.
+      denoiser: (x_t, log_snr, condition) -> prediction. With a learned Σ_θ the last axis is twice
+        as long as x_t's, and its second half is what Σ_θ is told by; another Σ_θ ignores it.
       parameterization: a name in PARAMETERIZATIONS.
-      variance: a name in VARIANCES.
+      variance: Σ_θ, as a `Variance` or a name in VARIANCES.
     """
 
     denoiser: Denoiser
     parameterization: str = "eps"
-    variance: str = "beta_tilde"
+    variance: str | Variance = "beta_tilde"
+
+    def outputs(
+        self, x_t: Float[Array, "b *d"], log_snr: Float[Array, "b"], condition: PyTree | None = None
+    ) -> Outputs:
+        """The denoiser's prediction, and what it says of Σ_θ.
+
+        Raises:
+          ValueError: if Σ_θ is learned and the denoiser says nothing of it.
+        """
+        both = self.denoiser(x_t, log_snr, condition)
+        if both.shape[-1] == 2 * jnp.shape(x_t)[-1]:
+            return Outputs(*jnp.split(both, 2, axis=-1))
+        if _variance(self.variance).is_learned:
+            raise ValueError(
+                f"a learned variance needs a denoiser whose last axis is {2 * jnp.shape(x_t)[-1]} "
+                f"long, twice x_t's; it is {both.shape[-1]}"
+            )
+        return Outputs(both, None)
 
     def predict(
         self,
@@ -126,19 +138,8 @@ class Reverse(NamedTuple):
         condition: PyTree | None = None,
     ) -> Float[Array, "b *d"]:
         """The denoiser's prediction, expressed as ε, x_0, v or the score."""
-        prediction = self.denoiser(x_t, log_snr, condition)
+        prediction = self.outputs(x_t, log_snr, condition).prediction
         return convert(prediction, x_t, log_snr, self.parameterization, target)
-
-    def squared_eps_error(
-        self,
-        x_0: Float[Array, "b *d"],
-        eps: Float[Array, "b *d"],
-        log_snr: Float[Array, "b"],
-        condition: PyTree | None = None,
-    ) -> Float[Array, "b *d"]:
-        """(ε − ε̂)² at x_t = α x_0 + σ ε, per coordinate; exact at high and at low log-SNR."""
-        prediction = self.denoiser(diffuse(x_0, log_snr, eps), log_snr, condition)
-        return self.eps_error_of(prediction, x_0, eps, log_snr)
 
     def eps_error_of(
         self,
@@ -147,21 +148,55 @@ class Reverse(NamedTuple):
         eps: Float[Array, "b *d"],
         log_snr: Float[Array, "b"],
     ) -> Float[Array, "b *d"]:
-        """(ε − ε̂)² of a prediction that the denoiser has made at x_t = α x_0 + σ ε."""
+        """(ε − ε̂)² of a prediction made at x_t = α x_0 + σ ε; exact at high and low log-SNR."""
         a, s = expand(alpha(log_snr), x_0), expand(sigma(log_snr), x_0)
         known = PARAMETERIZATIONS[self.parameterization]
         target = known.from_pair(x_0, eps, a, s)
         weight = known.eps_error_weight(jnp.asarray(log_snr))
         return expand(weight, x_0) * (target - prediction) ** 2
 
+    def squared_eps_error(
+        self,
+        x_0: Float[Array, "b *d"],
+        eps: Float[Array, "b *d"],
+        log_snr: Float[Array, "b"],
+        condition: PyTree | None = None,
+    ) -> Float[Array, "b *d"]:
+        """(ε − ε̂)² at x_t = α x_0 + σ ε, per coordinate."""
+        prediction = self.outputs(diffuse(x_0, log_snr, eps), log_snr, condition).prediction
+        return self.eps_error_of(prediction, x_0, eps, log_snr)
 
-def reverse_step(
-    x_t: Float[Array, "b *d"], x_0_hat: Float[Array, "b *d"], step: Step, variance: str
-) -> Gaussian:
-    """p_θ(x_s | x_t) = N(S_θ, Σ_θ I): the posterior's mean with x̂_0 in the place of x_0.
+    def log_variance_ratio(
+        self, step: Step, like: Float[Array, "b *d"], extra: Float[Array, "b *d"] | None = None
+    ) -> Float[Array, "b ..."]:
+        """r = log(Σ_θ/β̃) of steps to s ≥ 1, shaped to broadcast against `like`."""
+        return _variance(self.variance).log_ratio(_expand_step(step, like), extra)
 
-    Lecture 13, (13.4). With ε̂ the mean is (x_t − β_t/√(1 − ᾱ_t) ε̂)/√α_t, and with the score s
-    it is (x_t + β_t s)/√α_t, whose noise has a variance of about the score's coefficient.
-    """
-    mean = posterior(x_t, x_0_hat, step).mean
-    return Gaussian(mean, expand(VARIANCES[variance].of(step), x_t))
+    def step(
+        self,
+        x_t: Float[Array, "b *d"],
+        x_0_hat: Float[Array, "b *d"],
+        step: Step,
+        extra: Float[Array, "b *d"] | None = None,
+    ) -> Gaussian:
+        """p_θ(x_s | x_t) = N(S_θ, Σ_θ): the posterior's mean with x̂_0 in the place of x_0.
+
+        Args:
+          x_t: noisy sample at time t, in data units.
+          x_0_hat: the predicted clean sample.
+          step: the log-SNRs of s and t, one per example.
+          extra: what the denoiser says of a learned Σ_θ.
+
+        Lecture 13, (13.4). With ε̂ the mean is (x_t − β_t/√(1 − ᾱ_t) ε̂)/√α_t, and with the score s
+        it is (x_t + β_t s)/√α_t, whose noise has a variance of about the score's coefficient.
+        """
+        mean = posterior(x_t, x_0_hat, step).mean
+        return Gaussian(mean, _variance(self.variance).of(_expand_step(step, x_t), extra))
+
+
+def _variance(variance: str | Variance) -> Variance:
+    return VARIANCES[variance]() if isinstance(variance, str) else variance
+
+
+def _expand_step(step: Step, like: Float[Array, "b *d"]) -> Step:
+    return Step(expand(step.log_snr, like), expand(step.gap, like))

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int, PyTree
 
 from diffusion.forward import Noise
-from diffusion.reverse import Reverse, reverse_step
+from diffusion.reverse import Reverse, convert
 from diffusion.schedules import Array, Levels, Step
 
 Treatment = Callable[[Float[Array, "b *d"]], Float[Array, "b *d"]]
@@ -57,8 +57,10 @@ def ancestral(
     treat = X_0_TREATMENTS[x_0_treatment]
 
     def step(x_t, step, noise):
-        x_0_hat = treat(reverse.predict("x_0", x_t, step.log_snr, condition))
-        x_s = reverse_step(x_t, x_0_hat, step, reverse.variance).sample(noise)
+        prediction, extra = reverse.outputs(x_t, step.log_snr, condition)
+        x_0_hat = convert(prediction, x_t, step.log_snr, reverse.parameterization, "x_0")
+        x_0_hat = treat(x_0_hat)
+        x_s = reverse.step(x_t, x_0_hat, step, extra).sample(noise)
         x_s = jnp.where(jnp.isinf(step.gap[0]), x_0_hat, x_s)
         return x_s, x_s, x_0_hat
 

@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from diffusion.decoders import DECODERS, SCALINGS, Decoder, Quantization
+from diffusion.decoders import DECODERS, FIRST_VARIANCES, SCALINGS, Decoder, Quantization
 from diffusion.objectives import OBJECTIVES
-from diffusion.reverse import PARAMETERIZATIONS, VARIANCES, Reverse
+from diffusion.reverse import PARAMETERIZATIONS, Reverse
 from diffusion.samplers import X_0_TREATMENTS
 from diffusion.schedules import SCHEDULES, Levels, Schedule
 from diffusion.timesteps import TIMESTEPS
+from diffusion.variances import VARIANCES, Variance
 from experiments.harness import data
 from experiments.harness.errors import ConfigError
 from models.unet import UNet, ddpm_timestep, log_snr_to_timestep
@@ -26,7 +27,7 @@ class Problem(NamedTuple):
       levels: its T levels.
       network: a Flax module (x_t, log_snr, condition, train) -> prediction.
       parameterization: what the network predicts.
-      variance: Σ_θ's name.
+      variance: Σ_θ.
       quantization: grey levels as data.
       decoder: p(x_0 | x_1).
       image_shape: (height, width, channels).
@@ -36,7 +37,7 @@ class Problem(NamedTuple):
     levels: Levels
     network: nn.Module
     parameterization: str
-    variance: str
+    variance: Variance
     quantization: Quantization
     decoder: Decoder
     image_shape: tuple[int, int, int]
@@ -98,7 +99,7 @@ def check_setting(
         raise ConfigError(f"config.{name} = {value}; {remedy}")
 
 
-def _unet(config: ConfigDict, schedule: Schedule) -> nn.Module:
+def _unet(config: ConfigDict, schedule: Schedule, out_channels: int) -> nn.Module:
     settings = config.to_dict()
     inputs = {
         "log_snr": lambda: log_snr_to_timestep,
@@ -110,7 +111,7 @@ def _unet(config: ConfigDict, schedule: Schedule) -> nn.Module:
             "such as linear_beta; use log_snr"
         )
     noise_input = pick(inputs, settings.pop("noise_input"), "config.model.unet.noise_input")
-    return UNet(**settings, timestep_of=noise_input())
+    return UNet(**settings, out_channels=out_channels, timestep_of=noise_input())
 
 
 MODELS = {"unet": _unet}
@@ -129,12 +130,12 @@ def build(config: ConfigDict) -> Problem:
     make_decoder = pick(DECODERS, config.decoder.name, "config.decoder.name")
     pick(SCALINGS, config.decoder.scaling, "config.decoder.scaling")
     pick(PARAMETERIZATIONS, config.model.parameterization, "config.model.parameterization")
-    pick(VARIANCES, config.model.variance, "config.model.variance")
+    variance = pick(VARIANCES, config.model.variance, "config.model.variance")()
     pick(OBJECTIVES, config.train.objective, "config.train.objective")
     pick(TIMESTEPS, config.train.timesteps, "config.train.timesteps")
     pick(X_0_TREATMENTS, config.sample.x_0_treatment, "config.sample.x_0_treatment")
     gaussian = config.decoder.discretized_gaussian
-    pick(VARIANCES, gaussian.variance, "config.decoder.discretized_gaussian.variance")
+    pick(FIRST_VARIANCES, gaussian.variance, "config.decoder.discretized_gaussian.variance")
 
     check_setting(config, "seed", lambda seed: 0 <= seed < 2**32, "it must be in [0, 2³²)")
     check_positive(config, "schedule.num_timesteps")
@@ -146,7 +147,8 @@ def build(config: ConfigDict) -> Problem:
     except ValueError as error:
         raise ConfigError(f"config.schedule.{config.schedule.name}: {error}") from error
     try:
-        network = make_model(config.model[config.model.name], schedule)
+        out_channels = source.image_shape[-1] * (2 if variance.is_learned else 1)
+        network = make_model(config.model[config.model.name], schedule, out_channels)
         network.validate(source.image_shape)
     except ValueError as error:
         raise ConfigError(f"config.{error}") from error
@@ -155,7 +157,7 @@ def build(config: ConfigDict) -> Problem:
         levels=levels,
         network=network,
         parameterization=config.model.parameterization,
-        variance=config.model.variance,
+        variance=variance,
         quantization=quantization,
         decoder=make_decoder(quantization, **config.decoder[config.decoder.name]),
         image_shape=source.image_shape,

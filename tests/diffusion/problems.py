@@ -24,15 +24,6 @@ def imperfect(variance: str = "beta_tilde") -> reverse.Reverse:
     return reverse.Reverse(denoiser, "x_0", variance)
 
 
-def density_decoder(variance: float):
-    """p(x_0 | x_1) = N(x̂_0, variance) as a density: then a linear model is Gaussian throughout."""
-
-    def log_prob(x_0, x_1, x_0_hat, levels):
-        return -0.5 * ((x_0 - x_0_hat) ** 2 / variance + np.log(2 * np.pi * variance))
-
-    return log_prob
-
-
 def testbed() -> exact.NormalData:
     """x ~ N(0, diag(4, 1, ¼, 1/100)), the exact testbed of equations.md."""
     return exact.NormalData(

@@ -83,7 +83,7 @@ def test_every_term_is_the_kl_of_two_gaussians(variance, float64):
     def both(x_0, eps):
         x_t = forward.diffuse(x_0, step.log_snr, eps)
         q = forward.posterior(x_t, x_0, step)
-        p = reverse.reverse_step(x_t, base.predict("x_0", x_t, step.log_snr), step, variance)
+        p = base.step(x_t, base.predict("x_0", x_t, step.log_snr), step)
         of = {}
         for name in reverse.PARAMETERIZATIONS:
             model = Reverse(lambda x, l, c, name=name: base.predict(name, x, l), name, variance)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion import bound, exact, forward, reverse, schedules
+from diffusion import bound, decoders, exact, forward, schedules
 from diffusion.gaussian import Gaussian
 from tests.diffusion import oracles, problems
 
@@ -26,9 +26,9 @@ def trajectory_estimate(model, decoder, x_0, levels, noise):
         value -= forward.transition(path[t - 1], step).log_prob(path[t])
         x_0_hat = model.predict("x_0", path[t], step.log_snr)
         if t == 1:
-            value += decoder(x_0, path[1], x_0_hat, levels).sum(1)
+            value += decoder(x_0, path[1], x_0_hat, levels)
         else:
-            p = reverse.reverse_step(path[t], x_0_hat, step, model.variance)
+            p = model.step(path[t], x_0_hat, step)
             value += p.log_prob(path[t - 1])
     return -value
 
@@ -40,7 +40,7 @@ def test_trajectory_estimate_has_the_bounds_mean(variance, float64):
     (13.10) takes its points in (T + 1) d dimensions, (13.26) in 2d: only the means agree.
     """
     levels = schedules.linear_log_snr(4.0, -5.0).levels(4)
-    model, decoder = problems.imperfect(variance), problems.density_decoder(0.02)
+    model, decoder = problems.imperfect(variance), decoders.gaussian(0.02)
     long, short = oracles.sigma_points(10), oracles.sigma_points(4)
     along = long[:, 2:].reshape(-1, 4, 2).swapaxes(0, 1)
 
@@ -61,7 +61,7 @@ def test_trajectory_estimate_has_the_bounds_mean(variance, float64):
 def test_sampled_trajectories_have_the_bounds_mean_within_standard_error():
     n, levels = 20_000, schedules.linear_log_snr(4.0, -5.0).levels(5)
     data = exact.NormalData(np.array([0.2, -0.3], np.float32), np.diag([1.0, 0.2]).astype("f4"))
-    model, decoder = problems.predicting(data, "eps"), problems.density_decoder(0.02)
+    model, decoder = problems.predicting(data, "eps"), decoders.gaussian(0.02)
 
     rng = np.random.default_rng(0)
     x_0 = (data.mean + rng.normal(size=(n, 2)) @ np.sqrt(data.covariance)).astype(np.float32)
@@ -109,7 +109,7 @@ def test_elbo_and_its_gap_sum_to_the_log_likelihood(num_timesteps, variance, flo
     for value in (0.0, 1.0):
         at = np.full((num_timesteps, 1), value)
         x_0_hat = model.predict("x_0", at, levels.log_snr[1:])
-        p = reverse.reverse_step(at, x_0_hat, levels.step(t), variance)
+        p = model.step(at, x_0_hat, levels.step(t))
         ends.append(np.where(t == 1, x_0_hat[:, 0], p.mean[:, 0]))
     slope, offset = ends[1] - ends[0], ends[0]
     noise = np.where(t == 1, of_decoder, np.asarray(p.variance)[:, 0])
@@ -132,7 +132,7 @@ def test_elbo_and_its_gap_sum_to_the_log_likelihood(num_timesteps, variance, flo
 
     # Each of the bound's terms is a quadratic of one normal: ±1 are enough points.
     noise = problems.constant(np.array([[-1.0], [1.0]]))
-    decoder = problems.density_decoder(of_decoder)
+    decoder = decoders.gaussian(of_decoder)
     minus_elbo = bound.bound(model, decoder, np.full((2, 1), x), levels, noise).total.mean()
     assert gap > 0.01
     assert -float(minus_elbo) + gap == pytest.approx(log_likelihood, abs=1e-9)

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from diffusion import bound, exact, schedules
+from diffusion import bound, decoders, exact, schedules
 from diffusion.estimate import bits_per_dim, estimate, noise_variance, replicate_timesteps
 from tests.diffusion import problems
 
@@ -115,7 +115,7 @@ def test_reported_noise_of_a_real_bound_is_its_scatter_over_seeds():
     num_seeds, num_timesteps, n, dims = 200, 12, 48, 2
     data = exact.NormalData(np.zeros(2, np.float32), np.diag([1.0, 0.1]).astype(np.float32))
     levels = schedules.linear_log_snr(5.0, -5.0).levels(num_timesteps)
-    model, decoder = problems.predicting(data, "eps"), problems.density_decoder(0.01)
+    model, decoder = problems.predicting(data, "eps"), decoders.gaussian(0.01)
     rng = np.random.default_rng(1)
     x_0 = (rng.normal(size=(n, dims)) * np.sqrt(np.diag(data.covariance))).astype(np.float32)
     tables = rng.normal(size=(2, num_seeds, n, num_timesteps + 1, dims)).astype(np.float32)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from diffusion import exact, samplers, schedules
-from diffusion.reverse import VARIANCES, Reverse
+from diffusion.reverse import Reverse
 from tests.diffusion import oracles, problems
 
 MEAN, VARIANCE = 0.3, 0.5
@@ -37,7 +37,7 @@ def recursion(levels, variance):
     return np.array(moments)
 
 
-@pytest.mark.parametrize("variance", list(VARIANCES))
+@pytest.mark.parametrize("variance", ["beta_tilde", "beta"])
 @pytest.mark.parametrize("num_timesteps", [1, 2, 30])
 def test_moments_of_samples_are_the_linear_recursions(num_timesteps, variance):
     """Row 0 has no noise at all and row j that of one level only: exact moments, no sampling."""
@@ -63,7 +63,7 @@ def test_moments_of_samples_are_the_linear_recursions(num_timesteps, variance):
         assert ((values[1:] - values[0]) ** 2).sum() == pytest.approx(spread, rel=2e-5)
 
 
-@pytest.mark.parametrize("variance", list(VARIANCES))
+@pytest.mark.parametrize("variance", ["beta_tilde", "beta"])
 def test_samples_of_a_fine_chain_have_the_moments_of_the_data(variance):
     """The recursion tends to the data's as T grows, at first order in 1/T."""
     errors = []

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from configs import base, cifar10, digits, recorded
-from diffusion.decoders import DECODERS, SCALINGS
+from diffusion.decoders import DECODERS, FIRST_VARIANCES, SCALINGS
 from diffusion.objectives import OBJECTIVES
-from diffusion.reverse import PARAMETERIZATIONS, VARIANCES
+from diffusion.reverse import PARAMETERIZATIONS
 from diffusion.samplers import X_0_TREATMENTS
 from diffusion.schedules import SCHEDULES
 from diffusion.timesteps import TIMESTEPS
+from diffusion.variances import VARIANCES
 from experiments.harness import settings
 from experiments.harness import workdir as workdirs
 from experiments.harness.errors import ConfigError
@@ -148,7 +149,7 @@ def test_every_schedule_builds_at_any_number_of_timesteps(name, num_timesteps):
         ("model.name", settings.MODELS),
         ("decoder.name", DECODERS),
         ("decoder.scaling", SCALINGS),
-        ("decoder.discretized_gaussian.variance", VARIANCES),
+        ("decoder.discretized_gaussian.variance", FIRST_VARIANCES),
         ("schedule.name", SCHEDULES),
         ("train.objective", OBJECTIVES),
         ("train.timesteps", TIMESTEPS),

@@ -36,19 +36,21 @@ from experiments.harness.state import TrainState, init_params, init_state, make_
 class Convolution(nn.Module):
     """A convolution whose gain depends on the noise level, with dropout. No zero initialisers."""
 
+    out_channels: int
+
     def validate(self, image_shape):
         del image_shape
 
     @nn.compact
     def __call__(self, x_t, log_snr, condition=None, *, train=False):
         del condition
-        gain = 1 + nn.Dense(x_t.shape[-1], name="gain")(0.1 * log_snr[:, None])
-        y = nn.Conv(x_t.shape[-1], (3, 3), name="conv")(x_t) * gain[:, None, None]
+        gain = 1 + nn.Dense(self.out_channels, name="gain")(0.1 * log_snr[:, None])
+        y = nn.Conv(self.out_channels, (3, 3), name="conv")(x_t) * gain[:, None, None]
         return nn.Dropout(0.1, deterministic=not train)(y)
 
 
 # One line in the registry is all that a new network takes.
-settings.MODELS["convolution"] = lambda config, schedule: Convolution()
+settings.MODELS["convolution"] = lambda config, schedule, out: Convolution(out)
 
 
 def config(network: str = "convolution", **overrides: Any) -> ConfigDict:
