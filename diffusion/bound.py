@@ -73,7 +73,7 @@ def step_terms(
     factor is SNR_s/SNR_t − 1. At Σ_θ = β̃ only ½ expm1(gap) ‖ε − ε̂‖² is left.
     """
     outputs = reverse.outputs(diffuse(x_0, step.log_snr, eps), step.log_snr, condition)
-    error = reverse.eps_error_of(outputs.prediction, x_0, eps, step.log_snr)
+    error = reverse.eps_error_of(outputs.prediction, x_0, eps, step.log_snr) ** 2
     r = reverse.log_variance_ratio(step, error, outputs.extra)
     return StepTerms(kl_of_error(error, step, r), sum_per_example(error))
 
@@ -140,6 +140,31 @@ def terms_at(
     filled = jnp.pad(t, ((0, 0), (0, -m % chunk_size)), constant_values=2)
     terms = jax.lax.map(at, filled.T, batch_size=chunk_size)
     return StepTerms(terms.kl[:m].T, terms.eps_error[:m].T)
+
+
+def continuous_rate(
+    reverse: Reverse,
+    x_0: Float[Array, "b *d"],
+    eps: Float[Array, "b *d"],
+    log_snr: Float[Array, "b"],
+    slope: Float[Array, "b"],
+    condition: PyTree | None = None,
+) -> StepTerms:
+    """The KL per unit of time as T → ∞: −½ dλ/dt ‖ε − ε̂‖², whatever Σ_θ.
+
+    Its mean over uniform time in [0, 1] is the diffusion term: ½ ∫ E‖ε − ε̂‖² dλ between the two
+    ends, for any schedule that joins them. Kingma et al. (2021), equation 17.
+
+    Args:
+      reverse: the denoiser.
+      x_0: data.
+      eps: standard normal noise.
+      log_snr: λ at the time.
+      slope: dλ/dt there, negative.
+      condition: passed to the denoiser.
+    """
+    error = sum_per_example(reverse.squared_eps_error(x_0, eps, log_snr, condition))
+    return StepTerms(-0.5 * slope * error, error)
 
 
 def bound(

@@ -35,7 +35,7 @@ def vlb(
     step = levels.step(t)
     x_t = diffuse(x_0, step.log_snr, eps)
     prediction, extra = reverse.outputs(x_t, step.log_snr, condition)
-    error = reverse.eps_error_of(prediction, x_0, eps, step.log_snr)
+    error = reverse.eps_error_of(prediction, x_0, eps, step.log_snr) ** 2
     inner = Step(step.log_snr, jnp.where(t == 1, 1.0, step.gap))  # t = 1 has no KL
     kl = kl_of_error(error, inner, reverse.log_variance_ratio(inner, error, extra))
     x_0_hat = convert(prediction, x_t, step.log_snr, reverse.parameterization, "x_0")

@@ -8,7 +8,6 @@ by the same error, ‖ε − ε̂‖², computed in the coordinates that the den
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Float, PyTree
 
@@ -33,13 +32,13 @@ class Parameterization(NamedTuple):
       from_pair: (x_0, ε, α, σ) -> y.
       x_0: (y, x_t, α, σ) -> x_0.
       eps: (y, x_t, α, σ) -> ε.
-      eps_error_weight: λ -> the factor that takes ‖y − ŷ‖² to ‖ε − ε̂‖².
+      eps_error_factor: λ -> the factor that takes y − ŷ to ε − ε̂.
     """
 
     from_pair: Callable
     x_0: Callable
     eps: Callable
-    eps_error_weight: Callable
+    eps_error_factor: Callable
 
 
 PARAMETERIZATIONS: dict[str, Parameterization] = {
@@ -47,25 +46,25 @@ PARAMETERIZATIONS: dict[str, Parameterization] = {
         from_pair=lambda x_0, eps, a, s: eps,
         x_0=lambda y, x_t, a, s: (x_t - s * y) / a,
         eps=lambda y, x_t, a, s: y,
-        eps_error_weight=lambda log_snr: jnp.ones_like(log_snr),
+        eps_error_factor=lambda log_snr: jnp.ones_like(log_snr),
     ),
     "x_0": Parameterization(
         from_pair=lambda x_0, eps, a, s: x_0,
         x_0=lambda y, x_t, a, s: y,
         eps=lambda y, x_t, a, s: (x_t - a * y) / s,
-        eps_error_weight=jnp.exp,
+        eps_error_factor=lambda log_snr: -jnp.exp(0.5 * log_snr),
     ),
     "v": Parameterization(  # Salimans and Ho (2022), appendix D
         from_pair=lambda x_0, eps, a, s: a * eps - s * x_0,
         x_0=lambda y, x_t, a, s: a * x_t - s * y,
         eps=lambda y, x_t, a, s: s * x_t + a * y,
-        eps_error_weight=jax.nn.sigmoid,
+        eps_error_factor=alpha,
     ),
     "score": Parameterization(  # ∇ log q(x_t | x_0) = −ε/σ
         from_pair=lambda x_0, eps, a, s: -eps / s,
         x_0=lambda y, x_t, a, s: (x_t + s**2 * y) / a,
         eps=lambda y, x_t, a, s: -s * y,
-        eps_error_weight=lambda log_snr: jax.nn.sigmoid(-log_snr),
+        eps_error_factor=lambda log_snr: -sigma(log_snr),
     ),
 }
 
@@ -148,12 +147,11 @@ class Reverse(NamedTuple):
         eps: Float[Array, "b *d"],
         log_snr: Float[Array, "b"],
     ) -> Float[Array, "b *d"]:
-        """(ε − ε̂)² of a prediction made at x_t = α x_0 + σ ε; exact at high and low log-SNR."""
+        """ε − ε̂ of a prediction made at x_t = α x_0 + σ ε; exact at high and low log-SNR."""
         a, s = expand(alpha(log_snr), x_0), expand(sigma(log_snr), x_0)
         known = PARAMETERIZATIONS[self.parameterization]
         target = known.from_pair(x_0, eps, a, s)
-        weight = known.eps_error_weight(jnp.asarray(log_snr))
-        return expand(weight, x_0) * (target - prediction) ** 2
+        return expand(known.eps_error_factor(jnp.asarray(log_snr)), x_0) * (target - prediction)
 
     def squared_eps_error(
         self,
@@ -164,7 +162,7 @@ class Reverse(NamedTuple):
     ) -> Float[Array, "b *d"]:
         """(ε − ε̂)² at x_t = α x_0 + σ ε, per coordinate."""
         prediction = self.outputs(diffuse(x_0, log_snr, eps), log_snr, condition).prediction
-        return self.eps_error_of(prediction, x_0, eps, log_snr)
+        return self.eps_error_of(prediction, x_0, eps, log_snr) ** 2
 
     def log_variance_ratio(
         self, step: Step, like: Float[Array, "b *d"], extra: Float[Array, "b *d"] | None = None

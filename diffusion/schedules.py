@@ -144,6 +144,19 @@ class Schedule(NamedTuple):
         """λ at times in [0, 1]: the schedule in continuous time."""
         return jnp.interp(time, np.linspace(0.0, 1.0, len(self.knots)), self.knots)
 
+    def slope(self, time: Float[Array, "*b"]) -> Float[Array, "*b"]:
+        """dλ/dtime < 0 at times in [0, 1]; at a knot that of the piece after it.
+
+        Raises:
+          ValueError: for a schedule of one knot, which has no continuous time.
+        """
+        pieces = len(self.knots) - 1
+        if pieces < 1:
+            raise ValueError("a schedule of a single level has no continuous time")
+        slopes = np.diff(np.asarray(self.knots, np.float64)) * pieces
+        piece = jnp.clip(jnp.floor(jnp.asarray(time) * pieces).astype(int), 0, pieces - 1)
+        return jnp.asarray(slopes)[piece]
+
     def levels(self, num_timesteps: int) -> Levels:
         """T levels at equally spaced times, both ends included; at T = 1 the noisiest end alone.
 
