@@ -39,7 +39,8 @@ def _data() -> dict:
 
 def _schedule() -> dict:
     return {
-        # linear_beta, cosine, sigmoid, linear_log_snr or betas: which of the groups below is used.
+        # Which of the groups below is used: linear_beta, cosine, sigmoid, linear_log_snr, betas or
+        # learned.
         "name": "linear_beta",
         # T: noisy levels, in training and in the bound. A table of native_timesteps β's is respaced
         # to a smaller T, and to a larger one interpolated: for iDDPM's cosine of 4000, set both.
@@ -49,6 +50,9 @@ def _schedule() -> dict:
         "sigmoid": {"native_timesteps": 1000, "start": -3.0, "end": 3.0, "temperature": 1.0},
         "linear_log_snr": {"max": 10.0, "min": -10.0},
         "betas": {"betas": ()},  # an explicit table
+        # A monotone network between two ends, trained for the least variance of the loss; the ends
+        # stay where they are, or are trained by the bound.
+        "learned": {"max": 10.0, "min": -10.0, "features": 64, "train_ends": False},
     }
 
 
@@ -90,14 +94,23 @@ def _decoder() -> dict:
 
 def _train() -> dict:
     return {
-        # simple (DDPM's L_simple) or vlb (the bound).
+        # simple (DDPM's L_simple), vlb (the bound), hybrid (iDDPM's, for a learned Σ_θ), or a
+        # weighting over log-SNRs: min_snr, truncated, p2, sigmoid.
         "objective": "simple",
-        # How t is drawn within a batch: uniform or stratified.
+        "hybrid": {"vlb_weight": 0.001},
+        "min_snr": {"gamma": 5.0},
+        "p2": {"k": 1.0, "gamma": 1.0},
+        "sigmoid": {"bias": 2.0},
+        # The loss at the T levels (discrete), or as T → ∞ (continuous).
+        "time": "discrete",
+        # How t is drawn within a batch: uniform, stratified, or importance (stratified, over
+        # probabilities that follow the last ten losses at each t).
         "timesteps": "stratified",
         "batch_size": 128,
         "num_steps": 1000,
         "optimizer": "adam",  # or adamw
         "learning_rate": 2e-4,
+        "schedule_learning_rate": 1e-2,  # of a learned schedule, by Adam, constant
         "beta2": 0.999,
         "weight_decay": 0.0,  # adamw only
         "warmup_steps": 0,

@@ -105,7 +105,7 @@ class Levels(NamedTuple):
 
     def step(self, t: Int[Array, "*b"]) -> Step:
         """The step from t to t − 1, for t = 1 … T; in the default float type, on the device."""
-        return Step(jnp.asarray(self.log_snr)[t], jnp.asarray(self.gap)[t])
+        return Step(jnp.asarray(self.log_snr, float)[t], jnp.asarray(self.gap, float)[t])
 
     @property
     def alpha_bar(self) -> Float[np.ndarray, "levels"]:
@@ -142,7 +142,8 @@ class Schedule(NamedTuple):
 
     def log_snr(self, time: Float[Array, "*b"]) -> Float[Array, "*b"]:
         """λ at times in [0, 1]: the schedule in continuous time."""
-        return jnp.interp(time, np.linspace(0.0, 1.0, len(self.knots)), self.knots)
+        times = np.linspace(0.0, 1.0, len(self.knots))
+        return jnp.interp(time, jnp.asarray(times, float), jnp.asarray(self.knots, float))
 
     def slope(self, time: Float[Array, "*b"]) -> Float[Array, "*b"]:
         """dλ/dtime < 0 at times in [0, 1]; at a knot that of the piece after it.
@@ -155,7 +156,7 @@ class Schedule(NamedTuple):
             raise ValueError("a schedule of a single level has no continuous time")
         slopes = np.diff(np.asarray(self.knots, np.float64)) * pieces
         piece = jnp.clip(jnp.floor(jnp.asarray(time) * pieces).astype(int), 0, pieces - 1)
-        return jnp.asarray(slopes)[piece]
+        return jnp.asarray(slopes, float)[piece]
 
     def levels(self, num_timesteps: int) -> Levels:
         """T levels at equally spaced times, both ends included; at T = 1 the noisiest end alone.

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from diffusion.bound import Bound
 from diffusion.estimate import bits_per_dim, estimate, noise_variance, replicate_timesteps
-from experiments.harness import data, devices, pictures, settings, steps
+from experiments.harness import data, devices, measure, pictures, settings
 from experiments.harness import workdir as workdirs
 from experiments.harness.checkpoints import CHECKPOINTS, load_ema
 from experiments.harness.metrics import append_jsonl, write_json, write_npz
@@ -47,6 +47,7 @@ def evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
     workdirs.check_network(config, workdir)
     problem = settings.build(config)
     params, step = load_ema(workdir, config.evaluate.checkpoint, abstract_params(problem))
+    problem = problem.learned(params)
     workdirs.check_writable(workdir)
     dataset = settings.load_data(config, config.evaluate.split)
     start = time.monotonic()
@@ -95,8 +96,8 @@ def full_bound(
       A Bound of float64 arrays in nats, [n, …], and the variances, [n] in nats².
     """
     mesh = devices.mesh()
-    first = steps.make_bound(config, problem, mesh)
-    second = steps.make_terms_at(config, problem, mesh, draw=1)
+    first = measure.make_bound(config, problem, mesh)
+    second = measure.make_terms_at(config, problem, mesh, draw=1)
     num_timesteps, batch_size = problem.levels.num_timesteps, config.evaluate.batch_size
     params = devices.place(params, devices.replicated(mesh))
     n = len(dataset.images)
@@ -106,8 +107,8 @@ def full_bound(
         for index, mask in data.padded_batches(n, batch_size):
             images = dataset.images[index]
             t = replicate_timesteps(index, num_timesteps, config.evaluate.replicates)
-            once = jax.device_get(first(params, images, index))
-            again = jax.device_get(second(params, images, index, t))
+            once = jax.device_get(first(params, problem.levels, images, index))
+            again = jax.device_get(second(params, problem.levels, images, index, t))
             variance = _noise_variance(once, again, t, num_timesteps)
             terms.append(jax.tree.map(lambda a, mask=mask: np.asarray(a, np.float64)[mask], once))
             variances.append(variance[mask])
@@ -199,16 +200,16 @@ def make_quick_bound(config: ConfigDict, problem: Problem, dataset: data.Dataset
     every call, so that what is left of the noise falls out of a comparison.
     """
     mesh = devices.mesh()
-    some = steps.make_terms_at(config, problem, mesh, draw=0)
+    some = measure.make_terms_at(config, problem, mesh, draw=0)
     num_timesteps, n = problem.levels.num_timesteps, len(dataset.images)
     num_dims = int(np.prod(problem.image_shape))
     batches = list(data.padded_batches(n, config.evaluate.batch_size))
 
     def quick_bound(params: Any) -> float:
-        total = 0.0
+        total, levels = 0.0, problem.learned(params).levels
         for index, mask in batches:
             t = replicate_timesteps(index, num_timesteps, config.train.validation_timesteps)
-            terms = jax.device_get(some(params, dataset.images[index], index, t))
+            terms = jax.device_get(some(params, levels, dataset.images[index], index, t))
             diffusion = terms.kl.mean(axis=1) * (num_timesteps - 1) if t.size else 0.0
             nats = terms.prior.astype(np.float64) + diffusion + terms.reconstruction
             total += nats[mask].sum()

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from diffusion.forward import diffuse
 from diffusion.samplers import Samples
-from experiments.harness import data, devices, pictures, settings, steps
+from experiments.harness import data, devices, measure, pictures, settings
 from experiments.harness import workdir as workdirs
 from experiments.harness.checkpoints import CHECKPOINTS, load_ema
 from experiments.harness.metrics import write_npz
@@ -48,6 +48,7 @@ def sample(config: ConfigDict, workdir: epath.PathLike) -> np.ndarray:
     workdirs.check_network(config, workdir)
     problem = settings.build(config)
     params, step = load_ema(workdir, config.sample.checkpoint, abstract_params(problem))
+    problem = problem.learned(params)
     workdirs.check_writable(workdir)
     num_timesteps = config.sample.num_timesteps or problem.levels.num_timesteps
     record = strip_levels(num_timesteps, config.sample.strip_columns)
@@ -99,15 +100,16 @@ def make_draw(
     States at the recorded levels are kept for the first `sample.strip_rows` samples.
     """
     mesh = devices.mesh()
-    run_sampler = steps.make_sampler(config, problem, mesh, num_timesteps, record)
+    run_sampler = measure.make_sampler(config, problem, mesh, record)
     rows = config.sample.strip_rows
 
     def draw(params: Any, n: int) -> Samples:
+        levels = problem.learned(params).schedule.levels(num_timesteps)
         params = devices.place(params, devices.replicated(mesh))
         parts = []
         with progress(n, "sample", "img", delay=2, leave=False) as bar:
             for index, mask in data.padded_batches(n, config.sample.batch_size):
-                made = jax.device_get(run_sampler(params, index))
+                made = jax.device_get(run_sampler(params, levels, index))
                 shown = min(int(mask.sum()), rows)
                 parts.append(Samples(made.x_0[mask], made.x_t[:, :shown], made.x_0_hat[:, :shown]))
                 bar.update(int(mask.sum()))

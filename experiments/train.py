@@ -17,6 +17,7 @@ from experiments.harness import data, devices, pictures, settings, steps
 from experiments.harness import workdir as workdirs
 from experiments.harness.checkpoints import Checkpoints, is_new, load_ema
 from experiments.harness.errors import ConfigError, RunError
+from experiments.harness.loss import init_history
 from experiments.harness.metrics import MetricsLog
 from experiments.harness.progress import progress
 from experiments.harness.settings import Problem
@@ -56,12 +57,13 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
       RunError: if a loss or gradient is not finite; no state since was saved.
     """
     check(config)
-    problem, optimizer = settings.build(config), make_optimizer(config.train)
+    problem, optimizer = settings.build(config), _optimizer(config)
     workdirs.check(config, workdir)
     initial = initial_params(config, problem, workdir)
     workdirs.record(config, workdir)
     with Checkpoints(workdir, keep_last=config.train.keep_checkpoints) as checkpoints:
-        state = restore_or_start(config, optimizer, checkpoints, initial)
+        history = init_history(config, problem)
+        state = restore_or_start(config, optimizer, checkpoints, initial, history)
         first_step = int(state.step)
         if first_step >= config.train.num_steps:
             return state
@@ -73,7 +75,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
 def check(config: ConfigDict) -> None:
     """Raises ConfigError for settings or data that `train` can't use; compiles nothing."""
     settings.build(config)
-    make_optimizer(config.train)
+    _optimizer(config)
     for section in ("train", "evaluate", "sample"):
         devices.check_batch(f"config.{section}.batch_size", config[section].batch_size)
     settings.check_positive(
@@ -101,6 +103,10 @@ def check(config: ConfigDict) -> None:
         )
 
 
+def _optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    return make_optimizer(config.train, learns_schedule=config.schedule.name == "learned")
+
+
 def initial_params(config: ConfigDict, problem: Problem, workdir: epath.PathLike) -> Any:
     """A function that makes the parameters of step 0: random, or another run's EMA weights."""
     if not config.train.init_from or not is_new(workdir):
@@ -119,13 +125,14 @@ def restore_or_start(
     optimizer: optax.GradientTransformation,
     checkpoints: Checkpoints,
     initial: Callable[[], Any],
+    history: Any,
 ) -> TrainState:
     """The latest checkpoint's state, or the state of step 0, on every device."""
     everywhere = devices.replicated(devices.mesh())
     latest = checkpoints.latest_step()
     if latest is None:
-        return devices.place(init_state(initial(), optimizer), everywhere)
-    like = jax.eval_shape(lambda: init_state(initial(), optimizer))
+        return devices.place(init_state(initial(), optimizer, history), everywhere)
+    like = jax.eval_shape(lambda: init_state(initial(), optimizer, history))
     like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), like)
     if latest < config.train.num_steps:
         tqdm.write(f"resuming from step {latest} of {config.train.num_steps}")

@@ -3,7 +3,7 @@
 import jax
 from jaxtyping import Array, Key
 
-STREAMS = ("params", "train", "evaluate", "sample")
+STREAMS = ("params", "train", "evaluate", "sample", "estimate")
 
 
 def stream(seed: int, purpose: str) -> Key[Array, ""]:

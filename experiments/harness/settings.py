@@ -8,14 +8,15 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from diffusion.decoders import DECODERS, FIRST_VARIANCES, SCALINGS, Decoder, Quantization
-from diffusion.objectives import OBJECTIVES
+from diffusion.objectives import OBJECTIVES, Objective
 from diffusion.reverse import PARAMETERIZATIONS, Reverse
 from diffusion.samplers import X_0_TREATMENTS
-from diffusion.schedules import SCHEDULES, Levels, Schedule
-from diffusion.timesteps import TIMESTEPS
+from diffusion.schedules import SCHEDULES, Levels, Schedule, linear_log_snr
+from diffusion.timesteps import TIMES
 from diffusion.variances import VARIANCES, Variance
 from experiments.harness import data
 from experiments.harness.errors import ConfigError
+from models.noise_schedule import NoiseSchedule, tabulate
 from models.unet import UNet, ddpm_timestep, log_snr_to_timestep
 
 
@@ -23,8 +24,9 @@ class Problem(NamedTuple):
     """What a config says of the mathematics: everything but data, parameters and training.
 
     Attributes:
-      schedule: the noise schedule.
+      schedule: the noise schedule; where it is learned, the one that it starts from.
       levels: its T levels.
+      noise_schedule: the network that a learned schedule is, else None.
       network: a Flax module (x_t, log_snr, condition, train) -> prediction.
       parameterization: what the network predicts.
       variance: Σ_θ.
@@ -35,6 +37,7 @@ class Problem(NamedTuple):
 
     schedule: Schedule
     levels: Levels
+    noise_schedule: NoiseSchedule | None
     network: nn.Module
     parameterization: str
     variance: Variance
@@ -43,16 +46,27 @@ class Problem(NamedTuple):
     image_shape: tuple[int, int, int]
 
     def reverse(self, params: Any, dropout_key: Any = None) -> Reverse:
-        """p_θ with these parameters; with dropout where a key for it is given."""
+        """p_θ with these parameters ("network"); with dropout where a key for it is given."""
 
         def denoiser(x_t, log_snr, condition=None):
             rngs = None if dropout_key is None else {"dropout": dropout_key}
             train = dropout_key is not None
             return self.network.apply(
-                {"params": params}, x_t, log_snr, condition, train=train, rngs=rngs
+                {"params": params["network"]}, x_t, log_snr, condition, train=train, rngs=rngs
             )
 
         return Reverse(denoiser, self.parameterization, self.variance)
+
+    def learned(self, params: Any) -> "Problem":
+        """This problem with the schedule that these parameters ("noise_schedule") make."""
+        if self.noise_schedule is None:
+            return self
+
+        def log_snr(params, time):
+            return self.noise_schedule.apply({"params": params}, time)
+
+        schedule = tabulate(log_snr, params["noise_schedule"])
+        return self._replace(schedule=schedule, levels=schedule.levels(self.levels.num_timesteps))
 
 
 def pick(registry: Mapping[str, Any] | Sequence[str], name: str, setting: str) -> Any:
@@ -117,6 +131,10 @@ def _unet(config: ConfigDict, schedule: Schedule, out_channels: int) -> nn.Modul
 MODELS = {"unet": _unet}
 
 
+TIMESTEPS = (*TIMES, "importance")
+TIME = ("discrete", "continuous")
+
+
 def build(config: ConfigDict) -> Problem:
     """Everything the config names, checked before anything is compiled.
 
@@ -125,14 +143,11 @@ def build(config: ConfigDict) -> Problem:
     Raises:
       ConfigError: for a setting that is unknown or does not fit the others.
     """
-    make_schedule = pick(SCHEDULES, config.schedule.name, "config.schedule.name")
     make_model = pick(MODELS, config.model.name, "config.model.name")
     make_decoder = pick(DECODERS, config.decoder.name, "config.decoder.name")
     pick(SCALINGS, config.decoder.scaling, "config.decoder.scaling")
     pick(PARAMETERIZATIONS, config.model.parameterization, "config.model.parameterization")
     variance = pick(VARIANCES, config.model.variance, "config.model.variance")()
-    pick(OBJECTIVES, config.train.objective, "config.train.objective")
-    pick(TIMESTEPS, config.train.timesteps, "config.train.timesteps")
     pick(X_0_TREATMENTS, config.sample.x_0_treatment, "config.sample.x_0_treatment")
     gaussian = config.decoder.discretized_gaussian
     pick(FIRST_VARIANCES, gaussian.variance, "config.decoder.discretized_gaussian.variance")
@@ -141,11 +156,8 @@ def build(config: ConfigDict) -> Problem:
     check_positive(config, "schedule.num_timesteps")
     source = describe_data(config, "train")
     quantization = Quantization(source.num_levels, config.decoder.scaling)
-    try:
-        schedule = make_schedule(**config.schedule[config.schedule.name])
-        levels = schedule.levels(config.schedule.num_timesteps)
-    except ValueError as error:
-        raise ConfigError(f"config.schedule.{config.schedule.name}: {error}") from error
+    schedule, levels, noise_schedule = _schedule(config)
+    make_objective(config)
     try:
         out_channels = source.image_shape[-1] * (2 if variance.is_learned else 1)
         network = make_model(config.model[config.model.name], schedule, out_channels)
@@ -155,6 +167,7 @@ def build(config: ConfigDict) -> Problem:
     return Problem(
         schedule=schedule,
         levels=levels,
+        noise_schedule=noise_schedule,
         network=network,
         parameterization=config.model.parameterization,
         variance=variance,
@@ -162,3 +175,61 @@ def build(config: ConfigDict) -> Problem:
         decoder=make_decoder(quantization, **config.decoder[config.decoder.name]),
         image_shape=source.image_shape,
     )
+
+
+def _schedule(config: ConfigDict) -> tuple[Schedule, Levels, NoiseSchedule | None]:
+    """The schedule, its T levels, and its network where it is learned."""
+    name = config.schedule.name
+    pick((*SCHEDULES, "learned"), name, "config.schedule.name")
+    arguments, noise_schedule = config.schedule[name], None
+    try:
+        if name == "learned":
+            noise_schedule = NoiseSchedule(**arguments)
+            noise_schedule.validate()
+            schedule = linear_log_snr(arguments.max, arguments.min)
+        else:
+            schedule = SCHEDULES[name](**arguments)
+        return schedule, schedule.levels(config.schedule.num_timesteps), noise_schedule
+    except ValueError as error:
+        message = str(error).removeprefix("schedule.learned.")
+        raise ConfigError(f"config.schedule.{name}: {message}") from error
+
+
+def make_objective(config: ConfigDict) -> Objective:
+    """The training loss that the config names.
+
+    Raises:
+      ConfigError: for an unknown one, or for settings that have no meaning together.
+    """
+    name = config.train.objective
+    factory = pick(OBJECTIVES, name, "config.train.objective")
+    pick(TIMESTEPS, config.train.timesteps, "config.train.timesteps")
+    pick(TIME, config.train.time, "config.train.time")
+    continuous, is_learned = config.train.time == "continuous", config.schedule.name == "learned"
+    first = config.decoder.discretized_gaussian.variance
+    wrong = {
+        f"config.train.time = {config.train.time!r} trains no schedule; with "
+        "config.schedule.name = 'learned' use continuous": is_learned and not continuous,
+        f"config.train.objective = {name!r} does not tell a schedule's variance; with "
+        "config.schedule.name = 'learned' use vlb": is_learned and name != "vlb",
+        f"config.train.objective = {name!r} has no continuous time; use "
+        "config.train.time=discrete": continuous and name == "hybrid",
+        "config.train.timesteps = 'importance' is of discrete timesteps; in continuous time learn "
+        "the schedule, or use stratified": continuous and config.train.timesteps == "importance",
+        f"config.train.objective = 'hybrid' trains a learned variance; config.model.variance = "
+        f"{config.model.variance!r} is fixed": name == "hybrid"
+        and not VARIANCES[config.model.variance]().is_learned,
+        "config.decoder.discretized_gaussian.variance = 'beta_tilde' depends on T; in continuous "
+        "time use beta": continuous
+        and name == "vlb"
+        and config.decoder.name == "discretized_gaussian"
+        and first == "beta_tilde",
+        "config.schedule.name needs a second level: a table of one β has no continuous time": (
+            continuous and not is_learned and config.schedule.name == "betas"
+        )
+        and len(config.schedule.betas.betas) < 2,
+    }
+    for message, is_wrong in wrong.items():
+        if is_wrong:
+            raise ConfigError(message)
+    return factory(**config.train.get(name, {}))

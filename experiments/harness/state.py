@@ -50,10 +50,11 @@ class TrainState(NamedTuple):
 
     Attributes:
       step: steps taken.
-      params: the network's parameters.
+      params: {"network": …}, and "noise_schedule" beside it where the schedule is learned.
       ema_params: their exponential moving average, which is what is evaluated.
       opt_state: optax's.
       window: running sums for the log.
+      history: of losses, where importance sampling follows them; else empty.
     """
 
     step: Int[Array, ""]
@@ -61,23 +62,31 @@ class TrainState(NamedTuple):
     ema_params: Any
     opt_state: Any
     window: Window
+    history: Any
 
 
 def init_params(problem: Problem, seed: int) -> Any:
-    """The network's parameters, a function of the seed."""
-    x_t = jnp.zeros((1, *problem.image_shape))
-    return jax.jit(problem.network.init)(stream(seed, "params"), x_t, jnp.zeros(1))["params"]
+    """The networks' parameters, a function of the seed."""
+    key, x_t = stream(seed, "params"), jnp.zeros((1, *problem.image_shape))
+    params = {"network": jax.jit(problem.network.init)(key, x_t, jnp.zeros(1))["params"]}
+    if problem.noise_schedule is not None:
+        schedule_key = jax.random.fold_in(key, 1)
+        params["noise_schedule"] = problem.noise_schedule.init(schedule_key, jnp.zeros(1))["params"]
+    return params
 
 
 def abstract_params(problem: Problem) -> Any:
-    """Shapes and dtypes of the network's parameters; nothing is computed."""
+    """Shapes and dtypes of the networks' parameters; nothing is computed."""
     return jax.eval_shape(lambda: init_params(problem, 0))
 
 
-def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(
+    params: Any, optimizer: optax.GradientTransformation, history: Any = None
+) -> TrainState:
     """The state before the first step."""
     ema_params = jax.tree.map(jnp.copy, params)  # not the same buffers: both are donated
-    return TrainState(jnp.int32(0), params, ema_params, optimizer.init(params), Window.empty())
+    opt_state, history = optimizer.init(params), {} if history is None else history
+    return TrainState(jnp.int32(0), params, ema_params, opt_state, Window.empty(), history)
 
 
 def learning_rate(config: ConfigDict) -> optax.Schedule:
@@ -93,8 +102,15 @@ def learning_rate(config: ConfigDict) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
 
 
-def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+def make_optimizer(
+    config: ConfigDict, learns_schedule: bool = False
+) -> optax.GradientTransformation:
     """Adam or AdamW behind a clip of the global gradient norm.
+
+    Args:
+      config: the section `train`.
+      learns_schedule: whether the parameters have a "noise_schedule", which gets an Adam of its own
+        at a constant rate.
 
     Raises:
       ConfigError: for an unknown optimizer or decay, or a setting that would have no effect.
@@ -111,5 +127,8 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
             f"config.train.optimizer = {config.optimizer!r}; use adamw"
         )
     if config.gradient_clip:
-        return optax.chain(optax.clip_by_global_norm(config.gradient_clip), optimizer)
-    return optimizer
+        optimizer = optax.chain(optax.clip_by_global_norm(config.gradient_clip), optimizer)
+    if not learns_schedule:
+        return optimizer
+    parts = {"network": optimizer, "noise_schedule": optax.adam(config.schedule_learning_rate)}
+    return optax.partition(parts, lambda params: {part: part for part in params})

@@ -17,6 +17,10 @@ X_0 = np.asarray(QUANTIZATION.to_data(RNG.integers(0, 17, (3, 2, 2, 1))))
 TABLE = RNG.normal(size=(3, NUM_TIMESTEPS + 1, 2, 2, 1)).astype(np.float32)
 
 
+def total(loss):
+    return loss.term + loss.rest
+
+
 def network(theta, name="eps", variance="beta_tilde"):
     return Reverse(lambda x, l, condition=None: jnp.tanh(theta * x), name, variance)
 
@@ -35,7 +39,7 @@ def test_expectation_of_vlb_over_all_timesteps_is_the_bound(decoder, variance):
 
         def at(t):
             t = jnp.full(3, t)
-            return objectives.vlb(model, decode, X_0, noise(t), t, LEVELS)
+            return total(objectives.vlb().discrete(model, decode, X_0, noise(t), t, LEVELS))
 
         return jax.vmap(at)(jnp.arange(1, NUM_TIMESTEPS + 1)), bound.bound(
             model, decode, X_0, LEVELS, noise
@@ -52,11 +56,11 @@ def test_vlb_of_a_single_noisy_level_is_the_bound():
     @jax.jit
     def both():
         whole = bound.bound(network(0.5), decode, X_0, levels, problems.constant(eps))
-        loss = objectives.vlb(network(0.5), decode, X_0, eps, np.ones(3, int), levels)
-        return loss, whole.total
+        args = network(0.5), decode, X_0, eps, np.ones(3, int), levels
+        return total(objectives.vlb().discrete(*args)), whole.total
 
-    loss, total = both()
-    np.testing.assert_allclose(loss, np.asarray(total) / (4 * np.log(2)), rtol=1e-6)
+    loss, whole = both()
+    np.testing.assert_allclose(loss, np.asarray(whole) / (4 * np.log(2)), rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", list(reverse.PARAMETERIZATIONS))
@@ -74,7 +78,7 @@ def test_simple_is_the_mean_squared_error_of_eps_and_the_kl_without_its_weight(n
         eps, step = noise(t), LEVELS.step(t)
         x_t = bound.diffuse(X_0, step.log_snr, eps)
         return (
-            objectives.simple(model, decode, X_0, eps, t, LEVELS),
+            objectives.simple().discrete(model, decode, X_0, eps, t, LEVELS).term,
             bound.step_terms(model, X_0, eps, step).kl,
             (eps - model.predict("eps", x_t, step.log_snr)) ** 2,
         )
@@ -103,8 +107,8 @@ def test_gradients_are_finite_at_every_timestep_and_those_of_the_terms(decoder, 
     def gradients(theta):
         model = network(theta, "v", variance)
         return (
-            objectives.vlb(model, decode, x_0, eps, t, LEVELS),
-            objectives.simple(model, decode, x_0, eps, t, LEVELS),
+            objectives.vlb().discrete(model, decode, x_0, eps, t, LEVELS).term,
+            objectives.simple().discrete(model, decode, x_0, eps, t, LEVELS).term,
             bound.reconstruction(model, decode, x_0[:1], eps[:1], LEVELS),
         )
 
@@ -120,6 +124,112 @@ def test_gradients_are_finite_at_every_timestep_and_those_of_the_terms(decoder, 
 def test_objectives_take_a_batch_of_one_in_any_shape(name):
     x_0 = np.zeros((1, 5, 3, 3), np.float32)
     decode = decoders.categorical(QUANTIZATION)
-    loss = objectives.OBJECTIVES[name](network(0.5), decode, x_0, x_0 + 1, np.ones(1, int), LEVELS)
-    assert loss.shape == (1,)
-    assert np.isfinite(loss[0])
+    model = Reverse(lambda x, l, condition=None: jnp.concatenate([x, x], axis=-1), "eps", "beta")
+    objective = objectives.OBJECTIVES[name]()
+    losses = [objective.discrete(model, decode, x_0, x_0 + 1, np.ones(1, int), LEVELS)]
+    if objective.continuous:
+        at = np.zeros(1, np.float32)
+        losses.append(objective.continuous(model, decode, x_0, x_0 + 1, at, at - 3, LEVELS))
+    for loss in losses:
+        assert total(loss).shape == (1,)
+        assert np.isfinite(total(loss)[0])
+
+
+# Weightings
+
+LOG_SNR = np.linspace(-20, 20, 41).astype(np.float32)
+
+
+def weight_of(objective):
+    """The factor of ‖ε − ε̂‖²/d at every λ: the loss of a model that is off by one."""
+    x_0 = np.zeros((41, 2), np.float32)
+    model = Reverse(lambda x, l, condition=None: x_0 + 1, "eps")
+    at = LOG_SNR, np.full(41, -1.0, np.float32), LEVELS
+    return objective.continuous(model, decoders.gaussian(1.0), x_0, x_0, *at).term
+
+
+def test_weightings_are_the_published_ones():
+    """On the squared error of ε; published on x_0's, times SNR, for three of them."""
+    snr = np.exp(np.float64(LOG_SNR))
+    published = {
+        "simple": np.ones(41),
+        "min_snr": np.minimum(snr, 5.0) / snr,
+        "truncated": np.maximum(snr, 1.0) / snr,
+        "p2": 1 / (1 + snr),
+        # The bound's ½ a unit of log-SNR, for two dimensions, in bits/dim.
+        "sigmoid": 1 / (1 + np.exp(LOG_SNR - 2.0)) / (2 * np.log(2)),
+    }
+    for name, expected in published.items():
+        np.testing.assert_allclose(
+            weight_of(objectives.OBJECTIVES[name]()), expected, rtol=2e-5, err_msg=name
+        )
+    np.testing.assert_allclose(
+        weight_of(objectives.p2(k=0.3, gamma=1.5)), (0.3 + snr) ** -1.5, rtol=3e-5
+    )
+    np.testing.assert_allclose(
+        weight_of(objectives.min_snr(1.0)), np.minimum(1 / snr, 1), rtol=1e-5
+    )
+
+
+def test_a_discrete_weighting_is_the_continuous_one_at_the_same_level():
+    t = np.array([1, 3, 6])
+    step, model = LEVELS.step(t), network(0.5, "v")
+    for name in ("simple", "min_snr", "truncated", "p2"):
+        objective = objectives.OBJECTIVES[name]()
+        fixed = model, None, X_0, TABLE[:, 1]
+        discrete = objective.discrete(*fixed, t, LEVELS)
+        continuous = objective.continuous(*fixed, step.log_snr, -jnp.ones(3), LEVELS)
+        np.testing.assert_allclose(discrete.term, continuous.term, rtol=1e-6)
+
+
+def test_a_sigmoid_far_to_the_right_is_the_bound():
+    model, decode = network(0.5, "v"), decoders.categorical(QUANTIZATION)
+    t = np.array([2, 4, 6])
+    args = model, decode, X_0, TABLE[:, 2], t, LEVELS
+    np.testing.assert_allclose(
+        objectives.sigmoid(40.0).discrete(*args).term,
+        objectives.vlb().discrete(*args).term,
+        rtol=1e-6,
+    )
+    assert np.all(objectives.sigmoid().discrete(*args[:4], np.ones(3, int), LEVELS).term == 0)
+
+
+# The bound in continuous time, and a learned variance
+
+
+def test_continuous_vlb_is_the_limit_of_the_discrete_one(float64):
+    """Its mean over time, against the mean over t at T = 20 001: the gap falls as 1/T."""
+    schedule = schedules.linear_log_snr(5.0, -5.0)
+    levels, model = schedule.levels(20_001), network(0.5, "v")
+    decode, eps = decoders.categorical(QUANTIZATION), TABLE[:, 1]
+    whole = jax.jit(lambda: bound.bound(model, decode, X_0, levels, problems.constant(eps), 500))()
+
+    @jax.jit
+    def loss(time):
+        at = jnp.full(3, 1.0)
+        args = schedule.log_snr(time * at), schedule.slope(time * at), levels
+        return total(objectives.vlb().continuous(model, decode, X_0, eps, *args))
+
+    mean = jax.lax.map(loss, (jnp.arange(2000) + 0.5) / 2000).mean(0)
+    np.testing.assert_allclose(mean, np.asarray(whole.total) / (4 * np.log(2)), rtol=1e-3)
+
+
+def test_hybrid_moves_the_mean_by_l_simple_and_the_variance_by_the_bound():
+    """Gradients: of the mean, L_simple's; of the extra, 0.001 of the bound's; of each, not both."""
+    decode, t = decoders.categorical(QUANTIZATION), np.array([1, 2, 5])
+
+    def losses(objective):
+        def of(mean, extra):
+            def denoiser(x, l, condition=None):
+                return jnp.concatenate([mean * x, extra + 0 * x], axis=-1)
+
+            model = Reverse(denoiser, "eps", "learned_range")
+            return total(objective.discrete(model, decode, X_0, TABLE[:, 1], t, LEVELS)).sum()
+
+        return [float(g) for g in jax.jit(jax.grad(of, argnums=(0, 1)))(0.5, 0.2)]
+
+    hybrid, simple, vlb = map(losses, (objectives.hybrid(), objectives.simple(), objectives.vlb()))
+    assert hybrid[0] == pytest.approx(simple[0], rel=1e-5)
+    assert hybrid[1] == pytest.approx(0.001 * vlb[1], rel=1e-4)
+    assert simple[1] == 0
+    assert vlb[0] != 0

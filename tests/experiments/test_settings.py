@@ -15,7 +15,6 @@ from diffusion.objectives import OBJECTIVES
 from diffusion.reverse import PARAMETERIZATIONS
 from diffusion.samplers import X_0_TREATMENTS
 from diffusion.schedules import SCHEDULES
-from diffusion.timesteps import TIMESTEPS
 from diffusion.variances import VARIANCES
 from experiments.harness import settings
 from experiments.harness import workdir as workdirs
@@ -152,7 +151,8 @@ def test_every_schedule_builds_at_any_number_of_timesteps(name, num_timesteps):
         ("decoder.discretized_gaussian.variance", FIRST_VARIANCES),
         ("schedule.name", SCHEDULES),
         ("train.objective", OBJECTIVES),
-        ("train.timesteps", TIMESTEPS),
+        ("train.timesteps", settings.TIMESTEPS),
+        ("train.time", settings.TIME),
         ("sample.x_0_treatment", X_0_TREATMENTS),
     ],
 )
@@ -160,6 +160,8 @@ def test_an_unknown_name_is_told_the_known_ones_and_the_likely_one(setting, regi
     for name in registry:
         config = tiny.config()
         config.schedule.betas.betas = (0.1, 0.2)
+        if name == "hybrid":  # for a learned variance alone
+            config.model.variance = "learned_range"
         config.update_from_flattened_dict({setting: name})
         settings.build(config)
         # A letter too many, as in a slip of the hand.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion.objectives import OBJECTIVES
+from diffusion.objectives import OBJECTIVES, Loss, Objective
 from experiments.harness import data, devices, settings, steps
 from experiments.harness.errors import ConfigError
 from experiments.harness.state import init_params, init_state, learning_rate, make_optimizer
@@ -173,9 +173,9 @@ def test_losses_are_summed_by_quartile_of_t(num_timesteps, monkeypatch):
     """
 
     def timestep(reverse, decoder, x_0, eps, t, levels, condition=None):
-        return t.astype(jnp.float32)
+        return Loss(t.astype(jnp.float32), jnp.zeros(len(t)))
 
-    monkeypatch.setitem(OBJECTIVES, "timestep", timestep)
+    monkeypatch.setitem(OBJECTIVES, "timestep", lambda: Objective(timestep, None))
     stepper = Stepper(
         tiny.config(
             train__objective="timestep",
@@ -215,9 +215,10 @@ def test_the_first_bad_step_is_remembered(bad, monkeypatch):
 
     def sometimes(reverse, decoder, x_0, eps, t, levels, condition=None):
         # Bad where the first image is all white, which is so in one batch alone.
-        return jnp.where((x_0[0] == 1).all(), bad, 1.0) * jnp.ones(len(t))
+        term = jnp.where((x_0[0] == 1).all(), bad, 1.0) * jnp.ones(len(t))
+        return Loss(term, jnp.zeros(len(t)))
 
-    monkeypatch.setitem(OBJECTIVES, "sometimes", sometimes)
+    monkeypatch.setitem(OBJECTIVES, "sometimes", lambda: Objective(sometimes, None))
     config = tiny.config(train__objective="sometimes", train__batch_size=8)
     white = data.batch_indices(config.seed, 2, 1000, 8)[0]
     images = np.zeros((1000, 8, 8, 1), np.uint8)

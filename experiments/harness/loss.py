@@ -1,0 +1,107 @@
+"""The training loss of a batch, from parameters, data and a key."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+from ml_collections import ConfigDict
+
+from diffusion.learned_schedule import variance_surrogate
+from diffusion.schedules import Levels
+from diffusion.timesteps import TIMES, LossHistory, by_importance, to_timestep
+from experiments.harness import settings
+from experiments.harness.settings import Problem
+
+
+class Batch(NamedTuple):
+    """What a loss says of its examples, beside its mean.
+
+    Attributes:
+      losses: of each example; their mean is the batch's loss.
+      unweighted: the same without the weight of an importance-sampled t.
+      time: where in (0, 1] each was drawn.
+      t: the timestep; zero in continuous time.
+    """
+
+    losses: Float[Array, "b"]
+    unweighted: Float[Array, "b"]
+    time: Float[Array, "b"]
+    t: Int[Array, "b"]
+
+
+LossFn = Callable[[Any, Float[Array, "b *d"], Key[Array, ""], Any], tuple[Array, Batch]]
+"""(params, x_0, key, history) -> (what is differentiated, Batch)."""
+
+
+def make_loss(config: ConfigDict, problem: Problem) -> LossFn:
+    """The config's objective over its draws of time."""
+    objective = settings.make_objective(config)
+    by_history = config.train.timesteps == "importance"
+    draw_time = TIMES["stratified" if by_history else config.train.timesteps]
+    num_timesteps = problem.levels.num_timesteps
+
+    def discrete(params, x_0, key, history):
+        eps, time, reverse = draw(params, x_0, key)
+        if by_history:
+            t, weight = by_importance(time, history.probabilities())
+        else:
+            t, weight = to_timestep(time, num_timesteps), 1.0
+        loss = objective.discrete(reverse, problem.decoder, x_0, eps, t, problem.levels)
+        losses = loss.rest + weight * loss.term
+        return losses.mean(), Batch(losses, loss.rest + loss.term, t / num_timesteps, t)
+
+    def continuous(params, x_0, key, history):
+        del history
+        eps, time, reverse = draw(params, x_0, key)
+        time = 1 - time  # in (0, 1], as t/T is
+        if problem.noise_schedule is None:
+            at = problem.schedule.log_snr(time), problem.schedule.slope(time), problem.levels
+        else:
+            at = _learned_levels(problem, params, time)
+        loss = objective.continuous(reverse, problem.decoder, x_0, eps, *at)
+        losses = loss.rest + loss.term
+        total = losses.mean()
+        if problem.noise_schedule is not None:
+            total += _of_schedule(problem, params, time, loss.term / -at[1])
+        return total, Batch(losses, losses, time, jnp.zeros(len(time), jnp.int32))
+
+    def draw(params, x_0, key):
+        eps_key, time_key, dropout_key = jax.random.split(key, 3)
+        eps = jax.random.normal(eps_key, x_0.shape)
+        return eps, draw_time(time_key, len(x_0)), problem.reverse(params, dropout_key)
+
+    return continuous if config.train.time == "continuous" else discrete
+
+
+def init_history(config: ConfigDict, problem: Problem) -> LossHistory | dict:
+    """The losses that importance sampling follows; nothing where there is none."""
+    if config.train.timesteps == "importance":
+        return LossHistory.empty(problem.levels.num_timesteps)
+    return {}
+
+
+def _learned_levels(
+    problem: Problem, params: Any, time: Float[Array, "b"]
+) -> tuple[Float[Array, "b"], Float[Array, "b"], Levels]:
+    """λ and dλ/dt for the bound, which trains the two ends at most; and these as levels."""
+    schedule, variables = problem.noise_schedule, {"params": params["noise_schedule"]}
+    log_snr, slope = schedule.apply(variables, time, method="ends_only")
+    first, last = schedule.apply(variables, method="ends")
+    infinite = jnp.full_like(first, jnp.inf)
+    ends = Levels(jnp.stack([infinite, first, last]), jnp.stack([infinite, infinite, first - last]))
+    return log_snr, slope, ends
+
+
+def _of_schedule(
+    problem: Problem, params: Any, time: Float[Array, "b"], half_error: Float[Array, "b"]
+) -> Float[Array, ""]:
+    """The relative variance of the loss as a function of the schedule's interior; of value zero."""
+
+    def log_snr(time):
+        variables = {"params": params["noise_schedule"]}
+        return problem.noise_schedule.apply(variables, time, method="interior_only")
+
+    relative = variance_surrogate(log_snr, time, jax.lax.stop_gradient(half_error)).mean()
+    return relative - jax.lax.stop_gradient(relative)

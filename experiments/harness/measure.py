@@ -1,0 +1,233 @@
+"""The compiled programs of an evaluation and of sampling.
+
+Their random numbers are functions of (seed, example, t): the batch size and the devices change
+nothing beyond rounding. Levels are arguments, so that a learned schedule needs no new program.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
+
+from diffusion.bound import Bound, bound, continuous_rate, prior_kl, reconstruction, step_terms
+from diffusion.bound import terms_at as kl_at
+from diffusion.control import GaussianControl
+from diffusion.forward import example_noise
+from diffusion.samplers import Samples, ancestral, sample
+from diffusion.schedules import Levels, Schedule, Step
+from diffusion.trajectory import trajectory
+from experiments.harness import devices
+from experiments.harness.seeds import stream
+from experiments.harness.settings import Problem
+
+
+def make_bound(
+    config: ConfigDict, problem: Problem, mesh: Mesh
+) -> Callable[[Any, Levels, Array, Int[Array, "b"]], Bound]:
+    """The full-sum bound as (params, levels, images uint8 [b h w c], index [b]) -> Bound [b]."""
+
+    def full(params, levels, images, index):
+        x_0 = problem.quantization.to_data(images)
+        noise = evaluation_noise(config, problem, index)
+        reverse, decoder = problem.reverse(params), problem.decoder
+        return bound(reverse, decoder, x_0, levels, noise, config.evaluate.chunk_size)
+
+    return _jit_evaluation(full, mesh, num_batched=2)
+
+
+def make_terms_at(
+    config: ConfigDict, problem: Problem, mesh: Mesh, draw: int
+) -> Callable[..., Bound]:
+    """The bound at some timesteps: (params, levels, images, index, t [b m]) -> Bound, KLs [b m].
+
+    Args:
+      config: the config.
+      problem: the mathematics it names.
+      mesh: the devices.
+      draw: which of an example's independent noises; the full bound uses 0.
+    """
+
+    def some(params, levels, images, index, t):
+        x_0 = problem.quantization.to_data(images)
+        noise = evaluation_noise(config, problem, index, draw)
+        reverse, ones = problem.reverse(params), jnp.ones_like(index)
+        terms = kl_at(reverse, x_0, levels, t, noise, config.evaluate.chunk_size)
+        return Bound(
+            prior=prior_kl(x_0, levels.step(levels.num_timesteps * ones).log_snr),
+            kl=terms.kl,
+            reconstruction=reconstruction(reverse, problem.decoder, x_0, noise(ones), levels),
+            eps_error=terms.eps_error,
+        )
+
+    return _jit_evaluation(some, mesh, num_batched=3)
+
+
+class Points(NamedTuple):
+    """Where the diffusion term's integrand over time is evaluated: m points for each example.
+
+    Attributes:
+      log_snr: λ.
+      rate: the gap of the step at T levels; in continuous time −dλ/dt.
+      slot: numbers the point's noise: two points of an example with one slot share it.
+    """
+
+    log_snr: Float[Array, "b m"]
+    rate: Float[Array, "b m"]
+    slot: Int[Array, "b m"]
+
+    @classmethod
+    def at(
+        cls,
+        problem: Problem,
+        time: Float[np.ndarray, "b m"],
+        slot: Int[np.ndarray, "b m"],
+        continuous: bool,
+    ) -> "Points":
+        """From times in [0, 1), in float64. At T levels the T − 1 KLs share [0, 1) equally."""
+        if continuous:
+            schedule: Schedule = problem.schedule
+            pieces = len(schedule.knots) - 1
+            log_snr = np.interp(time * pieces, np.arange(pieces + 1), schedule.knots)
+            slopes = -np.diff(schedule.knots) * pieces
+            rate = slopes[np.minimum((time * pieces).astype(int), pieces - 1)]
+        else:
+            t = 2 + (time * (problem.levels.num_timesteps - 1)).astype(int)
+            log_snr, rate = problem.levels.log_snr[t], problem.levels.gap[t]
+        return cls(np.float32(log_snr), np.float32(rate), np.asarray(slot, np.int32))
+
+
+class Rates(NamedTuple):
+    """The integrand at `Points`, whose mean over uniform time is the diffusion term.
+
+    Attributes:
+      value: in nats.
+      control: of mean zero over the noise, on the same scale (`diffusion.control`).
+      eps_error: ‖ε − ε̂‖².
+    """
+
+    value: Float[Array, "b m"]
+    control: Float[Array, "b m"]
+    eps_error: Float[Array, "b m"]
+
+
+def make_rates(
+    config: ConfigDict, problem: Problem, mesh: Mesh, continuous: bool
+) -> Callable[[Any, GaussianControl, Array, Int[Array, "b"], Points, Int[Array, "b"]], Rates]:
+    """The integrand as (params, control, images, index [b], points, draw [b]) -> Rates.
+
+    `draw` numbers independent noises of the same slots.
+    """
+    num_terms = max(problem.levels.num_timesteps - 1, 1)
+
+    def rates(params, control, images, index, points, draw):
+        x_0 = problem.quantization.to_data(images)
+        noise = _rate_noise(config, problem, index, draw)
+        reverse = problem.reverse(params)
+
+        def at(point):
+            eps = noise(point.slot)
+            if continuous:
+                terms = continuous_rate(reverse, x_0, eps, point.log_snr, -point.rate)
+                scale = 0.5 * point.rate
+            else:
+                terms = step_terms(reverse, x_0, eps, Step(point.log_snr, point.rate))
+                terms = terms._replace(kl=num_terms * terms.kl)
+                scale = 0.5 * num_terms * jnp.expm1(point.rate)
+            return Rates(terms.kl, scale * control(x_0, eps, point.log_snr), terms.eps_error)
+
+        m = points.slot.shape[1]
+        chunk_size = min(config.evaluate.chunk_size, m)
+        filled = jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (0, -m % chunk_size)), "edge"), points)
+        by_point = jax.tree.map(jnp.transpose, filled)
+        found = jax.lax.map(at, by_point, batch_size=chunk_size)
+        return jax.tree.map(lambda a: a[:m].T, found)
+
+    return _jit_evaluation(rates, mesh, num_batched=4, num_shared=2)
+
+
+def make_trajectory(
+    config: ConfigDict, problem: Problem, mesh: Mesh
+) -> Callable[..., Float[Array, "b"]]:
+    """(13.10) along whole trajectories: (params, levels, images, index, draw [b]) -> totals [b]."""
+
+    def totals(params, levels, images, index, draw):
+        x_0 = problem.quantization.to_data(images)
+        noise = _rate_noise(config, problem, index, draw)
+        return trajectory(problem.reverse(params), problem.decoder, x_0, levels, noise).total
+
+    return _jit_evaluation(totals, mesh, num_batched=3)
+
+
+def make_sampler(
+    config: ConfigDict, problem: Problem, mesh: Mesh, record: tuple[int, ...] = ()
+) -> Callable[[Any, Levels, Int[Array, "b"]], Samples]:
+    """Ancestral sampling as (params, levels, index [b]) -> Samples, one compiled program.
+
+    Sample i is a function of (seed, i), whatever the batch around it.
+
+    Args:
+      config: the config.
+      problem: the mathematics it names.
+      mesh: the devices.
+      record: levels whose x_t and x̂_0 are kept.
+    """
+    root = stream(config.seed, "sample")
+
+    def run(params, levels, index):
+        noise = example_noise(root, index, problem.image_shape)
+        sampler = ancestral(problem.reverse(params), config.sample.x_0_treatment)
+        return sample(sampler, levels, noise, len(index), record)
+
+    everywhere, split = devices.replicated(mesh), devices.split_batch(mesh)
+    out = Samples(split, *[NamedSharding(mesh, PartitionSpec(None, "data"))] * 2)
+    return jax.jit(run, in_shardings=(everywhere, everywhere, split), out_shardings=out)
+
+
+def evaluation_noise(
+    config: ConfigDict, problem: Problem, index: Int[Array, "b"], draw: int = 0
+) -> Callable:
+    """The noise of an evaluation: a function of (seed, example, t, draw)."""
+    return example_noise(stream(config.seed, "evaluate"), index, problem.image_shape, draw)
+
+
+def _rate_noise(
+    config: ConfigDict, problem: Problem, index: Int[Array, "b"], draw: Int[Array, "b"]
+) -> Callable:
+    """Noise of a stream of its own, a function of (seed, example, slot, draw)."""
+    root = stream(config.seed, "estimate")
+    keys = jax.vmap(lambda i, d: jax.random.fold_in(jax.random.fold_in(root, i), d))(index, draw)
+
+    def noise(slot):
+        at_slot = jax.vmap(jax.random.fold_in)(keys, slot)
+        return jax.vmap(lambda k: jax.random.normal(k, problem.image_shape))(at_slot)
+
+    return noise
+
+
+def _jit_evaluation(
+    function: Callable, mesh: Mesh, num_batched: int, num_shared: int = 2
+) -> Callable:
+    """Compiles with full-precision products: what is shared everywhere, the rest by examples.
+
+    Each device runs the function on its own examples, and nothing is communicated.
+    """
+    split = PartitionSpec("data")
+    local = jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=(*[PartitionSpec()] * num_shared, *[split] * num_batched),
+        out_specs=split,
+        check_vma=False,
+    )
+    compiled = jax.jit(local)
+
+    def run(*args):
+        with jax.default_matmul_precision("highest"):
+            return compiled(*args)
+
+    return run
