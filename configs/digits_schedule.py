@@ -2,8 +2,8 @@
 
     python main.py --config=configs/digits_schedule.py --workdir=runs/digits_schedule
 
-The network of `digits`, trained on the bound as T → ∞; beside it a monotone network between log-SNRs
-8 and −5 is trained for the least variance of the loss.
+The network of `digits`, trained on the bound as T → ∞; beside it a monotone network between
+log-SNRs 8 and −5 is trained for the least variance of the loss.
 """
 
 from ml_collections import ConfigDict

@@ -67,6 +67,9 @@ def make_terms_at(
     return _jit_evaluation(some, mesh, num_batched=3)
 
 
+ENDS_SLOT = 2**30  # numbers the noise of the reconstruction among the points' noises
+
+
 class Points(NamedTuple):
     """Where the diffusion term's integrand over time is evaluated: m points for each example.
 
@@ -148,6 +151,21 @@ def make_rates(
         return jax.tree.map(lambda a: a[:m].T, found)
 
     return _jit_evaluation(rates, mesh, num_batched=4, num_shared=2)
+
+
+def make_ends(
+    config: ConfigDict, problem: Problem, mesh: Mesh
+) -> Callable[..., tuple[Float[Array, "b"], Float[Array, "b"]]]:
+    """(params, levels, images, index, draw [b]) -> the bound's prior and reconstruction, [b]."""
+
+    def ends(params, levels, images, index, draw):
+        x_0 = problem.quantization.to_data(images)
+        eps = _rate_noise(config, problem, index, draw)(jnp.full_like(index, ENDS_SLOT))
+        prior = prior_kl(x_0, levels.step(levels.num_timesteps * jnp.ones_like(index)).log_snr)
+        reverse = problem.reverse(params)
+        return prior, reconstruction(reverse, problem.decoder, x_0, eps, levels)
+
+    return _jit_evaluation(ends, mesh, num_batched=3)
 
 
 def make_trajectory(

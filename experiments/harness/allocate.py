@@ -1,0 +1,239 @@
+"""The bound at a price: evaluations spent where the noise is, until its error is small enough.
+
+A pilot measures the standard deviation of the diffusion term's integrand over time, and how much of
+it the control variate explains. Times are then drawn in proportion to what is left (Neyman's
+allocation), one to a stratum for each example, with unbiased weights. Replicates of the whole
+design, independent of the pilot and of one another, tell its error.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float
+from ml_collections import ConfigDict
+
+from diffusion.control import GaussianControl
+from diffusion.estimate import bits_per_dim
+from diffusion.timesteps import Proposal, jittered
+from experiments.harness import data, devices, measure, settings
+from experiments.harness.measure import Points, Rates
+from experiments.harness.progress import progress
+from experiments.harness.settings import Problem
+
+MAX_BINS = 32
+PAIRS_PER_BIN = 20
+FIRST_REPLICATES = 4
+SAFETY = 1.1  # on the variance that the pilot foretells
+CONTROL_EXAMPLES = 10_000
+
+
+class Plan(NamedTuple):
+    """What a pilot found.
+
+    Attributes:
+      proposal: the density of time.
+      coefficient: of the control variate, in each bin of time.
+      variance: foretold of one evaluation's weighted value given its example, in nats².
+      evaluations: that the pilot used.
+    """
+
+    proposal: Proposal
+    coefficient: Float[np.ndarray, "bins"]
+    variance: float
+    evaluations: int
+
+
+class Allocated(NamedTuple):
+    """An estimate of the bound of each example, in nats, from independent replicates.
+
+    Attributes:
+      prior: of each example.
+      diffusion: in each replicate.
+      reconstruction: in each replicate.
+      rate: the integrand in equal bins of time, the mean over examples.
+      eps_error: ‖ε − ε̂‖², likewise.
+      evaluations: of the network, pilot included.
+    """
+
+    prior: Float[np.ndarray, "n"]
+    diffusion: Float[np.ndarray, "r n"]
+    reconstruction: Float[np.ndarray, "r n"]
+    rate: Float[np.ndarray, "bins"]
+    eps_error: Float[np.ndarray, "bins"]
+    evaluations: int
+
+    @property
+    def total(self) -> Float[np.ndarray, "n"]:
+        """The bound on −log p."""
+        return self.prior + (self.diffusion + self.reconstruction).mean(axis=0)
+
+    @property
+    def noise_variance(self) -> Float[np.ndarray, "n"]:
+        """Variance of each total, given its example."""
+        replicates = self.diffusion + self.reconstruction
+        return replicates.var(axis=0, ddof=1) / len(replicates)
+
+
+class Estimator:
+    """Draws the terms of a trained model's bound over a data set.
+
+    Args:
+      config: the config.
+      problem: the mathematics it names; its schedule, if learned, the learned one.
+      params: the networks' parameters.
+      dataset: whose bound is estimated.
+      continuous: the bound as T → ∞ in place of that at T.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        problem: Problem,
+        params: Any,
+        dataset: data.Dataset,
+        continuous: bool = False,
+    ):
+        mesh = devices.mesh()
+        self.config, self.problem, self.dataset = config, problem, dataset
+        self.continuous, self.num_examples = continuous, len(dataset.images)
+        self.params = devices.place(params, devices.replicated(mesh))
+        self.control = fit_control(config, problem)
+        self._rates = measure.make_rates(config, problem, mesh, continuous)
+        self._ends = measure.make_ends(config, problem, mesh)
+
+    def rates(self, time: Float[np.ndarray, "n m"], draw: int) -> Rates:
+        """The integrand at m times of every example, [n, m] in float64. Noise is of (draw, m)."""
+        slot = np.broadcast_to(np.arange(time.shape[1]), time.shape)
+
+        def run(index):
+            points = Points.at(self.problem, time[index], slot[index], self.continuous)
+            images, draws = self.dataset.images[index], np.full(len(index), draw)
+            return self._rates(self.params, self.control, images, index, points, draws)
+
+        return self._over_batches(run)
+
+    def ends(self, draw: int) -> tuple[np.ndarray, np.ndarray]:
+        """The prior and a draw of the reconstruction of every example, [n] each in float64."""
+
+        def run(index):
+            images, draws = self.dataset.images[index], np.full(len(index), draw)
+            return self._ends(self.params, self.problem.levels, images, index, draws)
+
+        return self._over_batches(run)
+
+    def _over_batches(self, run: Any) -> Any:
+        parts = []
+        for index, mask in data.padded_batches(self.num_examples, self.config.evaluate.batch_size):
+            host = jax.device_get(run(index))
+            parts.append(jax.tree.map(lambda a, mask=mask: np.asarray(a, np.float64)[mask], host))
+        return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+
+
+def fit_control(config: ConfigDict, problem: Problem) -> GaussianControl:
+    """The control variate of the training data."""
+    images = settings.load_data(config, "train").images[:CONTROL_EXAMPLES]
+    x_0 = np.asarray(problem.quantization.to_data(images))
+    return GaussianControl.fit(x_0, problem.quantization.spacing**2 / 12)
+
+
+def pilot(estimator: Estimator, times_per_example: int, use_control: bool = True) -> Plan:
+    """Two noises at each of a few times of each example, to plan the rest by.
+
+    Half the squared difference of the two is the variance of one; their regression on the control's
+    difference is its coefficient.
+    """
+    n, seed = estimator.num_examples, estimator.config.seed
+    time = jittered(np.random.default_rng([seed, 0]), n, times_per_example)
+    first, second = (estimator.rates(time, draw) for draw in (0, 1))
+    num_bins = int(np.clip(time.size // PAIRS_PER_BIN, 1, MAX_BINS))
+    bins = Proposal(np.ones(num_bins)).bin(time)
+    value, control = first.value - second.value, first.control - second.control
+
+    def per_bin(x):
+        return np.bincount(bins.ravel(), x.ravel(), num_bins)
+
+    squared = per_bin(control**2)
+    slope = np.divide(per_bin(value * control), squared, where=squared > 0, out=0 * squared)
+    coefficient = slope if use_control else 0 * slope
+    count = np.maximum(per_bin(np.ones_like(value)), 1)
+    variance = 0.5 * per_bin((value - coefficient[bins] * control) ** 2) / count
+    proposal = Proposal.allocate(np.sqrt(variance))
+    foretold = float(np.mean(variance / proposal.density))
+    return Plan(proposal, coefficient, foretold, 2 * time.size)
+
+
+def allocated_bound(
+    estimator: Estimator, target: float, max_evaluations: int, pilot_times: int
+) -> Allocated:
+    """The bound to a Monte-Carlo error of `target` bits/dim, or as near as the budget allows.
+
+    Args:
+      estimator: draws the terms.
+      target: the largest standard error over times and noise, the examples fixed.
+      max_evaluations: of the network, pilot included; 0 for no limit.
+      pilot_times: times per example of the pilot.
+    """
+    n, rng_seed = estimator.num_examples, estimator.config.seed
+    num_dims = int(np.prod(estimator.problem.image_shape))
+    plan = pilot(estimator, pilot_times)
+    budget = max_evaluations or np.inf
+    # Given their examples, the mean over n examples of m values each has the variance V/(n m).
+    wanted = SAFETY * plan.variance * (bits_per_dim(1.0, num_dims) / target) ** 2 / n
+    affordable = (budget - plan.evaluations) / n - FIRST_REPLICATES
+    m = max(int(np.ceil(min(wanted, affordable) / FIRST_REPLICATES)), 1)
+    draws, done = _Replicates(estimator, plan, m), False
+    with progress(None, "estimate", "replicate", leave=False) as bar:
+        while not done:
+            draws.add(rng_seed)
+            bar.update()
+            if draws.count < FIRST_REPLICATES:
+                continue
+            result = draws.result()
+            error = bits_per_dim(np.sqrt(result.noise_variance.sum()) / n, num_dims)
+            bar.set_postfix_str(f"Monte-Carlo error ± {error:.5f}")
+            done = error <= target or result.evaluations + n * (m + 1) > budget
+    return result
+
+
+class _Replicates:
+    """Replicates of the design, as they come."""
+
+    def __init__(self, estimator: Estimator, plan: Plan, m: int):
+        self.estimator, self.plan, self.m = estimator, plan, m
+        self.diffusion, self.reconstruction, self.prior = [], [], None
+        bins = len(plan.proposal.density)
+        self.sums = np.zeros((3, bins))  # of values, of errors, and of draws, by bin
+
+    @property
+    def count(self) -> int:
+        return len(self.diffusion)
+
+    def add(self, seed: int) -> None:
+        """One more, from noise of its own."""
+        estimator, proposal = self.estimator, self.plan.proposal
+        draw = 2 + self.count  # 0 and 1 are the pilot's
+        uniform = jittered(np.random.default_rng([seed, draw]), estimator.num_examples, self.m)
+        time = proposal.time(uniform)
+        found, bins = estimator.rates(time, draw), proposal.bin(time)
+        value = found.value - self.plan.coefficient[bins] * found.control
+        self.diffusion.append((value / proposal.density[bins]).mean(axis=1))
+        self.prior, reconstruction = estimator.ends(draw)
+        self.reconstruction.append(reconstruction)
+        for row, x in enumerate((value, found.eps_error, np.ones_like(value))):
+            self.sums[row] += np.bincount(bins.ravel(), x.ravel(), self.sums.shape[1])
+
+    def result(self) -> Allocated:
+        """The estimate so far."""
+        value, error, count = self.sums
+        evaluations = self.plan.evaluations + self.count * self.estimator.num_examples * (
+            self.m + 1
+        )
+        return Allocated(
+            self.prior,
+            np.stack(self.diffusion),
+            np.stack(self.reconstruction),
+            value / np.maximum(count, 1),
+            error / np.maximum(count, 1),
+            evaluations,
+        )
