@@ -19,6 +19,9 @@ def get_config() -> ConfigDict:
             "train": _train(),
             "evaluate": _evaluate(),
             "sample": _sample(),
+            "variance": _variance(),
+            "analytic": _analytic(),
+            "sigma": _sigma(),
         }
     )
     return config.lock()
@@ -138,6 +141,29 @@ def _evaluate() -> dict:
         "chunk_size": 16,  # timesteps at once, for each of them
         # Timesteps per example at which the noise is drawn twice, to measure the Monte-Carlo error.
         "replicates": 32,
+        # Σ_θ of the bound; empty: the model's own. beta_tilde, beta, analytic_isotropic or
+        # analytic_diagonal (worked out from errors on the training data), or the learned one.
+        "variance": "",
+        # 0: the full sum over t. Else the Monte-Carlo error (bits/dim) to reach with a few
+        # timesteps per example, drawn where the noise is; and the most network evaluations to
+        # spend on it (0: no limit), of which a pilot takes twice `pilot` an example.
+        "target": 0.0,
+        "max_evaluations": 0,
+        "pilot": 4,
+        # More to report of the same checkpoint: continuous (the bound as T → ∞), k_sample (the
+        # importance-weighted bound of K trajectories), ode (the probability flow's likelihood).
+        "also": (),
+        "k_sample": {"num_samples": 8, "num_timesteps": 50},
+        "ode": {
+            "num_steps": 0,  # 0: adaptive, to the tolerance; else a fixed grid of so many steps
+            "tolerance": 1e-4,
+            "max_steps": 1000,
+            "method": "tsit5",  # or heun, dopri8
+            "trace": "hutchinson",  # or exact: one derivative a dimension
+            "probes": 2,
+            # noise: through the model's first latent and decoder; uniform: over a pixel's bin.
+            "dequantization": "noise",
+        },
     }
 
 
@@ -148,8 +174,39 @@ def _sample() -> dict:
         # Levels to step through, the schedule respaced; 0: all T of them.
         "num_timesteps": 0,
         "checkpoint": "best",
+        "variance": "",  # Σ_θ, as in `evaluate`
         "x_0_treatment": "none",  # or clip
         # Rows and columns of the strips that show x_t on its way.
         "strip_rows": 4,
         "strip_columns": 11,
+    }
+
+
+def _variance() -> dict:
+    """Of --experiment=variance: what each estimator of the bound costs."""
+    return {
+        "split": "test",
+        "checkpoint": "best",
+        "examples": 64,  # the first of the split
+        "draws": 256,  # timesteps of each, where an estimator takes one
+        "num_samples": 4,  # K of the K-sample bound
+        "num_timesteps": 100,  # T of the Gaussian in closed form
+    }
+
+
+def _analytic() -> dict:
+    """Of an analytic Σ_θ: how the network's errors are measured on the training split."""
+    return {
+        "levels": 65,  # noise levels, equally spaced over the schedule, both ends included
+        "examples": 1000,  # the first of the split
+    }
+
+
+def _sigma() -> dict:
+    """Of --experiment=sigma: the bound of one network by T and Σ_θ."""
+    return {
+        "num_timesteps": (10, 25, 50, 100, 1000),
+        "split": "test",
+        "checkpoint": "best",
+        "draws": 2,  # independent noises of each example and t; their spread is the error told
     }

@@ -1,7 +1,7 @@
 """The exact bound of a trained model over every example of a split, with its standard errors."""
 
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -10,9 +10,11 @@ from ml_collections import ConfigDict
 
 from diffusion.bound import Bound
 from diffusion.estimate import bits_per_dim, estimate, noise_variance, replicate_timesteps
-from experiments.harness import data, devices, measure, pictures, settings
+from experiments.harness import analytic, data, devices, estimates, measure, pictures, settings
 from experiments.harness import workdir as workdirs
+from experiments.harness.allocate import Estimator
 from experiments.harness.checkpoints import CHECKPOINTS, load_ema
+from experiments.harness.estimates import ESTIMATES, allocate, allocated_summary
 from experiments.harness.metrics import append_jsonl, write_json, write_npz
 from experiments.harness.progress import progress
 from experiments.harness.settings import Problem
@@ -27,10 +29,11 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
 
 
 def evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
-    """The full-sum bound of the EMA weights, written to the work directory.
+    """The bound of the EMA weights, written to the work directory.
 
-    Every example counts once, with a noise that is a function of (seed, example, t): the numbers
-    depend neither on the batch size nor on the devices. Writes evaluation.json, a line of
+    With the full sum over t, or to the Monte-Carlo error `evaluate.target`. Every example counts
+    once, with a noise that is a function of (seed, example, t): beyond rounding the numbers depend
+    neither on the batch size nor on the devices. Writes evaluation.json, a line of
     evaluations.jsonl, evaluation.npz with the arrays, and two plots.
 
     Args:
@@ -49,17 +52,71 @@ def evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
     params, step = load_ema(workdir, config.evaluate.checkpoint, abstract_params(problem))
     problem = problem.learned(params)
     workdirs.check_writable(workdir)
+    problem = analytic.choose(
+        config, config.evaluate.variance, "config.evaluate.variance", problem, params, step, workdir
+    )
     dataset = settings.load_data(config, config.evaluate.split)
     start = time.monotonic()
-    terms, noise_variances = full_bound(config, problem, params, dataset)
-    result = {
-        **summary(terms, noise_variances, problem),
-        "num_examples": len(dataset.images),
-        **identity(config, problem, step),
-        "seconds": round(time.monotonic() - start, 1),
-    }
-    _write(epath.Path(workdir), result, terms, problem)
+    bound = _allocated if config.evaluate.target else _full
+    result, curves = bound(config, problem, params, dataset)
+    result |= {"num_examples": len(dataset.images), **identity(config, problem, step)}
+    for name in config.evaluate.also:
+        result[name] = ESTIMATES[name](config, problem, params, dataset)
+    result["seconds"] = round(time.monotonic() - start, 1)
+    _write(epath.Path(workdir), result, curves, problem)
     return result
+
+
+class Curves(NamedTuple):
+    """What is drawn and kept of a bound beside its summary, over a data set.
+
+    Attributes:
+      total: of each example, in nats.
+      kl: at t = 2 … T in bits/dim, the mean over examples.
+      kl_se: its standard error over examples, where it is known.
+      eps_error: ‖ε − ε̂‖² at t = 1 … T, the mean over examples.
+    """
+
+    total: np.ndarray
+    kl: np.ndarray
+    kl_se: np.ndarray | None
+    eps_error: np.ndarray
+
+
+def _full(
+    config: ConfigDict, problem: Problem, params: Any, dataset: data.Dataset
+) -> tuple[dict[str, Any], Curves]:
+    """The full sum over t."""
+    terms, noise_variances = full_bound(config, problem, params, dataset)
+    kl = bits_per_dim(terms.kl, int(np.prod(problem.image_shape)))
+    n, num_timesteps = terms.eps_error.shape
+    replicates = min(config.evaluate.replicates, num_timesteps - 1)
+    curves = Curves(
+        total=terms.total,
+        kl=kl.mean(axis=0),
+        kl_se=kl.std(axis=0, ddof=1) / np.sqrt(n) if n > 1 else None,
+        eps_error=terms.eps_error.mean(axis=0),
+    )
+    summed = summary(terms, noise_variances, problem)
+    return summed | {"network_evaluations": n * (num_timesteps + replicates + 1)}, curves
+
+
+def _allocated(
+    config: ConfigDict, problem: Problem, params: Any, dataset: data.Dataset
+) -> tuple[dict[str, Any], Curves]:
+    """A few timesteps per example, to the target; the curves are constant on bins of t."""
+    found = allocate(config, Estimator(config, problem, params, dataset))
+    num_terms = problem.levels.num_timesteps - 1
+    bins = len(found.rate)
+    of_t = np.minimum((np.arange(num_terms) * bins) // max(num_terms, 1), bins - 1)
+    error = found.eps_error[of_t]
+    curves = Curves(
+        total=found.total,
+        kl=bits_per_dim(found.rate[of_t] / max(num_terms, 1), int(np.prod(problem.image_shape))),
+        kl_se=None,
+        eps_error=np.concatenate([error[:1] if num_terms else found.eps_error[:1], error]),
+    )
+    return allocated_summary(found, problem), curves
 
 
 def identity(config: ConfigDict, problem: Problem, step: int) -> dict[str, Any]:
@@ -85,6 +142,8 @@ def check(config: ConfigDict) -> None:
     settings.describe_data(config, config.evaluate.split)
     settings.pick(CHECKPOINTS, config.evaluate.checkpoint, "config.evaluate.checkpoint")
     settings.check_positive(config, "evaluate.chunk_size", "evaluate.replicates")
+    analytic.check(config, config.evaluate.variance, "config.evaluate.variance")
+    estimates.check(config)
 
 
 def full_bound(
@@ -142,46 +201,68 @@ def summary(terms: Bound, noise_variances: np.ndarray, problem: Problem) -> dict
 
 
 def result_line(result: dict[str, Any]) -> str:
-    """The result as one line for people."""
+    """The result for people: a line, and one more for each further estimate."""
 
-    def show(name):  # NaN with one example, and null once it has been through a file
-        value = result[name]
+    def show(of, name):  # NaN with one example, and null once it has been through a file
+        value = of[name]
         return "unknown" if value is None or np.isnan(value) else f"{value:.4f}"
 
-    return (
-        f"{result['split']} bits/dim {show('bits_per_dim')} ± {show('bits_per_dim_se')} "
-        f"(prior {show('prior')}, diffusion {show('diffusion')}, "
-        f"reconstruction {show('reconstruction')}), {result['num_examples']} examples, "
-        f"T = {result['num_timesteps']}, Monte-Carlo error ± {show('bits_per_dim_mc_se')}"
-    )
+    def line(name, of, detail):
+        return (
+            f"{name} bits/dim {show(of, 'bits_per_dim')} ± {show(of, 'bits_per_dim_se')} "
+            f"({detail}, Monte-Carlo error ± {show(of, 'bits_per_dim_mc_se')}, "
+            f"{of['network_evaluations']:,} network evaluations"
+        )
+
+    parts = ", ".join(f"{p} {show(result, p)}" for p in ("prior", "diffusion", "reconstruction"))
+    detail = f"{parts}), {result['num_examples']} examples, T = {result['num_timesteps']}"
+    lines = [line(result["split"], result, detail)]
+    for name in ESTIMATES:
+        if name in result:
+            lines.append(line(f"  {name}", result[name], _detail(name, result[name])))
+    return "\n".join(lines)
 
 
-def _write(workdir: epath.Path, result: dict, terms: Bound, problem: Problem) -> None:
+def _detail(name: str, of: dict[str, Any]) -> str:
+    """What sets a further estimate apart."""
+    details = {
+        "continuous": lambda: "the bound as T → ∞",
+        "k_sample": lambda: (
+            f"{of['num_samples']} trajectories at T = {of['num_timesteps']}; "
+            f"one alone {of['one_sample_bits_per_dim']:.4f}"
+        ),
+        "ode": lambda: (
+            f"{of['dequantization']} dequantisation; trace ± {of['trace_se']:.4f}, "
+            f"solver ± {of['mean_solver_error']:.4f}, {of['failed_solves']} solves failed"
+        ),
+    }
+    return details[name]() + ")"
+
+
+def _write(workdir: epath.Path, result: dict, curves: Curves, problem: Problem) -> None:
     """evaluation.json, its line in the history, the arrays and the plots."""
     num_dims = int(np.prod(problem.image_shape))
     log_snr = problem.levels.log_snr[1:]
-    kl = bits_per_dim(terms.kl, num_dims)
-    n = len(kl)
-    kl_mean = kl.mean(axis=0)
-    kl_se = kl.std(axis=0, ddof=1) / np.sqrt(n) if n > 1 else None
     # ‖x_0 − x̂_0‖² = ‖ε − ε̂‖²/SNR, then from data units to grey levels.
-    squared = (terms.eps_error * np.exp(-log_snr)).mean(axis=0) / num_dims
+    squared = curves.eps_error * np.exp(-log_snr) / num_dims
     rmse = np.sqrt(squared) / problem.quantization.spacing
     arrays = {
         "t": np.arange(1, len(log_snr) + 1),
         "log_snr": log_snr,
-        "kl": kl_mean,
+        "kl": curves.kl,
         "x_0_rmse": rmse,
-        "bits_per_dim_per_example": bits_per_dim(terms.total, num_dims),
+        "bits_per_dim_per_example": bits_per_dim(curves.total, num_dims),
     }
-    write_npz(workdir / "evaluation.npz", **arrays, **({} if kl_se is None else {"kl_se": kl_se}))
-    parts = {"kl": kl_mean, "prior": result["prior"]}
+    if curves.kl_se is not None:
+        arrays["kl_se"] = curves.kl_se
+    write_npz(workdir / "evaluation.npz", **arrays)
+    parts = {"kl": curves.kl, "prior": result["prior"]}
     pictures.plot_kl_per_timestep(
         workdir / "kl_per_timestep.png",
         **parts,
         log_snr=log_snr,
         reconstruction=result["reconstruction"],
-        kl_se=kl_se,
+        kl_se=curves.kl_se,
     )
     pictures.plot_rate_distortion(
         workdir / "rate_distortion.png",

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from diffusion.forward import diffuse
 from diffusion.samplers import Samples
-from experiments.harness import data, devices, measure, pictures, settings
+from experiments.harness import analytic, data, devices, measure, pictures, settings
 from experiments.harness import workdir as workdirs
 from experiments.harness.checkpoints import CHECKPOINTS, load_ema
 from experiments.harness.metrics import write_npz
@@ -50,6 +50,10 @@ def sample(config: ConfigDict, workdir: epath.PathLike) -> np.ndarray:
     params, step = load_ema(workdir, config.sample.checkpoint, abstract_params(problem))
     problem = problem.learned(params)
     workdirs.check_writable(workdir)
+    setting = "config.sample.variance"
+    problem = analytic.choose(
+        config, config.sample.variance, setting, problem, params, step, workdir
+    )
     num_timesteps = config.sample.num_timesteps or problem.levels.num_timesteps
     record = strip_levels(num_timesteps, config.sample.strip_columns)
     parts = make_draw(config, problem, num_timesteps, record)(params, config.sample.num_samples)
@@ -88,6 +92,7 @@ def check(config: ConfigDict) -> None:
         config, "sample.num_samples", "sample.strip_rows", "sample.strip_columns"
     )
     settings.pick(CHECKPOINTS, config.sample.checkpoint, "config.sample.checkpoint")
+    analytic.check(config, config.sample.variance, "config.sample.variance")
     remedy = "give a number of levels, or 0 for all of the schedule's"
     settings.check_setting(config, "sample.num_timesteps", lambda n: n >= 0, remedy)
 

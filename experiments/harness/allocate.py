@@ -17,14 +17,15 @@ from diffusion.control import GaussianControl
 from diffusion.estimate import bits_per_dim
 from diffusion.timesteps import Proposal, jittered
 from experiments.harness import data, devices, measure, settings
+from experiments.harness.errors import RunError
 from experiments.harness.measure import Points, Rates
 from experiments.harness.progress import progress
 from experiments.harness.settings import Problem
 
 MAX_BINS = 32
 PAIRS_PER_BIN = 20
-FIRST_REPLICATES = 4
-SAFETY = 1.1  # on the variance that the pilot foretells
+FIRST_REPLICATES = 2
+SAFETY = 1.25  # on the variance that the pilot foretells
 CONTROL_EXAMPLES = 10_000
 
 
@@ -34,14 +35,25 @@ class Plan(NamedTuple):
     Attributes:
       proposal: the density of time.
       coefficient: of the control variate, in each bin of time.
-      variance: foretold of one evaluation's weighted value given its example, in nats².
+      variance: foretold of one weighted value of the integrand given its example, in nats².
+      end_variance: of one draw of the reconstruction, likewise.
       evaluations: that the pilot used.
     """
 
     proposal: Proposal
     coefficient: Float[np.ndarray, "bins"]
     variance: float
+    end_variance: float
     evaluations: int
+
+    def sizes(self, per_example: float) -> tuple[int, int]:
+        """So many evaluations as draws of the integrand and of the reconstruction, each by its std.
+
+        At least one of each; none of the integrand where it has no variance at all.
+        """
+        of_rate, of_end = np.sqrt(self.variance), np.sqrt(self.end_variance)
+        share = of_rate / (of_rate + of_end) if of_rate + of_end else 0.5
+        return max(int(per_example * share), 1), max(int(per_example * (1 - share)), 1)
 
 
 class Allocated(NamedTuple):
@@ -84,6 +96,7 @@ class Estimator:
       params: the networks' parameters.
       dataset: whose bound is estimated.
       continuous: the bound as T → ∞ in place of that at T.
+      control: the control variate; None for that of the training data.
     """
 
     def __init__(
@@ -93,17 +106,20 @@ class Estimator:
         params: Any,
         dataset: data.Dataset,
         continuous: bool = False,
+        control: GaussianControl | None = None,
     ):
         mesh = devices.mesh()
         self.config, self.problem, self.dataset = config, problem, dataset
         self.continuous, self.num_examples = continuous, len(dataset.images)
         self.params = devices.place(params, devices.replicated(mesh))
-        self.control = fit_control(config, problem)
+        self.control = fit_control(config, problem) if control is None else control
         self._rates = measure.make_rates(config, problem, mesh, continuous)
         self._ends = measure.make_ends(config, problem, mesh)
 
     def rates(self, time: Float[np.ndarray, "n m"], draw: int) -> Rates:
         """The integrand at m times of every example, [n, m] in float64. Noise is of (draw, m)."""
+        if not time.size:
+            return Rates(time, time, time)
         slot = np.broadcast_to(np.arange(time.shape[1]), time.shape)
 
         def run(index):
@@ -113,12 +129,14 @@ class Estimator:
 
         return self._over_batches(run)
 
-    def ends(self, draw: int) -> tuple[np.ndarray, np.ndarray]:
-        """The prior and a draw of the reconstruction of every example, [n] each in float64."""
+    def ends(self, draw: int, m: int) -> tuple[np.ndarray, np.ndarray]:
+        """The prior of every example, [n], and m draws of its reconstruction, [n, m]; float64."""
+        slot = np.arange(m, dtype=np.int32)
 
         def run(index):
             images, draws = self.dataset.images[index], np.full(len(index), draw)
-            return self._ends(self.params, self.problem.levels, images, index, draws)
+            slots = np.broadcast_to(slot, (len(index), m))
+            return self._ends(self.params, self.problem.levels, images, index, draws, slots)
 
         return self._over_batches(run)
 
@@ -154,35 +172,50 @@ def pilot(estimator: Estimator, times_per_example: int, use_control: bool = True
         return np.bincount(bins.ravel(), x.ravel(), num_bins)
 
     squared = per_bin(control**2)
-    slope = np.divide(per_bin(value * control), squared, where=squared > 0, out=0 * squared)
+    slope = np.divide(per_bin(value * control), squared, where=squared > 0, out=np.zeros(num_bins))
     coefficient = slope if use_control else 0 * slope
     count = np.maximum(per_bin(np.ones_like(value)), 1)
     variance = 0.5 * per_bin((value - coefficient[bins] * control) ** 2) / count
     proposal = Proposal.allocate(np.sqrt(variance))
     foretold = float(np.mean(variance / proposal.density))
-    return Plan(proposal, coefficient, foretold, 2 * time.size)
+    of_ends = float(estimator.ends(0, 2)[1].var(axis=1, ddof=1).mean())
+    return Plan(proposal, coefficient, foretold, of_ends, 2 * time.size + 2 * n)
 
 
 def allocated_bound(
-    estimator: Estimator, target: float, max_evaluations: int, pilot_times: int
+    estimator: Estimator,
+    target: float,
+    max_evaluations: int,
+    pilot_times: int,
+    use_control: bool = True,
 ) -> Allocated:
     """The bound to a Monte-Carlo error of `target` bits/dim, or as near as the budget allows.
 
     Args:
       estimator: draws the terms.
       target: the largest standard error over times and noise, the examples fixed.
-      max_evaluations: of the network, pilot included; 0 for no limit.
+      max_evaluations: of the network, pilot included; 0 for no limit. The pilot and two replicates
+        of one time per example are made in any case.
       pilot_times: times per example of the pilot.
+      use_control: whether the control variate is subtracted.
+
+    Raises:
+      RunError: if the pilot met a term that is not finite.
     """
     n, rng_seed = estimator.num_examples, estimator.config.seed
     num_dims = int(np.prod(estimator.problem.image_shape))
-    plan = pilot(estimator, pilot_times)
+    # A bound of one level has no KL: then there is nothing to draw but the reconstruction.
+    least = int(estimator.continuous or estimator.problem.levels.num_timesteps > 1)
+    plan = pilot(estimator, least * pilot_times, use_control)
+    if not np.isfinite(plan.variance + plan.end_variance):
+        raise RunError("a term of the bound is not finite, so that no error can be foretold")
     budget = max_evaluations or np.inf
-    # Given their examples, the mean over n examples of m values each has the variance V/(n m).
-    wanted = SAFETY * plan.variance * (bits_per_dim(1.0, num_dims) / target) ** 2 / n
-    affordable = (budget - plan.evaluations) / n - FIRST_REPLICATES
-    m = max(int(np.ceil(min(wanted, affordable) / FIRST_REPLICATES)), 1)
-    draws, done = _Replicates(estimator, plan, m), False
+    # With draws in proportion to √V their mean over n examples has the variance (Σ √V)²/(n m).
+    of_one = (np.sqrt(plan.variance) + np.sqrt(plan.end_variance)) ** 2
+    wanted = SAFETY * of_one * (bits_per_dim(1.0, num_dims) / target) ** 2 / n
+    affordable = (budget - plan.evaluations) / n
+    m, ends = plan.sizes(min(wanted, affordable) / FIRST_REPLICATES)
+    draws, done = _Replicates(estimator, plan, least * m, ends), False
     with progress(None, "estimate", "replicate", leave=False) as bar:
         while not done:
             draws.add(rng_seed)
@@ -192,15 +225,16 @@ def allocated_bound(
             result = draws.result()
             error = bits_per_dim(np.sqrt(result.noise_variance.sum()) / n, num_dims)
             bar.set_postfix_str(f"Monte-Carlo error ± {error:.5f}")
-            done = error <= target or result.evaluations + n * (m + 1) > budget
+            # Not `error <= target`: one that is not finite would never be small enough.
+            done = not error > target or result.evaluations + n * draws.size > budget
     return result
 
 
 class _Replicates:
     """Replicates of the design, as they come."""
 
-    def __init__(self, estimator: Estimator, plan: Plan, m: int):
-        self.estimator, self.plan, self.m = estimator, plan, m
+    def __init__(self, estimator: Estimator, plan: Plan, m: int, ends: int):
+        self.estimator, self.plan, self.m, self.ends = estimator, plan, m, ends
         self.diffusion, self.reconstruction, self.prior = [], [], None
         bins = len(plan.proposal.density)
         self.sums = np.zeros((3, bins))  # of values, of errors, and of draws, by bin
@@ -208,6 +242,11 @@ class _Replicates:
     @property
     def count(self) -> int:
         return len(self.diffusion)
+
+    @property
+    def size(self) -> int:
+        """Evaluations for each example."""
+        return self.m + self.ends
 
     def add(self, seed: int) -> None:
         """One more, from noise of its own."""
@@ -217,23 +256,21 @@ class _Replicates:
         time = proposal.time(uniform)
         found, bins = estimator.rates(time, draw), proposal.bin(time)
         value = found.value - self.plan.coefficient[bins] * found.control
-        self.diffusion.append((value / proposal.density[bins]).mean(axis=1))
-        self.prior, reconstruction = estimator.ends(draw)
-        self.reconstruction.append(reconstruction)
+        self.diffusion.append((value / proposal.density[bins]).sum(axis=1) / max(self.m, 1))
+        self.prior, reconstruction = estimator.ends(draw, self.ends)
+        self.reconstruction.append(reconstruction.mean(axis=1))
         for row, x in enumerate((value, found.eps_error, np.ones_like(value))):
             self.sums[row] += np.bincount(bins.ravel(), x.ravel(), self.sums.shape[1])
 
     def result(self) -> Allocated:
         """The estimate so far."""
         value, error, count = self.sums
-        evaluations = self.plan.evaluations + self.count * self.estimator.num_examples * (
-            self.m + 1
-        )
+        made = self.count * self.estimator.num_examples * self.size
         return Allocated(
             self.prior,
             np.stack(self.diffusion),
             np.stack(self.reconstruction),
             value / np.maximum(count, 1),
             error / np.maximum(count, 1),
-            evaluations,
+            self.plan.evaluations + made,
         )

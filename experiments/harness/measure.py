@@ -18,9 +18,16 @@ from diffusion.bound import Bound, bound, continuous_rate, prior_kl, reconstruct
 from diffusion.bound import terms_at as kl_at
 from diffusion.control import GaussianControl
 from diffusion.forward import example_noise
+from diffusion.likelihood import (
+    Adaptive,
+    DiscreteBound,
+    FixedGrid,
+    noise_dequantization,
+    uniform_dequantization,
+)
 from diffusion.samplers import Samples, ancestral, sample
 from diffusion.schedules import Levels, Schedule, Step
-from diffusion.trajectory import trajectory
+from diffusion.trajectory import step_log_ratio, trajectory
 from experiments.harness import devices
 from experiments.harness.seeds import stream
 from experiments.harness.settings import Problem
@@ -67,7 +74,7 @@ def make_terms_at(
     return _jit_evaluation(some, mesh, num_batched=3)
 
 
-ENDS_SLOT = 2**30  # numbers the noise of the reconstruction among the points' noises
+ENDS_SLOT = 2**30  # from here on are the noises of the reconstruction
 
 
 class Points(NamedTuple):
@@ -153,19 +160,44 @@ def make_rates(
     return _jit_evaluation(rates, mesh, num_batched=4, num_shared=2)
 
 
+def make_log_ratios(
+    config: ConfigDict, problem: Problem, mesh: Mesh
+) -> Callable[..., Float[Array, "b m"]]:
+    """T − 1 times (13.10)'s log-ratio at single steps; arguments as `make_rates`, but control."""
+    num_terms = problem.levels.num_timesteps - 1
+
+    def log_ratios(params, images, index, points, draw):
+        x_0 = problem.quantization.to_data(images)
+        noise = _rate_noise(config, problem, index, draw)
+        reverse = problem.reverse(params)
+
+        def at(point):
+            noises = noise(2 * point.slot), noise(2 * point.slot + 1)
+            step = Step(point.log_snr, point.rate)
+            return num_terms * step_log_ratio(reverse, x_0, *noises, step)[1]
+
+        return jax.lax.map(at, jax.tree.map(jnp.transpose, points)).T
+
+    return _jit_evaluation(log_ratios, mesh, num_batched=4, num_shared=1)
+
+
 def make_ends(
     config: ConfigDict, problem: Problem, mesh: Mesh
-) -> Callable[..., tuple[Float[Array, "b"], Float[Array, "b"]]]:
-    """(params, levels, images, index, draw [b]) -> the bound's prior and reconstruction, [b]."""
+) -> Callable[..., tuple[Float[Array, "b"], Float[Array, "b m"]]]:
+    """(params, levels, images, index, draw [b], slot [b m]) -> prior [b], reconstruction [b m]."""
 
-    def ends(params, levels, images, index, draw):
-        x_0 = problem.quantization.to_data(images)
-        eps = _rate_noise(config, problem, index, draw)(jnp.full_like(index, ENDS_SLOT))
+    def ends(params, levels, images, index, draw, slot):
+        x_0, reverse = problem.quantization.to_data(images), problem.reverse(params)
+        noise = _rate_noise(config, problem, index, draw)
+
+        def at(slot):
+            eps = noise(ENDS_SLOT + slot)
+            return reconstruction(reverse, problem.decoder, x_0, eps, levels)
+
         prior = prior_kl(x_0, levels.step(levels.num_timesteps * jnp.ones_like(index)).log_snr)
-        reverse = problem.reverse(params)
-        return prior, reconstruction(reverse, problem.decoder, x_0, eps, levels)
+        return prior, jax.lax.map(at, slot.T).T
 
-    return _jit_evaluation(ends, mesh, num_batched=3)
+    return _jit_evaluation(ends, mesh, num_batched=4)
 
 
 def make_trajectory(
@@ -179,6 +211,37 @@ def make_trajectory(
         return trajectory(problem.reverse(params), problem.decoder, x_0, levels, noise).total
 
     return _jit_evaluation(totals, mesh, num_batched=3)
+
+
+def make_ode(config: ConfigDict, problem: Problem, mesh: Mesh) -> Callable[..., DiscreteBound]:
+    """The ODE's bound: (params, levels, images, index, draw [b]) -> DiscreteBound [b]."""
+    settings, shape = config.evaluate.ode, problem.image_shape
+    solver = Adaptive(settings.tolerance, settings.tolerance, settings.max_steps, settings.method)
+    if settings.num_steps:
+        solver = FixedGrid(settings.num_steps, settings.method)
+
+    def run(params, levels, images, index, draw):
+        x_0, reverse = problem.quantization.to_data(images), problem.reverse(params)
+        roots = stream(config.seed, "estimate"), stream(config.seed, "probes")
+        keys = [
+            jax.vmap(lambda i, d, root=root: jax.random.fold_in(jax.random.fold_in(root, i), d))(
+                index, draw
+            )
+            for root in roots
+        ]
+        probes = None
+        if settings.trace == "hutchinson":
+            probes = jax.vmap(
+                lambda key: jax.random.rademacher(key, (settings.probes, *shape), float)
+            )(keys[1])
+        if settings.dequantization == "uniform":
+            uniform = jax.vmap(lambda key: jax.random.uniform(key, shape))(keys[0])
+            spacing = problem.quantization.spacing
+            return uniform_dequantization(reverse, x_0, uniform, spacing, levels, solver, probes)
+        eps = jax.vmap(lambda key: jax.random.normal(key, shape))(keys[0])
+        return noise_dequantization(reverse, problem.decoder, x_0, eps, levels, solver, probes)
+
+    return _jit_evaluation(run, mesh, num_batched=3)
 
 
 def make_sampler(

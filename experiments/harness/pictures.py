@@ -1,6 +1,7 @@
 """Pictures of images and of the bound: arrays in, PNG files out."""
 
 import io
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -196,6 +197,60 @@ def plot_rate_distortion(
     distortion_axes.set_title("Distortion")
     both.set(xlabel="rate (bits/dim)", title="Rate–distortion")
     both.set_xlim(left=0)
+    _save(path, figure)
+
+
+def plot_costs(path: epath.PathLike, costs: dict[str, dict[str, float]], goal: float) -> None:
+    """Draws what estimators cost, as bars on a logarithmic axis, a panel for each subject.
+
+    Args:
+      path: PNG file to write.
+      costs: by subject and estimator, network evaluations for the error; zero is not drawn.
+      goal: the error, in bits/dim.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(
+        figsize=(10.5, 0.8 + 0.42 * max(map(len, costs.values()))), layout="constrained"
+    )
+    axes = np.atleast_1d(figure.subplots(1, len(costs)))
+    for panel, (subject, of) in zip(axes, costs.items(), strict=True):
+        names = [name for name, cost in of.items() if cost > 0][::-1]
+        values = [of[name] for name in names]
+        panel.barh(names, values, color=_BLUE, alpha=0.7, height=0.65)
+        panel.set_xscale("log")
+        panel.set_xlim(min(values) / 3, max(values) * 8)
+        for place, value in enumerate(values):
+            panel.text(value * 1.15, place, f"{value:.2g}", va="center", fontsize=8)
+        panel.set(title=subject, xlabel=f"network evaluations for ± {goal} bits/dim")
+        panel.spines[["top", "right"]].set_visible(False)
+    _save(path, figure)
+
+
+def plot_bits_over_timesteps(
+    path: epath.PathLike, bits: dict[str, dict[int, float]], reference: str
+) -> None:
+    """Draws bits/dim over T, a line for each name; and what each has more than a reference.
+
+    Args:
+      path: PNG file to write.
+      bits: by name and T, in bits/dim.
+      reference: the name that the others are compared with.
+    """
+    figure, (absolute, relative) = _figure(2)
+    for (name, by_timesteps), marker in zip(bits.items(), itertools.cycle("os^Dv"), strict=False):
+        num_timesteps = sorted(by_timesteps)
+        value = np.array([by_timesteps[T] for T in num_timesteps])
+        base = np.array([bits[reference][T] for T in num_timesteps])
+        style = {"label": name, "marker": marker, "markersize": 4, "linewidth": 1.2}
+        absolute.plot(num_timesteps, value, **style)
+        relative.plot(num_timesteps, value - base, **style)
+    for axes in (absolute, relative):
+        axes.set_xscale("log")
+        axes.set_xlabel("T")
+    absolute.set(ylabel="bits/dim", title="Bound")
+    absolute.legend(frameon=False, fontsize=8)
+    relative.set(ylabel="bits/dim", title=f"Less that of {reference}")
     _save(path, figure)
 
 

@@ -3,7 +3,7 @@
 import jax
 from jaxtyping import Array, Key
 
-STREAMS = ("params", "train", "evaluate", "sample", "estimate")
+STREAMS = ("params", "train", "evaluate", "sample", "estimate", "probes")
 
 
 def stream(seed: int, purpose: str) -> Key[Array, ""]:

@@ -1,0 +1,182 @@
+"""What else an evaluation can say of a model: its bound as T → ∞, the K-sample bound, the ODE's.
+
+Each takes (config, problem, params, dataset) and returns numbers for evaluation.json, with both
+standard errors and the network evaluations that they took.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from diffusion.estimate import bits_per_dim, estimate
+from diffusion.likelihood import METHODS
+from diffusion.trajectory import k_sample_bound
+from experiments.harness import data, devices, measure
+from experiments.harness.allocate import Allocated, Estimator, allocated_bound
+from experiments.harness.progress import progress
+from experiments.harness.settings import Problem, check_positive, check_setting, pick
+
+DEFAULT_TARGET = 0.002
+GROUPS = 2  # of K trajectories, whose difference tells the noise of a K-sample bound
+DRAWS = 2  # of an ODE's noise and probes, likewise
+DEQUANTIZATIONS = ("noise", "uniform")
+TRACES = ("hutchinson", "exact")
+
+
+def continuous(
+    config: ConfigDict, problem: Problem, params: Any, dataset: data.Dataset
+) -> dict[str, Any]:
+    """The bound as T → ∞, evaluations allocated to its Monte-Carlo error."""
+    estimator = Estimator(config, problem, params, dataset, continuous=True)
+    return allocated_summary(allocate(config, estimator), problem)
+
+
+def allocate(config: ConfigDict, estimator: Estimator) -> Allocated:
+    """To the config's target and budget."""
+    settings = config.evaluate
+    target = settings.target or DEFAULT_TARGET
+    return allocated_bound(estimator, target, settings.max_evaluations, settings.pilot)
+
+
+def allocated_summary(found: Allocated, problem: Problem) -> dict[str, Any]:
+    """An allocated bound in bits/dim, in its three parts."""
+    num_dims = int(np.prod(problem.image_shape))
+    return {
+        **_summary(found.total, found.noise_variance, num_dims, found.evaluations),
+        "prior": float(bits_per_dim(found.prior.mean(), num_dims)),
+        "diffusion": float(bits_per_dim(found.diffusion.mean(), num_dims)),
+        "reconstruction": float(bits_per_dim(found.reconstruction.mean(), num_dims)),
+    }
+
+
+def k_sample(
+    config: ConfigDict, problem: Problem, params: Any, dataset: data.Dataset
+) -> dict[str, Any]:
+    """The importance-weighted bound of K trajectories at its own T, beside that of one."""
+    k, num_timesteps = config.evaluate.k_sample.num_samples, config.evaluate.k_sample.num_timesteps
+    totals = trajectories(config, problem, params, dataset, num_timesteps, GROUPS * k)
+    groups = totals.reshape(GROUPS, k, -1)
+    bounds = np.stack([np.asarray(k_sample_bound(group), np.float64) for group in groups])
+    num_dims = int(np.prod(problem.image_shape))
+    one = estimate(totals.mean(axis=0), totals.var(axis=0, ddof=1) / len(totals), num_dims)
+    return {
+        **_summary(
+            bounds.mean(axis=0),
+            bounds.var(axis=0, ddof=1) / GROUPS,
+            num_dims,
+            totals.size * num_timesteps,
+        ),
+        "num_samples": k,
+        "num_timesteps": num_timesteps,
+        "one_sample_bits_per_dim": one.mean,
+        "one_sample_bits_per_dim_mc_se": one.mc_se,
+    }
+
+
+def trajectories(
+    config: ConfigDict,
+    problem: Problem,
+    params: Any,
+    dataset: data.Dataset,
+    num_timesteps: int,
+    num_draws: int,
+) -> np.ndarray:
+    """Totals of (13.10) along whole trajectories, [draw, n] in float64 nats."""
+    mesh = devices.mesh()
+    run = measure.make_trajectory(config, problem, mesh)
+    params = devices.place(params, devices.replicated(mesh))
+    levels, n = problem.schedule.levels(num_timesteps), len(dataset.images)
+    totals = np.zeros(num_draws * n)
+    # Draws and examples side by side: as many rows as elsewhere chunks of examples.
+    smallest = config.evaluate.batch_size
+    rows = min(smallest * config.evaluate.chunk_size, -(-len(totals) // smallest) * smallest)
+    cost = len(totals) * num_timesteps
+    with progress(cost, "trajectories", "eval", unit_scale=True, leave=False) as bar:
+        for row, mask in data.padded_batches(len(totals), rows):
+            draw, index = row // n, row % n
+            found = run(params, levels, dataset.images[index], index, draw)
+            totals[row[mask]] = np.asarray(found, np.float64)[mask]
+            bar.update(int(mask.sum()) * num_timesteps)
+    return totals.reshape(num_draws, n)
+
+
+def ode(config: ConfigDict, problem: Problem, params: Any, dataset: data.Dataset) -> dict[str, Any]:
+    """The probability-flow ODE's bound on the grey levels, from two draws of noise and probes."""
+    mesh, n = devices.mesh(), len(dataset.images)
+    run = measure.make_ode(config, problem, mesh)
+    params = devices.place(params, devices.replicated(mesh))
+    parts = []
+    with progress(DRAWS * n, "ode", "solve", leave=False) as bar:
+        for draw in range(DRAWS):
+            for index, mask in data.padded_batches(n, config.evaluate.batch_size):
+                images, draws = dataset.images[index], np.full(len(index), draw)
+                found = jax.device_get(run(params, problem.levels, images, index, draws))
+                parts.append(
+                    jax.tree.map(lambda a, mask=mask: np.asarray(a, np.float64)[mask], found)
+                )
+                bar.update(int(mask.sum()))
+    bound = jax.tree.map(lambda *a: np.concatenate(a), *parts)
+    num_dims = int(np.prod(problem.image_shape))
+    total, solver_error = bound.total.reshape(DRAWS, n), bound.ode.solver_error.mean()
+    trace_se = np.sqrt((bound.ode.trace_se**2).sum()) / (DRAWS * n)
+    return {
+        **_summary(
+            total.mean(axis=0),
+            total.var(axis=0, ddof=1) / DRAWS,
+            num_dims,
+            int(bound.ode.evaluations.sum()),
+        ),
+        "trace_se": float(bits_per_dim(trace_se, num_dims)),
+        "mean_solver_error": float(bits_per_dim(solver_error, num_dims)),
+        "failed_solves": int(np.isnan(total).sum()),
+        "log_density": float(bits_per_dim(bound.ode.log_prob.mean(), num_dims)),
+        "entropy": float(bits_per_dim(bound.entropy.mean(), num_dims)),
+        "scaling": float(bits_per_dim(bound.scaling.mean(), num_dims)),
+        "reconstruction": float(bits_per_dim(bound.reconstruction.mean(), num_dims)),
+        "dequantization": config.evaluate.ode.dequantization,
+    }
+
+
+def _summary(
+    nats: np.ndarray, noise_variances: np.ndarray, num_dims: int, evaluations: int
+) -> dict[str, Any]:
+    found = estimate(nats, noise_variances, num_dims)
+    return {
+        "bits_per_dim": found.mean,
+        "bits_per_dim_se": found.se,
+        "bits_per_dim_mc_se": found.mc_se,
+        "network_evaluations": evaluations,
+    }
+
+
+ESTIMATES: dict[str, Callable[..., dict[str, Any]]] = {
+    "continuous": continuous,
+    "k_sample": k_sample,
+    "ode": ode,
+}
+
+
+def check(config: ConfigDict) -> None:
+    """Raises ConfigError for settings that these estimates can't use."""
+    for name in config.evaluate.also:
+        pick(ESTIMATES, name, "config.evaluate.also")
+    check_positive(
+        config,
+        "evaluate.k_sample.num_samples",
+        "evaluate.k_sample.num_timesteps",
+        "evaluate.ode.max_steps",
+        "evaluate.pilot",
+    )
+    for name in ("evaluate.target", "evaluate.max_evaluations", "evaluate.ode.num_steps"):
+        check_setting(config, name, lambda value: value >= 0, "it must not be negative")
+    is_even, remedy = (lambda steps: steps % 2 == 0), "it must be even, or 0 for an adaptive solve"
+    check_setting(config, "evaluate.ode.num_steps", is_even, remedy)
+    check_setting(config, "evaluate.ode.tolerance", lambda x: x > 0, "it must be positive")
+    check_setting(config, "evaluate.ode.probes", lambda x: x >= 1, "it must be at least 1")
+    ode_settings = config.evaluate.ode
+    pick(DEQUANTIZATIONS, ode_settings.dequantization, "config.evaluate.ode.dequantization")
+    pick(TRACES, ode_settings.trace, "config.evaluate.ode.trace")
+    pick(METHODS, ode_settings.method, "config.evaluate.ode.method")

@@ -1,0 +1,357 @@
+"""The bound by Σ_θ, and the errors that an analytic Σ_θ is worked out from."""
+
+import json
+
+import jax
+import matplotlib.image
+import numpy as np
+import pytest
+
+from diffusion.bound import kl_of_error
+from diffusion.reverse import Reverse
+from diffusion.schedules import Step
+from diffusion.variances import of_measured_error
+from experiments import sigma
+from experiments.harness import analytic, data, devices, measure, settings
+from experiments.harness.errors import ConfigError
+from tests.experiments import tiny
+
+pytest_plugins = ["tests.experiments.tiny"]
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+LEVELS = 5
+LOG_SNR = np.linspace(8, -5, LEVELS)  # of the digits' schedule
+
+
+def small_config(**overrides):
+    """T = 4 and 8, and errors measured at five levels on all the 1000 training digits."""
+    config = tiny.config(**overrides)
+    config.sigma.update(num_timesteps=(4, 8), draws=2)
+    config.analytic.update(levels=LEVELS, examples=1000)
+    return config
+
+
+def some_digits(config, split, n):
+    dataset = settings.load_data(config, split)
+    return dataset._replace(images=dataset.images[:n], labels=None)
+
+
+def measured(config, workdir, scale, step=1):
+    problem = settings.build(config)
+    params = tiny.state_of(config, scale).ema_params
+    return analytic.measured_errors(config, problem, params, step, workdir)
+
+
+def zero_measured(config, workdir):
+    """Errors of a network whose parameters, and so predictions, are zero."""
+    problem = settings.build(config)
+    zero = jax.tree.map(np.zeros_like, tiny.state_of(config).ema_params)
+    return analytic.measured_errors(config, problem, zero, 1, workdir)
+
+
+# The measured errors, against closed forms.
+
+
+def test_errors_of_a_prediction_that_x_0_is_zero_are_the_data(tmp_path):
+    """ε − ε̂ = −(α/σ) (0 − x_0): no noise is left, and the error is SNR · mean x_0² per pixel."""
+    log_snr, error = zero_measured(small_config(model__parameterization="x_0"), tmp_path)
+    x_0 = data.load("digits", "train").images.astype(np.float64) / 8 - 1
+    assert len(x_0) == 1000
+    expected = np.exp(LOG_SNR)[:, None, None, None] * (x_0**2).mean(axis=0)
+    np.testing.assert_allclose(log_snr, LOG_SNR, rtol=1e-12)
+    # Sums of 64 float32 numbers, at log-SNRs rounded to float32.
+    np.testing.assert_allclose(error, expected, rtol=3e-6)
+
+
+def test_errors_of_a_prediction_that_there_is_no_noise_are_chi_squared(tmp_path):
+    """ε̂ = 0, so that the mean of n squares is χ²_n/n: mean 1, variance 2/n, all independent."""
+    _, error = zero_measured(small_config(model__parameterization="eps"), tmp_path)
+    n, values = 1000, error.ravel()
+    assert abs(values.mean() - 1) < 4 * np.sqrt(2 / n / values.size)
+    # The variance of a sample variance of near-normal numbers is 2/(size − 1) of its square.
+    ratio = values.var(ddof=1) / (2 / n)
+    assert abs(ratio - 1) < 4 * np.sqrt(2 / (values.size - 1))
+    # Each level and each pixel has noise of its own.
+    deviation = error.reshape(LEVELS, -1) - 1
+    between_levels = np.corrcoef(deviation)[np.triu_indices(LEVELS, 1)]
+    assert np.abs(between_levels).max() < 4 / np.sqrt(deviation.shape[1])
+
+
+def test_batches_and_chunks_change_nothing(tmp_path):
+    """70 examples, padded to 96 or to 128: each counts once, whatever it is padded with."""
+    config = small_config()
+    config.analytic.examples = 70
+    config.evaluate.update(batch_size=32, chunk_size=2)
+    _, once = measured(config, tmp_path, scale=1.0)
+    (tmp_path / analytic.ERRORS_FILE).unlink()
+    config.evaluate.update(batch_size=64, chunk_size=16)
+    _, again = measured(config, tmp_path, scale=1.0)
+    np.testing.assert_allclose(again, once, rtol=1e-5)
+
+
+# The cache.
+
+
+def test_errors_are_measured_once_for_a_checkpoint(tmp_path):
+    config = small_config()
+    config.analytic.examples = 64
+    log_snr, error = measured(config, tmp_path, scale=1.0)
+    before = tiny.files(tmp_path)
+    # Other parameters that claim to be the same step are not looked at.
+    again = measured(config, tmp_path, scale=0.0)
+    np.testing.assert_array_equal(again[0], log_snr)
+    np.testing.assert_array_equal(again[1], error)
+    # Neither T, nor Σ_θ, nor what an evaluation is of changes them.
+    config.schedule.num_timesteps = 5
+    config.model.variance = "beta"
+    config.evaluate.split = "validation"
+    measured(config, tmp_path, scale=0.0)
+    assert tiny.files(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("seed", 1),
+        ("analytic.levels", 3),
+        ("analytic.examples", 60),
+        ("decoder.scaling", "midpoints"),
+        ("schedule.linear_log_snr.max", 7.0),
+    ],
+)
+def test_other_settings_are_measured_anew(name, value):
+    config = small_config()
+    before = analytic.identity(config, step=1)
+    assert analytic.identity(config, step=2) != before
+    config.update_from_flattened_dict({name: value})
+    assert analytic.identity(config, step=1) != before
+
+
+def test_another_step_is_measured_anew(tmp_path):
+    config = small_config()
+    config.analytic.examples = 64
+    _, first = measured(config, tmp_path, scale=1.0, step=1)
+    _, second = measured(config, tmp_path, scale=0.0, step=2)
+    assert not np.allclose(first, second, rtol=0.01)
+    with np.load(tmp_path / analytic.ERRORS_FILE) as saved:
+        assert saved["step"] == 2
+        np.testing.assert_array_equal(saved["error"], second)
+
+
+# The choice.
+
+
+def test_errors_of_zero_make_beta_tilde(tmp_path, monkeypatch):
+    """A pixel that is always predicted exactly has a point mass for its data."""
+    config, shape = small_config(), (LEVELS, 8, 8, 1)
+    monkeypatch.setattr(analytic, "_measure", lambda *_: (LOG_SNR, np.zeros(shape)))
+    problem = settings.build(config)
+    for name in analytic.ANALYTIC:
+        chosen = analytic.choose(config, name, "setting", problem, None, 1, tmp_path)
+        x = np.zeros((2, 8, 8, 1), np.float32)
+        reverse = Reverse(None, "eps", chosen.variance)
+        step = Step(np.float32([3.0, -4.0]), np.float32([0.5, 2.0]))
+        # log(1 + expm1(gap) e) at the least positive float32.
+        assert np.all(np.abs(reverse.log_variance_ratio(step, x)) < 1e-36)
+
+
+def test_an_empty_name_is_the_models_own(tmp_path):
+    config = small_config(model__variance="beta")
+    problem = settings.build(config)
+    assert analytic.choose(config, "", "setting", problem, None, 1, tmp_path) is problem
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "of_model", "words"),
+    [
+        ("analytic_isotopic", "beta", ("analytic_isotropic?", "learned_range")),
+        ("learned_diagonal", "beta", ("'beta'", "use beta_tilde, beta, analytic_isotropic")),
+        ("learned_range", "learned_diagonal", ("'learned_diagonal'", "analytic_diagonal, learned")),
+    ],
+)
+def test_a_variance_that_the_network_does_not_have_is_one_line(name, of_model, words, tmp_path):
+    config = small_config(model__variance=of_model)
+    problem, setting = settings.build(config), "config.evaluate.variance"
+    with pytest.raises(ConfigError) as error:
+        analytic.choose(config, name, setting, problem, None, 1, tmp_path)
+    message = str(error.value)
+    assert message.startswith(f"config.evaluate.variance = {name!r}")
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+# The table.
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, quick_compiles):
+    """A network of random weights with a learned Σ_θ, at step 3."""
+    directory = tmp_path_factory.mktemp("sigma")
+    config = small_config(model__variance="learned_diagonal")
+    tiny.save(directory, {3: (tiny.state_of(config, 0.1), None)})
+    return directory
+
+
+@pytest.fixture(scope="module")
+def first_run(workdir):
+    """The entries of a run, and its files."""
+    entries = sigma.sigma(small_config(model__variance="learned_diagonal"), workdir)
+    return entries, tiny.files(workdir)
+
+
+def totals_of(config, split, n, variances):
+    """The totals of random weights, and what `make_bound` needs to find the same."""
+    problem, params = settings.build(config), tiny.state_of(config, 0.1).ema_params
+    dataset = some_digits(config, split, n)
+    totals = sigma.measure_totals(config, problem, params, dataset, variances)
+    return totals, problem, params, dataset
+
+
+@pytest.mark.parametrize(
+    ("of_model", "decoder"),
+    [("beta_tilde", "discretized_gaussian"), ("learned_diagonal", "categorical")],
+)
+def test_an_entry_is_the_evaluation_with_that_variance_at_that_T(of_model, decoder):
+    """Draw 0 is an evaluation's noise: example by example, only rounding sets them apart."""
+    config = small_config(model__variance=of_model, decoder__name=decoder)
+    log_snr, error = LOG_SNR, np.linspace(0.1, 0.9, LEVELS * 64).reshape(LEVELS, 8, 8, 1)
+    variances = {
+        of_model: settings.build(config).variance,
+        "analytic_diagonal": of_measured_error(log_snr, error),
+    }
+    totals, problem, params, dataset = totals_of(config, "test", 72, variances)
+    mesh, index = devices.mesh(), np.arange(len(dataset.images), dtype=np.int32)
+    for num_timesteps, name in ((4, of_model), (8, "analytic_diagonal")):
+        chosen = problem._replace(variance=variances[name])
+        evaluate = measure.make_bound(config, chosen, mesh)
+        levels = problem.schedule.levels(num_timesteps)
+        expected = evaluate(params, levels, dataset.images, index).total
+        np.testing.assert_allclose(totals[num_timesteps][name][:, 0], expected, rtol=1e-5)
+
+
+def test_the_draws_are_independent():
+    """Paired errors vanish where Σ_θ is the same, and the draws differ where it is not."""
+    config = small_config()
+    own = settings.build(config).variance
+    totals, *_ = totals_of(config, "test", 64, {"beta_tilde": own, "again": own})
+    entries = sigma.summarize(8, totals[8], num_dims=64)
+    assert entries[1].difference == entries[1].difference_se == entries[1].difference_mc_se == 0
+    assert entries[0].bits_per_dim_mc_se > 0
+    # Of the two draws' means, each has twice the variance of their mean: √2 · √2 of its error.
+    means = totals[8]["beta_tilde"].mean(axis=0) / (64 * np.log(2))
+    assert abs(means[0] - means[1]) < 4 * 2 * entries[0].bits_per_dim_mc_se
+
+
+def test_the_analytic_variances_are_the_best_on_their_own_errors(tmp_path):
+    """Theorem 1 of Bao et al.: of all Σ that are a number for each level (and coordinate).
+
+    At a level where the errors were measured, over the very examples and noise: the mean KL of a
+    diagonal is no more than that of an isotropic one, nor this than β̃'s, β's or of any multiple of
+    itself. The KL is linear in (ε − ε̂)², so that the mean error has the mean KL.
+    """
+    config = small_config()
+    log_snr, error = measured(config, tmp_path, scale=0.1)
+    step = Step(np.float32(log_snr), np.full(LEVELS, 0.7, np.float32))
+    error32 = np.float32(error)
+
+    def mean_kl(variance, shift=0.0):
+        r = Reverse(None, "eps", variance).log_variance_ratio(step, error32)
+        return np.asarray(kl_of_error(error32, step, r + shift), np.float64)
+
+    isotropic = of_measured_error(log_snr, error.mean(axis=(1, 2, 3)))
+    diagonal = of_measured_error(log_snr, error)
+    assert np.all(mean_kl(diagonal) < mean_kl(isotropic))
+    for fixed in ("beta_tilde", "beta"):
+        assert np.all(mean_kl(isotropic) < mean_kl(fixed))
+    for shift in (-0.1, 0.1):
+        for best in (isotropic, diagonal):
+            assert np.all(mean_kl(best) < mean_kl(best, shift))
+
+
+def test_on_the_training_data_the_analytic_variances_give_the_lowest_bounds(tmp_path):
+    """At levels that were measured, where no interpolation comes in, up to Monte-Carlo error."""
+    config = small_config()
+    config.sigma.num_timesteps = (LEVELS,)
+    config.analytic.examples = 256
+    problem, params = settings.build(config), tiny.state_of(config, 0.1).ema_params
+    variances = {
+        name: analytic.choose(config, name, "name", problem, params, 1, tmp_path).variance
+        for name in ("beta_tilde", "beta", *analytic.ANALYTIC)
+    }
+    totals, *_ = totals_of(config, "train", 256, variances)
+    for better, worse in (
+        ("analytic_diagonal", "analytic_isotropic"),
+        ("analytic_isotropic", "beta_tilde"),
+        ("analytic_isotropic", "beta"),
+    ):
+        difference = totals[LEVELS][better] - totals[LEVELS][worse]
+        noise = difference.std(axis=1, ddof=1) / np.sqrt(2)
+        assert difference.mean() < 3 * np.sqrt((noise**2).sum()) / 256
+
+
+def test_a_run_writes_its_table(workdir, first_run):
+    entries, _ = first_run
+    names = ["beta_tilde", "beta", "learned_diagonal", "analytic_isotropic", "analytic_diagonal"]
+    assert [(e.num_timesteps, e.variance) for e in entries] == [
+        (T, name) for T in (4, 8) for name in names
+    ]
+    recorded = json.loads((workdir / "sigma.json").read_text())
+    assert recorded["entries"] == [entry._asdict() for entry in entries]
+    told = {"split": "test", "step": 3, "seed": 0, "draws": 2, "num_examples": 447}
+    assert {name: recorded[name] for name in told} == told
+    for entry in entries:
+        assert entry.bits_per_dim_se > 0
+        assert entry.bits_per_dim_mc_se > 0
+    table = (workdir / "sigma.md").read_text()
+    assert "| Σ_θ | T = 4 | T = 8 |" in table
+    for T in (4, 8):
+        best = min((e for e in entries if e.num_timesteps == T), key=lambda e: e.bits_per_dim)
+        assert f"**{best.bits_per_dim:.4f} ± {best.bits_per_dim_mc_se:.4f}**" in table
+    assert table.count("**") == 4
+    assert matplotlib.image.imread(workdir / "sigma.png").std() > 0
+
+
+def test_a_second_run_gives_identical_files(workdir, first_run, tmp_path):
+    _, files = first_run
+    again = tiny.copy(workdir, tmp_path)
+    (again / analytic.ERRORS_FILE).unlink()
+    sigma.run(small_config(model__variance="learned_diagonal"), again)
+    for name in ("sigma.json", "sigma.md", "sigma.png"):
+        assert (again / name).read_bytes() == files[workdir / name][1], name
+    before, after = np.load(workdir / "eps_errors.npz"), np.load(again / "eps_errors.npz")
+    np.testing.assert_array_equal(after["error"], before["error"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("sigma.num_timesteps", (1, 10)),
+        ("sigma.num_timesteps", (10, 10)),
+        ("sigma.num_timesteps", ()),
+        ("sigma.num_timesteps", (10, 2.5)),
+        ("sigma.draws", 1),
+        ("sigma.split", "tests"),
+        ("sigma.checkpoint", "worst"),
+        ("analytic.levels", 1),
+        ("analytic.examples", 0),
+    ],
+)
+def test_a_wrong_setting_is_one_line(name, value):
+    config = small_config()
+    section, setting = name.split(".")
+    config[section].update({setting: value})
+    with pytest.raises(ConfigError) as error:
+        sigma.check(config)
+    message = str(error.value)
+    assert message.startswith(f"config.{name} = {value!r}")
+    assert "\n" not in message
+
+
+def test_a_schedule_without_so_many_levels_is_one_line():
+    config = small_config(schedule__name="betas")
+    config.schedule.betas.betas = (0.5,)
+    config.schedule.num_timesteps = 1
+    with pytest.raises(ConfigError, match=r"config.sigma.num_timesteps = \(4, 8\); .* no 4 levels"):
+        sigma.check(config)
