@@ -122,7 +122,9 @@ def _allocated(
 def identity(config: ConfigDict, problem: Problem, step: int) -> dict[str, Any]:
     """What an evaluation is of: two with the same identity have the same numbers."""
     told = config.to_dict()
-    del told["train"], told["sample"], told["data"]["data_dir"]
+    del told["train"], told["sample"], told["sigma"], told["variance"], told["data"]["data_dir"]
+    if config.evaluate.variance not in analytic.ANALYTIC:
+        del told["analytic"]
     del told["evaluate"]["batch_size"], told["evaluate"]["chunk_size"]
     return {
         "split": config.evaluate.split,

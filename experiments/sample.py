@@ -79,7 +79,10 @@ def sample(config: ConfigDict, workdir: epath.PathLike) -> np.ndarray:
 def identity(config: ConfigDict, step: int) -> str:
     """What samples are of, as JSON: two with the same identity are the same samples."""
     told = config.to_dict()
-    del told["train"], told["evaluate"], told["sample"]["batch_size"], told["data"]["data_dir"]
+    del told["train"], told["evaluate"], told["sigma"], told["variance"]
+    del told["sample"]["batch_size"], told["data"]["data_dir"]
+    if config.sample.variance not in analytic.ANALYTIC:
+        del told["analytic"]
     return json.dumps({"step": step, **workdirs.flatten(told)}, sort_keys=True)
 
 

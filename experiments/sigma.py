@@ -230,7 +230,7 @@ def _make_terms(
         kls = jax.lax.map(lambda of_draw: jax.vmap(at)(of_draw, log_snr, gap), eps)
         return jnp.transpose(kls, (3, 2, 0, 1))
 
-    return measure._jit_evaluation(terms, mesh, num_batched=2, num_shared=4)
+    return measure.jit_evaluation(terms, mesh, num_batched=2, num_shared=4)
 
 
 def _make_ends(config: ConfigDict, problem: Problem, mesh: Mesh) -> Callable[..., Array]:
@@ -251,7 +251,7 @@ def _make_ends(config: ConfigDict, problem: Problem, mesh: Mesh) -> Callable[...
         ]
         return prior_kl(x_0, last_log_snr * ones)[:, None] + jnp.stack(parts, axis=1)
 
-    return measure._jit_evaluation(ends, mesh, num_batched=2, num_shared=3)
+    return measure.jit_evaluation(ends, mesh, num_batched=2, num_shared=3)
 
 
 def summarize(
@@ -298,8 +298,8 @@ def to_markdown(entries: list[Entry]) -> str:
     return (
         "Bits/dim ± its standard error over noise, with the examples fixed:\n\n"
         + table(value, names)
-        + f"\n\nLess that of {REFERENCE} on the same examples and noise, ± its standard error over "
-        "examples:\n\n" + table(difference, [n for n in names if n != REFERENCE])
+        + f"\n\nDifference to {REFERENCE} on the same examples and noise, ± its standard error "
+        "over examples:\n\n" + table(difference, [n for n in names if n != REFERENCE])
     )
 
 

@@ -59,6 +59,8 @@ class Subject(NamedTuple):
     Attributes:
       name: for people.
       problem: the mathematics; its schedule, if learned, the learned one.
+      straight: the same with a straight line for a schedule that is learned, between the ends
+        that it started from; None where the schedule is not learned.
       params: the networks' parameters.
       images: the examples.
       control: the control variate of the data.
@@ -67,6 +69,7 @@ class Subject(NamedTuple):
 
     name: str
     problem: Problem
+    straight: Problem | None
     params: Any
     images: np.ndarray
     control: GaussianControl
@@ -132,8 +135,9 @@ def _trained(config: ConfigDict, workdir: epath.PathLike) -> Subject:
     dataset = settings.load_data(config, split)
     images = dataset.images[:n]
     name = f"{config.data.name}, {split}, step {step}, T = {problem.levels.num_timesteps}"
-    control = fit_control(config, problem)
-    return Subject(name, problem.learned(params), params, images, control, None)
+    control, learned = fit_control(config, problem), problem.learned(params)
+    straight = None if problem.noise_schedule is None else problem
+    return Subject(name, learned, straight, params, images, control, None)
 
 
 class _ClosedForm:
@@ -176,13 +180,14 @@ def gaussian(config: ConfigDict) -> Subject:
     truth = -np.asarray(distribution.log_prob(x_0), np.float64).mean()
     control = GaussianControl.fit(np.asarray(distribution.sample(jax.random.key(0), 500)), 1e-3)
     name = f"Gaussian, d = 4, T = {config.variance.num_timesteps}"
-    return Subject(name, problem, {"network": {}}, x_0, control, float(bits_per_dim(truth, 4)))
+    truth = float(bits_per_dim(truth, 4))
+    return Subject(name, problem, None, {"network": {}}, x_0, control, truth)
 
 
 def measure_all(config: ConfigDict, subject: Subject) -> list[Row]:
     """Every estimator on one subject."""
-    at_t = Draws(config, subject, continuous=False)
-    at_infinity = Draws(config, subject, continuous=True)
+    at_t = Draws(config, subject, subject.problem, continuous=False)
+    at_infinity = Draws(config, subject, subject.problem, continuous=True)
     rows = [
         *of_trajectories(config, subject),
         one_log_ratio(config, subject, at_t),
@@ -190,6 +195,10 @@ def measure_all(config: ConfigDict, subject: Subject) -> list[Row]:
         *at_t.few_timesteps(),
         *at_infinity.few_timesteps(),
     ]
+    if subject.straight is not None:
+        on_line = Draws(config, subject, subject.straight, continuous=True)
+        on_line.prefix += "straight line, "
+        rows += on_line.one_timestep()
     if subject.truth is not None:
         rows.append(Row("closed form", "−log p", subject.truth, 0.0, 0.0, 0, 0))
     return rows
@@ -213,12 +222,12 @@ def of_trajectories(config: ConfigDict, subject: Subject) -> list[Row]:
 class Draws:
     """Estimators of one subject's bound at T, or at infinity, from draws of its integrand."""
 
-    def __init__(self, config: ConfigDict, subject: Subject, continuous: bool):
+    def __init__(self, config: ConfigDict, subject: Subject, problem: Problem, continuous: bool):
         self.config, self.subject = config, subject
         self.target, self.prefix = ("∞", "T → ∞: ") if continuous else ("T", "")
         dataset = data.Dataset(subject.images, None, 0, subject.name, "")
         self.estimator = Estimator(
-            config, subject.problem, subject.params, dataset, continuous, subject.control
+            config, problem, subject.params, dataset, continuous, subject.control
         )
         self.shape = (len(subject.images), config.variance.draws)
         self.rng = np.random.default_rng([config.seed, continuous])
@@ -237,6 +246,10 @@ class Draws:
 
     def few_timesteps(self) -> list[Row]:
         """One timestep per example, drawn in different ways; and allocated ones."""
+        return self.one_timestep() + [self.allocated(control) for control in (False, True)]
+
+    def one_timestep(self) -> list[Row]:
+        """One timestep per example: uniform, stratified across them, and by importance."""
         uniform = self.rng.random(self.shape)
         values = self.estimator.rates(uniform, 60).value
         rms = Proposal(np.ones(32)).bin(uniform)
@@ -245,8 +258,7 @@ class Draws:
         proposal = Proposal.allocate(np.sqrt(second / np.maximum(count, 1)), uniform_share=0.01)
         ways = (("stratified", Proposal(np.ones(32)), 61), ("importance, stratified", proposal, 62))
         rows = [self.row("one t, uniform", values.T, 1)]
-        rows += [self.across_batch(f"one t, {name}", p, draw) for name, p, draw in ways]
-        return rows + [self.allocated(use_control) for use_control in (False, True)]
+        return rows + [self.across_batch(f"one t, {name}", p, draw) for name, p, draw in ways]
 
     def across_batch(self, name: str, proposal: Proposal, draw: int) -> Row:
         """One time per example, one to a stratum across all the examples, by a common shift."""

@@ -46,14 +46,16 @@ class Plan(NamedTuple):
     end_variance: float
     evaluations: int
 
-    def sizes(self, per_example: float) -> tuple[int, int]:
+    def sizes(self, per_example: float, least: int) -> tuple[int, int]:
         """So many evaluations as draws of the integrand and of the reconstruction, each by its std.
 
-        At least one of each; none of the integrand where it has no variance at all.
+        No more than `per_example` in all, but `least` of the integrand and one reconstruction.
         """
         of_rate, of_end = np.sqrt(self.variance), np.sqrt(self.end_variance)
-        share = of_rate / (of_rate + of_end) if of_rate + of_end else 0.5
-        return max(int(per_example * share), 1), max(int(per_example * (1 - share)), 1)
+        share = of_rate / (of_rate + of_end) if of_rate + of_end else 0.0
+        whole = max(int(per_example), least + 1)
+        m = int(np.clip(np.rint(whole * share), least, whole - 1))
+        return m, whole - m
 
 
 class Allocated(NamedTuple):
@@ -195,7 +197,7 @@ def allocated_bound(
       estimator: draws the terms.
       target: the largest standard error over times and noise, the examples fixed.
       max_evaluations: of the network, pilot included; 0 for no limit. The pilot and two replicates
-        of one time per example are made in any case.
+        of one time and one reconstruction per example are made in any case.
       pilot_times: times per example of the pilot.
       use_control: whether the control variate is subtracted.
 
@@ -214,8 +216,8 @@ def allocated_bound(
     of_one = (np.sqrt(plan.variance) + np.sqrt(plan.end_variance)) ** 2
     wanted = SAFETY * of_one * (bits_per_dim(1.0, num_dims) / target) ** 2 / n
     affordable = (budget - plan.evaluations) / n
-    m, ends = plan.sizes(min(wanted, affordable) / FIRST_REPLICATES)
-    draws, done = _Replicates(estimator, plan, least * m, ends), False
+    m, ends = plan.sizes(min(wanted, affordable) / FIRST_REPLICATES, least)
+    draws, done = _Replicates(estimator, plan, m, ends), False
     with progress(None, "estimate", "replicate", leave=False) as bar:
         while not done:
             draws.add(rng_seed)

@@ -44,7 +44,7 @@ def make_bound(
         reverse, decoder = problem.reverse(params), problem.decoder
         return bound(reverse, decoder, x_0, levels, noise, config.evaluate.chunk_size)
 
-    return _jit_evaluation(full, mesh, num_batched=2)
+    return jit_evaluation(full, mesh, num_batched=2)
 
 
 def make_terms_at(
@@ -71,7 +71,7 @@ def make_terms_at(
             eps_error=terms.eps_error,
         )
 
-    return _jit_evaluation(some, mesh, num_batched=3)
+    return jit_evaluation(some, mesh, num_batched=3)
 
 
 ENDS_SLOT = 2**30  # from here on are the noises of the reconstruction
@@ -157,7 +157,7 @@ def make_rates(
         found = jax.lax.map(at, by_point, batch_size=chunk_size)
         return jax.tree.map(lambda a: a[:m].T, found)
 
-    return _jit_evaluation(rates, mesh, num_batched=4, num_shared=2)
+    return jit_evaluation(rates, mesh, num_batched=4, num_shared=2)
 
 
 def make_log_ratios(
@@ -178,7 +178,7 @@ def make_log_ratios(
 
         return jax.lax.map(at, jax.tree.map(jnp.transpose, points)).T
 
-    return _jit_evaluation(log_ratios, mesh, num_batched=4, num_shared=1)
+    return jit_evaluation(log_ratios, mesh, num_batched=4, num_shared=1)
 
 
 def make_ends(
@@ -197,7 +197,7 @@ def make_ends(
         prior = prior_kl(x_0, levels.step(levels.num_timesteps * jnp.ones_like(index)).log_snr)
         return prior, jax.lax.map(at, slot.T).T
 
-    return _jit_evaluation(ends, mesh, num_batched=4)
+    return jit_evaluation(ends, mesh, num_batched=4)
 
 
 def make_trajectory(
@@ -210,7 +210,7 @@ def make_trajectory(
         noise = _rate_noise(config, problem, index, draw)
         return trajectory(problem.reverse(params), problem.decoder, x_0, levels, noise).total
 
-    return _jit_evaluation(totals, mesh, num_batched=3)
+    return jit_evaluation(totals, mesh, num_batched=3)
 
 
 def make_ode(config: ConfigDict, problem: Problem, mesh: Mesh) -> Callable[..., DiscreteBound]:
@@ -241,7 +241,7 @@ def make_ode(config: ConfigDict, problem: Problem, mesh: Mesh) -> Callable[..., 
         eps = jax.vmap(lambda key: jax.random.normal(key, shape))(keys[0])
         return noise_dequantization(reverse, problem.decoder, x_0, eps, levels, solver, probes)
 
-    return _jit_evaluation(run, mesh, num_batched=3)
+    return jit_evaluation(run, mesh, num_batched=3)
 
 
 def make_sampler(
@@ -290,7 +290,7 @@ def _rate_noise(
     return noise
 
 
-def _jit_evaluation(
+def jit_evaluation(
     function: Callable, mesh: Mesh, num_batched: int, num_shared: int = 2
 ) -> Callable:
     """Compiles with full-precision products: what is shared everywhere, the rest by examples.

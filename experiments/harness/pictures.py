@@ -250,7 +250,7 @@ def plot_bits_over_timesteps(
         axes.set_xlabel("T")
     absolute.set(ylabel="bits/dim", title="Bound")
     absolute.legend(frameon=False, fontsize=8)
-    relative.set(ylabel="bits/dim", title=f"Less that of {reference}")
+    relative.set(ylabel="bits/dim", title=f"Difference to {reference}")
     _save(path, figure)
 
 

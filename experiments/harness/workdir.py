@@ -8,6 +8,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
+from diffusion.variances import VARIANCES
 from experiments.harness.checkpoints import is_new
 from experiments.harness.errors import ConfigError
 from experiments.harness.metrics import write_json
@@ -16,15 +17,18 @@ CONFIG_FILE = "config.json"
 
 # What may change between a run and its resumption: nothing that the trained parameters depend on.
 HARMLESS = (
+    "analytic.",
     "data.data_dir",
     "evaluate.",
     "sample.",
+    "sigma.",
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.log_every",
     "train.sample_every",
     "train.sample_timesteps",
     "train.validation_timesteps",
+    "variance.",
 )
 
 
@@ -99,8 +103,12 @@ def check_network(config: ConfigDict, workdir: epath.PathLike) -> None:
     if config.model.unet.noise_input == "ddpm_timestep":
         own += ["schedule.name", f"schedule.{config.schedule.name}."]
 
+    sigmas = config.model.variance, recorded["model"]["variance"]
+    is_learned = any(VARIANCES[name]().is_learned for name in sigmas if name in VARIANCES)
+
     def is_own(name: str) -> bool:
-        return name.startswith(tuple(own)) and name != "model.variance"
+        # A learned Σ_θ is part of the network; `evaluate.variance` chooses another to measure with.
+        return name.startswith(tuple(own)) and (is_learned or name != "model.variance")
 
     changed = _changes(config, recorded, is_own)
     if changed:
