@@ -210,9 +210,8 @@ def plot_costs(path: epath.PathLike, costs: dict[str, dict[str, float]], goal: f
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(
-        figsize=(10.5, 0.8 + 0.42 * max(map(len, costs.values()))), layout="constrained"
-    )
+    height = 1.0 + 0.3 * max(map(len, costs.values()))
+    figure = Figure(figsize=(6.4 * len(costs), height), layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, len(costs)))
     for panel, (subject, of) in zip(axes, costs.items(), strict=True):
         names = [name for name, cost in of.items() if cost > 0][::-1]
@@ -220,9 +219,11 @@ def plot_costs(path: epath.PathLike, costs: dict[str, dict[str, float]], goal: f
         panel.barh(names, values, color=_BLUE, alpha=0.7, height=0.65)
         panel.set_xscale("log")
         panel.set_xlim(min(values) / 3, max(values) * 8)
+        panel.tick_params(labelsize=9)
         for place, value in enumerate(values):
-            panel.text(value * 1.15, place, f"{value:.2g}", va="center", fontsize=8)
-        panel.set(title=subject, xlabel=f"network evaluations for ± {goal} bits/dim")
+            panel.text(value * 1.15, place, f"{value:.1e}", va="center", fontsize=8)
+        panel.set_title(subject, fontsize=10)
+        panel.set_xlabel(f"evaluations for ± {goal} bits/dim", fontsize=9)
         panel.spines[["top", "right"]].set_visible(False)
     _save(path, figure)
 
