@@ -156,7 +156,7 @@ def _evaluate() -> dict:
         "k_sample": {"num_samples": 8, "num_timesteps": 50},
         "ode": {
             "num_steps": 0,  # 0: adaptive, to the tolerance; else a fixed grid of so many steps
-            "tolerance": 1e-4,
+            "tolerance": 1e-5,
             "max_steps": 1000,
             "method": "tsit5",  # or heun, dopri8
             "trace": "hutchinson",  # or exact: one derivative a dimension
