@@ -88,7 +88,9 @@ def by_importance(
     cumulative = jnp.cumsum(probabilities)
     place = jnp.searchsorted(cumulative, time * cumulative[-1], side="right")
     index = jnp.minimum(place, len(probabilities) - 1)
-    return index + 1, 1 / (len(probabilities) * probabilities[index])
+    # The share of times that lead here, as it was rounded: p(t), but for the sum's rounding.
+    share = jnp.diff(cumulative, prepend=0.0)[index] / cumulative[-1]
+    return index + 1, 1 / (len(probabilities) * share)
 
 
 class Proposal(NamedTuple):

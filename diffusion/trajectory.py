@@ -89,9 +89,10 @@ def step_log_ratio(
     z = √c ε_s − ρ n, plus log q(x_t | x_0) − log q(x_s | x_0). The second part telescopes along a
     trajectory; at a single t it is most of the variance.
     """
-    rho, root_c = expand(jnp.exp(-0.5 * step.gap), x_0), expand(jnp.sqrt(step.c), x_0)
-    eps_t = rho * eps_s + root_c * n
-    z = root_c * eps_s - rho * n
+    # ρ − 1, since ρ itself would be rounded the same way at every step of a long trajectory.
+    fall, root_c = expand(jnp.expm1(-0.5 * step.gap), x_0), expand(jnp.sqrt(step.c), x_0)
+    eps_t = eps_s + (fall * eps_s + root_c * n)
+    z = root_c * eps_s - (1 + fall) * n
     x_t = diffuse(x_0, step.log_snr, eps_t)
     outputs = reverse.outputs(x_t, step.log_snr, condition)
     error = reverse.eps_error_of(outputs.prediction, x_0, eps_t, step.log_snr)
@@ -99,8 +100,8 @@ def step_log_ratio(
     # (x_s − S_θ)/√β̃ = z − √expm1(gap) (ε − ε̂); its square less z², opened up.
     shift = expand(jnp.sqrt(jnp.expm1(step.gap)), x_0) * error
     of_kl = r + jnp.expm1(-r) * z**2 + jnp.exp(-r) * (shift - 2 * z) * shift
-    # ‖ε_s‖² − ‖ε_t‖² and log σ_s²/σ_t², likewise.
-    of_norms = root_c * (root_c * (eps_s - n) * (eps_s + n) - 2 * rho * eps_s * n)
+    # ‖ε_s‖² − ‖ε_t‖², which telescopes however ε_t was rounded, and log σ_s²/σ_t².
+    of_norms = -(fall * eps_s + root_c * n) * (eps_s + eps_t)
     log_ratio = -jnp.log1p(jax.nn.sigmoid(step.log_snr) * jnp.expm1(step.gap))
     return eps_t, 0.5 * sum_per_example(of_kl + of_norms + expand(log_ratio, x_0))
 

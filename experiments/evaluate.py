@@ -14,6 +14,7 @@ from experiments.harness import analytic, data, devices, estimates, measure, pic
 from experiments.harness import workdir as workdirs
 from experiments.harness.allocate import Estimator
 from experiments.harness.checkpoints import CHECKPOINTS, load_ema
+from experiments.harness.errors import ConfigError
 from experiments.harness.estimates import ESTIMATES, allocate, allocated_summary
 from experiments.harness.metrics import append_jsonl, write_json, write_npz
 from experiments.harness.progress import progress
@@ -108,11 +109,13 @@ def _allocated(
     found = allocate(config, Estimator(config, problem, params, dataset))
     num_terms = problem.levels.num_timesteps - 1
     bins = len(found.rate)
-    of_t = np.minimum((np.arange(num_terms) * bins) // max(num_terms, 1), bins - 1)
-    error = found.eps_error[of_t]
+    of_t = ((np.arange(num_terms) + 0.5) * bins / max(num_terms, 1)).astype(int)
+    error, rate = found.eps_error[of_t], found.rate[of_t]
+    # The bins' mean need not be the estimate's to the last digit; the curve is.
+    kl = rate * found.diffusion.mean() / rate.sum() if rate.any() else rate
     curves = Curves(
         total=found.total,
-        kl=bits_per_dim(found.rate[of_t] / max(num_terms, 1), int(np.prod(problem.image_shape))),
+        kl=bits_per_dim(kl, int(np.prod(problem.image_shape))),
         kl_se=None,
         eps_error=np.concatenate([error[:1] if num_terms else found.eps_error[:1], error]),
     )
@@ -125,6 +128,11 @@ def identity(config: ConfigDict, problem: Problem, step: int) -> dict[str, Any]:
     del told["train"], told["sample"], told["sigma"], told["variance"], told["data"]["data_dir"]
     if config.evaluate.variance not in analytic.ANALYTIC:
         del told["analytic"]
+    for name in ("ode", "k_sample"):
+        if name not in config.evaluate.also:
+            del told["evaluate"][name]
+    if not config.evaluate.target and "continuous" not in config.evaluate.also:
+        del told["evaluate"]["pilot"], told["evaluate"]["max_evaluations"]
     del told["evaluate"]["batch_size"], told["evaluate"]["chunk_size"]
     return {
         "split": config.evaluate.split,
@@ -138,7 +146,7 @@ def identity(config: ConfigDict, problem: Problem, step: int) -> dict[str, Any]:
 
 def check(config: ConfigDict) -> None:
     """Raises ConfigError for settings or data that `evaluate` can't use; compiles nothing."""
-    settings.build(config)
+    problem = settings.build(config)
     devices.check_batch("config.evaluate.batch_size", config.evaluate.batch_size)
     settings.pick(data.SPLITS, config.evaluate.split, "config.evaluate.split")
     settings.describe_data(config, config.evaluate.split)
@@ -146,6 +154,14 @@ def check(config: ConfigDict) -> None:
     settings.check_positive(config, "evaluate.chunk_size", "evaluate.replicates")
     analytic.check(config, config.evaluate.variance, "config.evaluate.variance")
     estimates.check(config)
+    if "k_sample" in config.evaluate.also:
+        num_timesteps = config.evaluate.k_sample.num_timesteps
+        try:
+            problem.schedule.levels(num_timesteps)
+        except ValueError as error:
+            raise ConfigError(
+                f"config.evaluate.k_sample.num_timesteps = {num_timesteps}: {error}"
+            ) from error
 
 
 def full_bound(
@@ -205,9 +221,8 @@ def summary(terms: Bound, noise_variances: np.ndarray, problem: Problem) -> dict
 def result_line(result: dict[str, Any]) -> str:
     """The result for people: a line, and one more for each further estimate."""
 
-    def show(of, name):  # NaN with one example, and null once it has been through a file
-        value = of[name]
-        return "unknown" if value is None or np.isnan(value) else f"{value:.4f}"
+    def show(of, name):
+        return _show(of[name])
 
     def line(name, of, detail):
         return (
@@ -225,17 +240,22 @@ def result_line(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _show(value: float | None) -> str:
+    """NaN where there is nothing to tell it by, as with one example; null once in a file."""
+    return "unknown" if value is None or np.isnan(value) else f"{value:.4f}"
+
+
 def _detail(name: str, of: dict[str, Any]) -> str:
     """What sets a further estimate apart."""
     details = {
         "continuous": lambda: "the bound as T → ∞",
         "k_sample": lambda: (
             f"{of['num_samples']} trajectories at T = {of['num_timesteps']}; "
-            f"one alone {of['one_sample_bits_per_dim']:.4f}"
+            f"one alone {_show(of['one_sample_bits_per_dim'])}"
         ),
         "ode": lambda: (
-            f"{of['dequantization']} dequantisation; trace ± {of['trace_se']:.4f}, "
-            f"solver ± {of['mean_solver_error']:.4f}, {of['failed_solves']} solves failed"
+            f"{of['dequantization']} dequantisation; trace ± {_show(of['trace_se'])}, "
+            f"solver ± {_show(of['mean_solver_error'])}, {of['failed_solves']} solves failed"
         ),
     }
     return details[name]() + ")"

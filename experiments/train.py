@@ -60,6 +60,8 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
     problem, optimizer = settings.build(config), _optimizer(config)
     workdirs.check(config, workdir)
     initial = initial_params(config, problem, workdir)
+    if is_new(workdir):
+        workdirs.forget_results(workdir)
     workdirs.record(config, workdir)
     with Checkpoints(workdir, keep_last=config.train.keep_checkpoints) as checkpoints:
         history = init_history(config, problem)
@@ -88,7 +90,8 @@ def check(config: ConfigDict) -> None:
         "train.keep_checkpoints",
         "train.validation_timesteps",
     )
-    for name in ("learning_rate", "warmup_steps", "gradient_clip", "weight_decay"):
+    rates = ("learning_rate", "schedule_learning_rate")
+    for name in (*rates, "warmup_steps", "gradient_clip", "weight_decay"):
         settings.check_setting(config, f"train.{name}", lambda x: x >= 0, "it must not be negative")
     for name in ("ema_decay", "beta2"):
         settings.check_setting(

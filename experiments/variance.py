@@ -16,7 +16,6 @@ from diffusion.estimate import bits_per_dim
 from diffusion.exact import NormalData
 from diffusion.schedules import linear_log_snr
 from diffusion.timesteps import Proposal
-from diffusion.trajectory import k_sample_bound
 from diffusion.variances import beta_tilde
 from experiments.harness import data, devices, estimates, measure, pictures, settings
 from experiments.harness import workdir as workdirs
@@ -28,7 +27,6 @@ from experiments.harness.settings import Problem
 from experiments.harness.state import abstract_params
 
 GOAL = 0.001  # bits/dim: the error whose cost is told
-GROUPS = 2
 
 
 class Row(NamedTuple):
@@ -118,10 +116,10 @@ def check(config: ConfigDict) -> None:
     settings.describe_data(config, config.variance.split)
     settings.pick(CHECKPOINTS, config.variance.checkpoint, "config.variance.checkpoint")
     devices.check_batch("config.evaluate.batch_size", config.evaluate.batch_size)
-    names = ("variance.draws", "variance.num_samples")
-    settings.check_positive(config, "evaluate.chunk_size", "evaluate.pilot", *names)
+    names = ("evaluate.chunk_size", "evaluate.pilot", "variance.num_samples")
+    settings.check_positive(config, *names)
     at_least_two = "it must be at least 2"
-    for name in ("variance.examples", "variance.num_timesteps"):
+    for name in ("variance.draws", "variance.examples", "variance.num_timesteps"):
         settings.check_setting(config, name, lambda n: n >= 2, at_least_two)
     enough = problem.levels.num_timesteps >= 2
     settings.check_setting(config, "schedule.num_timesteps", lambda _: enough, at_least_two)
@@ -209,10 +207,9 @@ def of_trajectories(config: ConfigDict, subject: Subject) -> list[Row]:
     k, num_timesteps = config.variance.num_samples, subject.problem.levels.num_timesteps
     dataset = data.Dataset(subject.images, None, 0, subject.name, "")
     totals = estimates.trajectories(
-        config, subject.problem, subject.params, dataset, num_timesteps, GROUPS * k
+        config, subject.problem, subject.params, dataset, num_timesteps, estimates.GROUPS * k
     )
-    groups = totals.reshape(GROUPS, k, -1)
-    bounds = np.stack([np.asarray(k_sample_bound(group), np.float64) for group in groups])
+    bounds = estimates.k_sample_bounds(totals)
     return [
         _row(subject, "(13.10), whole trajectory", "T", totals, num_timesteps),
         _row(subject, f"{k} trajectories", f"{k} samples", bounds, k * num_timesteps),
@@ -292,7 +289,7 @@ class Draws:
 
 
 def one_log_ratio(config: ConfigDict, subject: Subject, draws: Draws) -> Row:
-    """(13.10) at one uniform t: T − 1 times its log-ratio, and the log-ratios of both ends."""
+    """(13.10) at one uniform t: T − 1 times its log-ratio; the ends are those of (13.26)."""
     mesh = devices.mesh()
     run = measure.make_log_ratios(config, subject.problem, mesh)
     n, num_draws = draws.shape
@@ -304,7 +301,7 @@ def one_log_ratio(config: ConfigDict, subject: Subject, draws: Draws) -> Row:
         images, draw = subject.images[index], np.full(len(index), 70)
         found = np.asarray(run(draws.estimator.params, images, index, points, draw), np.float64)
         values[index[mask]] = found[mask]
-    # The two ends, E log q(x_1 | x_0) and E −log p(x_T) less the telescoped rest, known in mean.
+    # With the means of what telescopes, so that the two ends are those of (13.26).
     return draws.row("(13.10), one t, uniform", (values + _telescoped(subject)[:, None]).T, 1)
 
 

@@ -25,6 +25,8 @@ from experiments.harness.settings import Problem
 MAX_BINS = 32
 PAIRS_PER_BIN = 20
 FIRST_REPLICATES = 2
+LEAST_FREEDOM = 30  # degrees of freedom of an error: examples times replicates but one
+MAX_PER_REPLICATE = 512  # evaluations of an example
 SAFETY = 1.25  # on the variance that the pilot foretells
 CONTROL_EXAMPLES = 10_000
 
@@ -35,7 +37,8 @@ class Plan(NamedTuple):
     Attributes:
       proposal: the density of time.
       coefficient: of the control variate, in each bin of time.
-      variance: foretold of one weighted value of the integrand given its example, in nats².
+      variance: foretold of one weighted value of the integrand given its example and time, in
+        nats². With few strata the spread over time within them comes on top.
       end_variance: of one draw of the reconstruction, likewise.
       evaluations: that the pilot used.
     """
@@ -114,7 +117,8 @@ class Estimator:
         self.config, self.problem, self.dataset = config, problem, dataset
         self.continuous, self.num_examples = continuous, len(dataset.images)
         self.params = devices.place(params, devices.replicated(mesh))
-        self.control = fit_control(config, problem) if control is None else control
+        control = fit_control(config, problem) if control is None else control
+        self.control = devices.place(control, devices.replicated(mesh))
         self._rates = measure.make_rates(config, problem, mesh, continuous)
         self._ends = measure.make_ends(config, problem, mesh)
 
@@ -216,13 +220,17 @@ def allocated_bound(
     of_one = (np.sqrt(plan.variance) + np.sqrt(plan.end_variance)) ** 2
     wanted = SAFETY * of_one * (bits_per_dim(1.0, num_dims) / target) ** 2 / n
     affordable = (budget - plan.evaluations) / n
-    m, ends = plan.sizes(min(wanted, affordable) / FIRST_REPLICATES, least)
+    per_example = min(wanted, affordable)
+    # Enough of them for an error to be known by, and each small enough to be held.
+    first = max(FIRST_REPLICATES, 1 + -(-LEAST_FREEDOM // n), int(per_example // MAX_PER_REPLICATE))
+    first = int(min(first, max(affordable // (least + 1), FIRST_REPLICATES)))
+    m, ends = plan.sizes(per_example / first, least)
     draws, done = _Replicates(estimator, plan, m, ends), False
     with progress(None, "estimate", "replicate", leave=False) as bar:
         while not done:
             draws.add(rng_seed)
             bar.update()
-            if draws.count < FIRST_REPLICATES:
+            if draws.count < first:
                 continue
             result = draws.result()
             error = bits_per_dim(np.sqrt(result.noise_variance.sum()) / n, num_dims)

@@ -139,7 +139,7 @@ class Checkpoints:
         Args:
           step: step of a complete checkpoint.
           part: name of a field (or, for a dictionary, key) of the saved state.
-          like: as for `restore`, of that field alone.
+          like: as for `restore`, of that field alone; of a dictionary, of the keys that are wanted.
 
         Returns:
           A pytree of the structure of `like`.
@@ -171,6 +171,9 @@ class Checkpoints:
             stored = self._manager.metadata(step).item_metadata.tree
             if part is not None:
                 stored = {part: stored[part]} if part in stored else {}
+            if part in stored and isinstance(like, dict) and isinstance(stored[part], dict):
+                # Such as a network without the schedule that was learned beside it.
+                stored[part] = {k: tree for k, tree in stored[part].items() if k in like}
             self._require_same(step, stored, wanted)
             # Asked for in the checkpoint's own structure, which knows no NamedTuples.
             target = jax.tree_util.tree_map_with_path(

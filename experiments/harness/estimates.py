@@ -4,6 +4,7 @@ Each takes (config, problem, params, dataset) and returns numbers for evaluation
 standard errors and the network evaluations that they took.
 """
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from diffusion.likelihood import METHODS
 from diffusion.trajectory import k_sample_bound
 from experiments.harness import data, devices, measure
 from experiments.harness.allocate import Allocated, Estimator, allocated_bound
+from experiments.harness.errors import ConfigError
 from experiments.harness.progress import progress
 from experiments.harness.settings import Problem, check_positive, check_setting, pick
 
@@ -58,8 +60,7 @@ def k_sample(
     """The importance-weighted bound of K trajectories at its own T, beside that of one."""
     k, num_timesteps = config.evaluate.k_sample.num_samples, config.evaluate.k_sample.num_timesteps
     totals = trajectories(config, problem, params, dataset, num_timesteps, GROUPS * k)
-    groups = totals.reshape(GROUPS, k, -1)
-    bounds = np.stack([np.asarray(k_sample_bound(group), np.float64) for group in groups])
+    bounds = k_sample_bounds(totals)
     num_dims = int(np.prod(problem.image_shape))
     one = estimate(totals.mean(axis=0), totals.var(axis=0, ddof=1) / len(totals), num_dims)
     return {
@@ -74,6 +75,12 @@ def k_sample(
         "one_sample_bits_per_dim": one.mean,
         "one_sample_bits_per_dim_mc_se": one.mc_se,
     }
+
+
+def k_sample_bounds(totals: np.ndarray) -> np.ndarray:
+    """Independent K-sample bounds [group, n], of GROUPS · K trajectories' totals."""
+    groups = totals.reshape(GROUPS, -1, totals.shape[1])
+    return np.stack([np.asarray(k_sample_bound(group), np.float64) for group in groups])
 
 
 def trajectories(
@@ -163,6 +170,11 @@ def check(config: ConfigDict) -> None:
     """Raises ConfigError for settings that these estimates can't use."""
     for name in config.evaluate.also:
         pick(ESTIMATES, name, "config.evaluate.also")
+    if "continuous" in config.evaluate.also:
+        remedy = "it must be at least 2 for the bound as T → ∞"
+        check_setting(config, "schedule.num_timesteps", lambda n: n >= 2, remedy)
+    if "ode" in config.evaluate.also and importlib.util.find_spec("diffrax") is None:
+        raise ConfigError("config.evaluate.also = 'ode' needs the package diffrax >= 0.7")
     check_positive(
         config,
         "evaluate.k_sample.num_samples",

@@ -22,6 +22,7 @@ from diffusion.likelihood import (
     Adaptive,
     DiscreteBound,
     FixedGrid,
+    example_probes,
     noise_dequantization,
     uniform_dequantization,
 )
@@ -214,7 +215,11 @@ def make_trajectory(
 
 
 def make_ode(config: ConfigDict, problem: Problem, mesh: Mesh) -> Callable[..., DiscreteBound]:
-    """The ODE's bound: (params, levels, images, index, draw [b]) -> DiscreteBound [b]."""
+    """The ODE's bound: (params, levels, images, index, draw [b]) -> DiscreteBound [b].
+
+    The draw is the same for all rows. Solved `chunk_size` examples at a time: those that are solved
+    together all take as many steps as the slowest.
+    """
     settings, shape = config.evaluate.ode, problem.image_shape
     solver = Adaptive(settings.tolerance, settings.tolerance, settings.max_steps, settings.method)
     if settings.num_steps:
@@ -222,24 +227,18 @@ def make_ode(config: ConfigDict, problem: Problem, mesh: Mesh) -> Callable[..., 
 
     def run(params, levels, images, index, draw):
         x_0, reverse = problem.quantization.to_data(images), problem.reverse(params)
-        roots = stream(config.seed, "estimate"), stream(config.seed, "probes")
-        keys = [
-            jax.vmap(lambda i, d, root=root: jax.random.fold_in(jax.random.fold_in(root, i), d))(
-                index, draw
-            )
-            for root in roots
-        ]
-        probes = None
+        probes, more = None, {"chunk_size": config.evaluate.chunk_size}
         if settings.trace == "hutchinson":
-            probes = jax.vmap(
-                lambda key: jax.random.rademacher(key, (settings.probes, *shape), float)
-            )(keys[1])
+            root = jax.random.fold_in(stream(config.seed, "probes"), draw[0])
+            probes = example_probes(root, index, settings.probes, shape)
         if settings.dequantization == "uniform":
-            uniform = jax.vmap(lambda key: jax.random.uniform(key, shape))(keys[0])
+            keys = _example_keys(config, index, draw)
+            u = jax.vmap(lambda key: jax.random.uniform(key, shape))(keys)
             spacing = problem.quantization.spacing
-            return uniform_dequantization(reverse, x_0, uniform, spacing, levels, solver, probes)
-        eps = jax.vmap(lambda key: jax.random.normal(key, shape))(keys[0])
-        return noise_dequantization(reverse, problem.decoder, x_0, eps, levels, solver, probes)
+            return uniform_dequantization(reverse, x_0, u, spacing, levels, solver, probes, **more)
+        eps = _rate_noise(config, problem, index, draw)(jnp.zeros_like(index))
+        decoder = problem.decoder
+        return noise_dequantization(reverse, decoder, x_0, eps, levels, solver, probes, **more)
 
     return jit_evaluation(run, mesh, num_batched=3)
 
@@ -276,12 +275,17 @@ def evaluation_noise(
     return example_noise(stream(config.seed, "evaluate"), index, problem.image_shape, draw)
 
 
+def _example_keys(config: ConfigDict, index: Int[Array, "b"], draw: Int[Array, "b"]) -> Array:
+    """Keys [b], each a function of (seed, example, draw)."""
+    root = stream(config.seed, "estimate")
+    return jax.vmap(lambda i, d: jax.random.fold_in(jax.random.fold_in(root, i), d))(index, draw)
+
+
 def _rate_noise(
     config: ConfigDict, problem: Problem, index: Int[Array, "b"], draw: Int[Array, "b"]
 ) -> Callable:
     """Noise of a stream of its own, a function of (seed, example, slot, draw)."""
-    root = stream(config.seed, "estimate")
-    keys = jax.vmap(lambda i, d: jax.random.fold_in(jax.random.fold_in(root, i), d))(index, draw)
+    keys = _example_keys(config, index, draw)
 
     def noise(slot):
         at_slot = jax.vmap(jax.random.fold_in)(keys, slot)

@@ -1,6 +1,7 @@
 """From a config to the objects it names, and clear errors where it names none."""
 
 import difflib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -62,11 +63,14 @@ class Problem(NamedTuple):
         if self.noise_schedule is None:
             return self
 
-        def log_snr(params, time):
-            return self.noise_schedule.apply({"params": params}, time)
-
-        schedule = tabulate(log_snr, params["noise_schedule"])
+        schedule = tabulate(_log_snr_of(self.noise_schedule), params["noise_schedule"])
         return self._replace(schedule=schedule, levels=schedule.levels(self.levels.num_timesteps))
+
+
+@functools.cache
+def _log_snr_of(noise_schedule: NoiseSchedule) -> Callable:
+    """(params, time) -> log-SNR, one function for each network, so that it is compiled once."""
+    return lambda params, time: noise_schedule.apply({"params": params}, time)
 
 
 def pick(registry: Mapping[str, Any] | Sequence[str], name: str, setting: str) -> Any:
@@ -224,12 +228,20 @@ def make_objective(config: ConfigDict) -> Objective:
         and name == "vlb"
         and config.decoder.name == "discretized_gaussian"
         and first == "beta_tilde",
-        "config.schedule.name needs a second level: a table of one β has no continuous time": (
-            continuous and not is_learned and config.schedule.name == "betas"
-        )
-        and len(config.schedule.betas.betas) < 2,
+        "config.schedule.num_timesteps = 1 has no continuous time; use at least 2": continuous
+        and config.schedule.num_timesteps < 2,
+        f"config.model.variance = {config.model.variance!r} is not trained by "
+        f"config.train.objective = {name!r} in {config.train.time} time; use vlb or hybrid, with "
+        "config.train.time=discrete": VARIANCES[config.model.variance]().is_learned
+        and (continuous or name not in ("vlb", "hybrid")),
     }
     for message, is_wrong in wrong.items():
         if is_wrong:
             raise ConfigError(message)
+    for option, is_right, remedy in (
+        ("min_snr.gamma", lambda x: x > 0, "it must be positive"),
+        ("p2.k", lambda x: x > 0, "it must be positive"),
+        ("hybrid.vlb_weight", lambda x: x >= 0, "it must not be negative"),
+    ):
+        check_setting(config, f"train.{option}", is_right, remedy)
     return factory(**config.train.get(name, {}))

@@ -79,6 +79,12 @@ def record(config: ConfigDict, workdir: epath.PathLike) -> None:
         ) from error
 
 
+def forget_results(workdir: epath.PathLike) -> None:
+    """Removes what was measured of an earlier run here, which may have been of other settings."""
+    for name in ("evaluation.json", "eps_errors.npz", "samples/samples.npz"):
+        (epath.Path(workdir) / name).unlink(missing_ok=True)
+
+
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dictionaries as {"train.batch_size": 128, …}; tuples as JSON's lists."""
     flat = {}

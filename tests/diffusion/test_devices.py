@@ -23,10 +23,10 @@ def measured(theta, x_0, noise):
 
     def loss(theta):
         losses = [
-            make(model(theta), DECODER, x_0, noise[1], t, LEVELS)
+            make().discrete(model(theta), DECODER, x_0, noise[1], t, LEVELS)
             for make in objectives.OBJECTIVES.values()
         ]
-        return sum(of.mean() for of in losses), losses
+        return sum(of.term.mean() for of in losses), losses
 
     gradient, losses = jax.grad(loss, has_aux=True)(theta)
     return b, losses, gradient

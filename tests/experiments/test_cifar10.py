@@ -62,7 +62,7 @@ def test_it_trains_draws_and_evaluates(tmp_path):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
     # The first step is at a rate of zero; the last layer, zero at first, has moved since.
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), state.params, start)
-    assert moved["conv_out"]["kernel"] > 0
+    assert moved["network"]["conv_out"]["kernel"] > 0
     lines = tiny.metrics(tmp_path)
     losses = [line["loss"] for line in lines if "loss" in line]
     # L_simple of a network that predicts zero is the mean of ε², over 4 × 3072 of them: 1, and

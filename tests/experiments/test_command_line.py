@@ -147,7 +147,11 @@ def test_what_is_left_over_on_the_command_line_is_a_mistake(tmp_path):
 
 def test_help_lists_the_flags():
     finished, _ = main("--help")
-    for flag in ("--config:", "--workdir:", "--experiment: <all|train|evaluate|sample>"):
+    for flag in (
+        "--config:",
+        "--workdir:",
+        "--experiment: <all|train|evaluate|sample|variance|sigma>",
+    ):
         assert flag in finished.stdout
     assert "python main.py --config=configs/digits.py --workdir=runs/digits" in finished.stdout
     assert finished.stderr == ""

@@ -1,14 +1,20 @@
 """Estimates of one bound by different roads agree within the errors that they report."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 
 from experiments import variance
 from experiments.evaluate import evaluate, result_line
+from experiments.harness import settings
 from experiments.harness.errors import ConfigError
+from experiments.harness.state import init_params, init_state, make_optimizer
+from experiments.train import train
 from tests.experiments import tiny
+
+SHORT = {"train__num_steps": 2, "train__checkpoint_every": 2}
 
 pytest_plugins = ["tests.experiments.tiny"]
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -112,6 +118,58 @@ def test_bad_settings_are_one_clear_line(trained, setting, message):
         evaluate(tiny.config(**setting), trained)
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
+
+
+def test_what_no_error_is_known_of_is_told_as_unknown(trained):
+    """One probe has no standard error: NaN in the result, null in the file, a word in the line."""
+    config = tiny.config(
+        evaluate__also=("ode",),
+        evaluate__target=0.1,
+        evaluate__ode__num_steps=2,
+        evaluate__ode__probes=1,
+        evaluate__ode__method="heun",
+    )
+    evaluate(config, trained)
+    kept = json.loads((trained / "evaluation.json").read_text())
+    assert kept["ode"]["trace_se"] is None
+    assert "trace ± unknown" in result_line(kept)
+
+
+def test_levels_that_a_schedule_does_not_have_are_refused(trained):
+    config = tiny.config(
+        schedule__name="betas", schedule__betas={"betas": (0.5,)}, schedule__num_timesteps=1
+    )
+    for name, message in (("continuous", "schedule.num_timesteps = 1"), ("k_sample", "k_sample")):
+        config.evaluate.also = (name,)
+        with pytest.raises(ConfigError, match=message):
+            evaluate(config, trained)
+
+
+def test_a_network_is_measured_without_the_schedule_learned_beside_it(tmp_path):
+    """The same weights on a straight line, where the schedule has not moved from it yet."""
+    learned = tiny.config(
+        schedule__name="learned",
+        schedule__learned={"max": 8.0, "min": -5.0},
+        train__time="continuous",
+    )
+    problem = settings.build(learned)
+    state = init_state(init_params(problem, 0), make_optimizer(learned.train, learns_schedule=True))
+    tiny.save(tmp_path, {1: (state, None)})
+    both = [evaluate(config, tmp_path) for config in (learned, tiny.config())]
+    assert both[0]["bits_per_dim"] == pytest.approx(both[1]["bits_per_dim"], rel=1e-4)
+
+
+def test_a_new_run_forgets_what_was_measured_of_another(tmp_path):
+    config = tiny.config(**SHORT)
+    train(config, tmp_path)
+    evaluate(tiny.config(evaluate__variance="analytic_isotropic", **SHORT), tmp_path)
+    measured = [tmp_path / "evaluation.json", tmp_path / "eps_errors.npz"]
+    assert all(path.exists() for path in measured)
+    train(config, tmp_path)  # finished: nothing is touched
+    assert all(path.exists() for path in measured)
+    shutil.rmtree(tmp_path / "checkpoints")
+    train(tiny.config(train__learning_rate=0.01, **SHORT), tmp_path)
+    assert not any(path.exists() for path in measured)
 
 
 # The experiment that compares them

@@ -63,9 +63,7 @@ def test_every_config_builds(name):
     params = abstract_params(problem)
     x_t = jax.ShapeDtypeStruct((2, *problem.image_shape), np.float32)
     log_snr = jax.ShapeDtypeStruct((2,), np.float32)
-    outputs = jax.eval_shape(
-        lambda p, x, l: problem.reverse(p).outputs(x, l), params, x_t, log_snr
-    )
+    outputs = jax.eval_shape(lambda p, x, l: problem.reverse(p).outputs(x, l), params, x_t, log_snr)
     assert outputs.prediction.shape == x_t.shape
     assert (outputs.extra is not None) == problem.variance.is_learned
 
