@@ -174,7 +174,10 @@ def _sample() -> dict:
         # Levels to step through, the schedule respaced; 0: all T of them.
         "num_timesteps": 0,
         "checkpoint": "best",
-        "variance": "",  # Σ_θ, as in `evaluate`
+        # ancestral, ddim (deterministic at eta = 0) or dpm_solver_pp_2m (order two).
+        "sampler": "ancestral",
+        "ddim": {"eta": 0.0},
+        "variance": "",  # Σ_θ of ancestral sampling, as in `evaluate`
         "x_0_treatment": "none",  # or clip
         # Rows and columns of the strips that show x_t on its way.
         "strip_rows": 4,

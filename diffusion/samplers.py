@@ -9,8 +9,9 @@ import numpy as np
 from jaxtyping import Float, Int, PyTree
 
 from diffusion.forward import Noise
+from diffusion.gaussian import expand
 from diffusion.reverse import Reverse, convert
-from diffusion.schedules import Array, Levels, Step
+from diffusion.schedules import Array, Levels, Step, alpha, sigma
 
 Treatment = Callable[[Float[Array, "b *d"]], Float[Array, "b *d"]]
 
@@ -65,6 +66,83 @@ def ancestral(
         return x_s, x_s, x_0_hat
 
     return Sampler(init=lambda x_t: x_t, step=step)
+
+
+def ddim(
+    reverse: Reverse,
+    x_0_treatment: str = "none",
+    condition: PyTree | None = None,
+    eta: float = 0.0,
+) -> Sampler:
+    """x_s = α_s x̂_0 + σ_s √(1 − η² c) ε̂ + η √β̃ z: deterministic at η = 0, ancestral at η = 1.
+
+    At η = 0 it is the probability flow's exponential Euler step, of order one. Its noise does not
+    depend on Σ_θ. Song et al. (2021), Denoising Diffusion Implicit Models, equation 12.
+
+    Args:
+      reverse: the model.
+      x_0_treatment: a name in X_0_TREATMENTS; ε̂ is what the treated x̂_0 leaves of x_t.
+      condition: passed to the denoiser.
+      eta: how much of the posterior's noise is drawn, from 0 to 1.
+    """
+
+    def step(x_t, step, noise):
+        x_0_hat = _x_0_hat(reverse, x_0_treatment, x_t, step, condition)
+        a, s = (expand(of(step.log_snr), x_t) for of in (alpha, sigma))
+        eps_hat = (x_t - a * x_0_hat) / s
+        a_s, s_s = (expand(of(step.log_snr_s), x_t) for of in (alpha, sigma))
+        kept = expand(jnp.sqrt(1 - eta**2 * step.c), x_t)
+        drawn = eta * s_s * expand(jnp.sqrt(step.c), x_t)
+        x_s = a_s * x_0_hat + s_s * kept * eps_hat + drawn * noise
+        return x_s, x_s, x_0_hat
+
+    return Sampler(init=lambda x_t: x_t, step=step)
+
+
+def dpm_solver_pp_2m(
+    reverse: Reverse, x_0_treatment: str = "none", condition: PyTree | None = None
+) -> Sampler:
+    """DPM-Solver++(2M): the probability flow at order two, one evaluation a step.
+
+    x_s = σ_s/σ_t x_t + α_s (1 − e^{−h}) D with h = ½ (λ_s − λ_t), and D the last two x̂_0 carried
+    half a step forward; x̂_0 itself in the first step, and in the last, which goes to the data.
+    Lu et al. (2022), algorithm 2.
+    """
+
+    def step(carry, step, noise):
+        del noise
+        x_t, before, gap_before = carry
+        x_0_hat = _x_0_hat(reverse, x_0_treatment, x_t, step, condition)
+        is_inner = (gap_before > 0) & ~jnp.isinf(step.gap)
+        ratio = jnp.where(is_inner, step.gap, 0.0) / jnp.where(is_inner, gap_before, 1.0)
+        ahead = x_0_hat + expand(0.5 * ratio, x_t) * (x_0_hat - before)
+        fall = expand(sigma(step.log_snr_s) / sigma(step.log_snr), x_t)
+        rise = expand(-alpha(step.log_snr_s) * jnp.expm1(-0.5 * step.gap), x_t)
+        x_s = fall * x_t + rise * ahead
+        return (x_s, x_0_hat, step.gap), x_s, x_0_hat
+
+    def init(x_t):
+        return x_t, jnp.zeros_like(x_t), jnp.zeros(len(x_t), x_t.dtype)
+
+    return Sampler(init, step)
+
+
+def _x_0_hat(
+    reverse: Reverse,
+    treatment: str,
+    x_t: Float[Array, "b *d"],
+    step: Step,
+    condition: PyTree | None,
+) -> Float[Array, "b *d"]:
+    """The treated prediction of x_0."""
+    return X_0_TREATMENTS[treatment](reverse.predict("x_0", x_t, step.log_snr, condition))
+
+
+SAMPLERS: dict[str, Callable[..., Sampler]] = {
+    "ancestral": ancestral,
+    "ddim": ddim,
+    "dpm_solver_pp_2m": dpm_solver_pp_2m,
+}
 
 
 def sample(

@@ -11,7 +11,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from diffusion.forward import diffuse
-from diffusion.samplers import Samples
+from diffusion.samplers import SAMPLERS, Samples
 from experiments.harness import analytic, data, devices, measure, pictures, settings
 from experiments.harness import workdir as workdirs
 from experiments.harness.checkpoints import CHECKPOINTS, load_ema
@@ -95,6 +95,9 @@ def check(config: ConfigDict) -> None:
         config, "sample.num_samples", "sample.strip_rows", "sample.strip_columns"
     )
     settings.pick(CHECKPOINTS, config.sample.checkpoint, "config.sample.checkpoint")
+    settings.pick(SAMPLERS, config.sample.sampler, "config.sample.sampler")
+    of_eta = "it must be in [0, 1]"
+    settings.check_setting(config, "sample.ddim.eta", lambda eta: 0 <= eta <= 1, of_eta)
     analytic.check(config, config.sample.variance, "config.sample.variance")
     remedy = "give a number of levels, or 0 for all of the schedule's"
     settings.check_setting(config, "sample.num_timesteps", lambda n: n >= 0, remedy)

@@ -26,7 +26,7 @@ from diffusion.likelihood import (
     noise_dequantization,
     uniform_dequantization,
 )
-from diffusion.samplers import Samples, ancestral, sample
+from diffusion.samplers import SAMPLERS, Samples, sample
 from diffusion.schedules import Levels, Schedule, Step
 from diffusion.trajectory import step_log_ratio, trajectory
 from experiments.harness import devices
@@ -246,7 +246,7 @@ def make_ode(config: ConfigDict, problem: Problem, mesh: Mesh) -> Callable[..., 
 def make_sampler(
     config: ConfigDict, problem: Problem, mesh: Mesh, record: tuple[int, ...] = ()
 ) -> Callable[[Any, Levels, Int[Array, "b"]], Samples]:
-    """Ancestral sampling as (params, levels, index [b]) -> Samples, one compiled program.
+    """The config's sampler as (params, levels, index [b]) -> Samples, one compiled program.
 
     Sample i is a function of (seed, i), whatever the batch around it.
 
@@ -260,7 +260,9 @@ def make_sampler(
 
     def run(params, levels, index):
         noise = example_noise(root, index, problem.image_shape)
-        sampler = ancestral(problem.reverse(params), config.sample.x_0_treatment)
+        name, treatment = config.sample.sampler, config.sample.x_0_treatment
+        options = config.sample.get(name, {})
+        sampler = SAMPLERS[name](problem.reverse(params), treatment, **options)
         return sample(sampler, levels, noise, len(index), record)
 
     everywhere, split = devices.replicated(mesh), devices.split_batch(mesh)
