@@ -99,6 +99,47 @@ def ddim(
     return Sampler(init=lambda x_t: x_t, step=step)
 
 
+def ddim_encode(
+    reverse: Reverse,
+    x_0: Float[Array, "b *d"],
+    levels: Levels,
+    iterations: int = 3,
+    condition: PyTree | None = None,
+) -> Float[Array, "b *d"]:
+    """The noise x_T that deterministic DDIM turns into x_0, so that an image can be encoded.
+
+    Each step is inverted by iterating x_t = α_t x̂_0(x_t) + σ_t (x_s − α_s x̂_0(x_t))/σ_s from the
+    prediction at x_s, which converges where steps are small. The step to the data has no inverse:
+    it starts from x_1 = α_1 x_0 + σ_1 ε̂(α_1 x_0).
+
+    Args:
+      reverse: the model.
+      x_0: data.
+      levels: T noise levels; decode with the same, by `ddim` and `sample`.
+      iterations: network evaluations a step, at least one. One is the usual explicit inversion.
+      condition: passed to the denoiser.
+    """
+    ones = jnp.ones(len(x_0), jnp.int32)
+    first = levels.step(ones).log_snr
+    a, s = expand(alpha(first), x_0), expand(sigma(first), x_0)
+    x_1 = a * x_0 + s * reverse.predict("eps", a * x_0, first, condition)
+
+    def advance(x_s, t):
+        step = levels.step(t * ones)
+        a, s = (expand(of(step.log_snr), x_s) for of in (alpha, sigma))
+        a_s, s_s = (expand(of(step.log_snr_s), x_s) for of in (alpha, sigma))
+
+        def improve(_, x_and_level):
+            x, level = x_and_level
+            x_0_hat = reverse.predict("x_0", x, level, condition)
+            return a * x_0_hat + s * (x_s - a_s * x_0_hat) / s_s, step.log_snr
+
+        x_t, _ = jax.lax.fori_loop(0, iterations, improve, (x_s, step.log_snr_s))
+        return x_t, None
+
+    return jax.lax.scan(advance, x_1, jnp.arange(2, levels.num_timesteps + 1))[0]
+
+
 def dpm_solver_pp_2m(
     reverse: Reverse, x_0_treatment: str = "none", condition: PyTree | None = None
 ) -> Sampler:
