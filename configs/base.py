@@ -174,11 +174,12 @@ def _sample() -> dict:
         # Levels to step through, the schedule respaced; 0: all T of them.
         "num_timesteps": 0,
         "checkpoint": "best",
-        # ancestral, ddim (deterministic at eta = 0) or dpm_solver_pp_2m (order two).
+        # ancestral, ddim (deterministic at eta = 0), dpm_solver_pp_2m (order two) or heun (order
+        # two, two evaluations a step).
         "sampler": "ancestral",
         "ddim": {"eta": 0.0},
         "variance": "",  # Σ_θ of ancestral sampling, as in `evaluate`
-        "x_0_treatment": "none",  # or clip
+        "x_0_treatment": "none",  # or clip, or dynamic (Imagen's thresholding)
         # Rows and columns of the strips that show x_t on its way.
         "strip_rows": 4,
         "strip_columns": 11,

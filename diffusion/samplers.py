@@ -15,9 +15,23 @@ from diffusion.schedules import Array, Levels, Step, alpha, sigma
 
 Treatment = Callable[[Float[Array, "b *d"]], Float[Array, "b *d"]]
 
+
+def dynamic_threshold(
+    x_0_hat: Float[Array, "b *d"], quantile: float = 0.995
+) -> Float[Array, "b *d"]:
+    """Clips each example at a quantile of its |x̂_0|, at least 1, and scales it back to [−1, 1].
+
+    Saharia et al. (2022), Imagen, section 2.3.
+    """
+    size = jnp.quantile(jnp.abs(x_0_hat).reshape(len(x_0_hat), -1), quantile, axis=1)
+    size = expand(jnp.maximum(size, 1.0), x_0_hat)
+    return jnp.clip(x_0_hat, -size, size) / size
+
+
 X_0_TREATMENTS: dict[str, Treatment] = {
     "none": lambda x_0_hat: x_0_hat,
     "clip": lambda x_0_hat: jnp.clip(x_0_hat, -1.0, 1.0),
+    "dynamic": dynamic_threshold,
 }
 """What is done to x̂_0 before it is used; in samplers only, never in a bound."""
 
@@ -168,6 +182,35 @@ def dpm_solver_pp_2m(
     return Sampler(init, step)
 
 
+def heun(reverse: Reverse, x_0_treatment: str = "none", condition: PyTree | None = None) -> Sampler:
+    """Heun's method on dy/dσ̃ = ε̂ with y = x/α, σ̃ = σ/α: order two, two evaluations a step.
+
+    The last step, to the data, is Euler's. Karras et al. (2022), algorithm 1 without churn, for
+    whatever levels the sampler is given.
+    """
+
+    def step(x_t, step, noise):
+        del noise
+        a_t, s_t = (expand(of(step.log_snr), x_t) for of in (alpha, sigma))
+        a_s, s_s = (expand(of(step.log_snr_s), x_t) for of in (alpha, sigma))
+        x_0_hat = _x_0_hat(reverse, x_0_treatment, x_t, step, condition)
+        eps_hat = (x_t - a_t * x_0_hat) / s_t
+
+        def move(eps):
+            return a_s / a_t * x_t + (s_s - a_s / a_t * s_t) * eps
+
+        is_last = expand(jnp.isinf(step.gap), x_t)
+        # Where s is the data there is no second evaluation to speak of; any finite level will do.
+        inner = Step(jnp.where(jnp.isinf(step.gap), step.log_snr, step.log_snr_s), step.gap)
+        euler = jnp.where(is_last, x_t, move(eps_hat))
+        a, s = (expand(of(inner.log_snr), x_t) for of in (alpha, sigma))
+        again = (euler - a * _x_0_hat(reverse, x_0_treatment, euler, inner, condition)) / s
+        x_s = jnp.where(is_last, x_0_hat, move(0.5 * (eps_hat + again)))
+        return x_s, x_s, x_0_hat
+
+    return Sampler(init=lambda x_t: x_t, step=step)
+
+
 def _x_0_hat(
     reverse: Reverse,
     treatment: str,
@@ -183,6 +226,7 @@ SAMPLERS: dict[str, Callable[..., Sampler]] = {
     "ancestral": ancestral,
     "ddim": ddim,
     "dpm_solver_pp_2m": dpm_solver_pp_2m,
+    "heun": heun,
 }
 
 

@@ -32,12 +32,12 @@ def solve(sampler, num_steps, x, log_snr=(-5.0, 3.0)):
     return jax.jit(lambda: jax.lax.scan(advance, sampler.init(x), steps)[1][-1])()
 
 
-@pytest.mark.parametrize(("name", "order"), [("ddim", 1), ("dpm_solver_pp_2m", 2)])
+@pytest.mark.parametrize(("name", "order"), [("ddim", 1), ("dpm_solver_pp_2m", 2), ("heun", 2)])
 def test_errors_fall_at_the_nominal_order(name, order, float64):
     """On a mixture, against the other solver at 2¹⁴ steps and extrapolated; slope by regression."""
     x = jnp.linspace(-2.0, 2.0, 9)[:, None]
     make = samplers.SAMPLERS[name](Reverse(MIXTURE.denoiser, "x_0"))
-    other = {"ddim": "dpm_solver_pp_2m", "dpm_solver_pp_2m": "ddim"}[name]
+    other = "ddim" if name == "dpm_solver_pp_2m" else "dpm_solver_pp_2m"
     reference = samplers.SAMPLERS[other](Reverse(MIXTURE.denoiser, "x_0"))
     coarse, fine = (solve(reference, n, x) for n in (2**13, 2**14))
     factor = {"ddim": 2, "dpm_solver_pp_2m": 4}[other]
@@ -80,7 +80,7 @@ def test_deterministic_samplers_take_no_noise_but_the_first():
     changed = NOISE.copy()
     changed[:, :12] += 1.0
     model = problems.predicting(exact.NormalData(np.zeros(3), np.eye(3)), "eps")
-    for name in ("ddim", "dpm_solver_pp_2m"):
+    for name in ("ddim", "dpm_solver_pp_2m", "heun"):
         sampler = samplers.SAMPLERS[name](model)
         both = [
             samplers.sample(sampler, levels, problems.tabulated(table, np.arange(40)), 40).x_0
@@ -98,6 +98,17 @@ def test_few_steps_are_finite_and_end_in_the_last_prediction(name, num_timesteps
     made = samplers.sample(samplers.SAMPLERS[name](model), levels, noise, 4, (1,))
     assert np.all(np.isfinite(made.x_0))
     np.testing.assert_allclose(made.x_0, made.x_0_hat[0], rtol=1e-6)
+
+
+def test_dynamic_thresholding_is_of_each_example_alone():
+    """Within [−1, 1] nothing changes; beyond, the quantile becomes 1 and what exceeds it too."""
+    x = np.stack([np.linspace(-0.9, 0.9, 201), np.linspace(-4.0, 4.0, 201)]).astype(np.float32)
+    treated = np.asarray(samplers.X_0_TREATMENTS["dynamic"](x.reshape(2, 67, 3)))
+    treated = treated.reshape(2, 201)
+    np.testing.assert_array_equal(treated[0], x[0])
+    size = np.quantile(np.abs(x[1]), 0.995)
+    np.testing.assert_allclose(treated[1], np.clip(x[1] / size, -1, 1), rtol=1e-5)
+    assert np.abs(treated[1]).max() == 1
 
 
 # Encoding
