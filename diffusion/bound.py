@@ -89,7 +89,10 @@ def kl_of_error(
 
 def _expm1_excess(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
     """expm1(x) − x ≥ 0; by its series where the difference would cancel."""
-    series = 0.5 * x**2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6))))
+    series = 1.0  # 1 + x/3 (1 + x/4 (…)), to rounding in float64 too
+    for divisor in range(8, 2, -1):
+        series = 1 + x / divisor * series
+    series = 0.5 * x**2 * series
     return jnp.where(jnp.abs(x) < 0.1, series, jnp.expm1(x) - x)
 
 

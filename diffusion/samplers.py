@@ -101,10 +101,10 @@ def ddim(
     """
 
     def step(x_t, step, noise):
-        x_0_hat = _x_0_hat(reverse, x_0_treatment, x_t, step, condition)
-        a, s = (expand(of(step.log_snr), x_t) for of in (alpha, sigma))
+        x_0_hat = _x_0_hat(reverse, x_0_treatment, x_t, step.log_snr, condition)
+        a, s = _scales(step.log_snr, x_t)
         eps_hat = (x_t - a * x_0_hat) / s
-        a_s, s_s = (expand(of(step.log_snr_s), x_t) for of in (alpha, sigma))
+        a_s, s_s = _scales(step.log_snr_s, x_t)
         kept = expand(jnp.sqrt(1 - eta**2 * step.c), x_t)
         drawn = eta * s_s * expand(jnp.sqrt(step.c), x_t)
         x_s = a_s * x_0_hat + s_s * kept * eps_hat + drawn * noise
@@ -135,13 +135,13 @@ def ddim_encode(
     """
     ones = jnp.ones(len(x_0), jnp.int32)
     first = levels.step(ones).log_snr
-    a, s = expand(alpha(first), x_0), expand(sigma(first), x_0)
+    a, s = _scales(first, x_0)
     x_1 = a * x_0 + s * reverse.predict("eps", a * x_0, first, condition)
 
     def advance(x_s, t):
         step = levels.step(t * ones)
-        a, s = (expand(of(step.log_snr), x_s) for of in (alpha, sigma))
-        a_s, s_s = (expand(of(step.log_snr_s), x_s) for of in (alpha, sigma))
+        a, s = _scales(step.log_snr, x_s)
+        a_s, s_s = _scales(step.log_snr_s, x_s)
 
         def improve(_, x_and_level):
             x, level = x_and_level
@@ -167,7 +167,7 @@ def dpm_solver_pp_2m(
     def step(carry, step, noise):
         del noise
         x_t, before, gap_before = carry
-        x_0_hat = _x_0_hat(reverse, x_0_treatment, x_t, step, condition)
+        x_0_hat = _x_0_hat(reverse, x_0_treatment, x_t, step.log_snr, condition)
         is_inner = (gap_before > 0) & ~jnp.isinf(step.gap)
         ratio = jnp.where(is_inner, step.gap, 0.0) / jnp.where(is_inner, gap_before, 1.0)
         ahead = x_0_hat + expand(0.5 * ratio, x_t) * (x_0_hat - before)
@@ -191,20 +191,20 @@ def heun(reverse: Reverse, x_0_treatment: str = "none", condition: PyTree | None
 
     def step(x_t, step, noise):
         del noise
-        a_t, s_t = (expand(of(step.log_snr), x_t) for of in (alpha, sigma))
-        a_s, s_s = (expand(of(step.log_snr_s), x_t) for of in (alpha, sigma))
-        x_0_hat = _x_0_hat(reverse, x_0_treatment, x_t, step, condition)
+        a_t, s_t = _scales(step.log_snr, x_t)
+        a_s, s_s = _scales(step.log_snr_s, x_t)
+        x_0_hat = _x_0_hat(reverse, x_0_treatment, x_t, step.log_snr, condition)
         eps_hat = (x_t - a_t * x_0_hat) / s_t
 
         def move(eps):
             return a_s / a_t * x_t + (s_s - a_s / a_t * s_t) * eps
 
         is_last = expand(jnp.isinf(step.gap), x_t)
-        # Where s is the data there is no second evaluation to speak of; any finite level will do.
-        inner = Step(jnp.where(jnp.isinf(step.gap), step.log_snr, step.log_snr_s), step.gap)
+        # Where s is the data the second evaluation is not used; any finite level will do.
+        log_snr = jnp.where(jnp.isinf(step.gap), step.log_snr, step.log_snr_s)
         euler = jnp.where(is_last, x_t, move(eps_hat))
-        a, s = (expand(of(inner.log_snr), x_t) for of in (alpha, sigma))
-        again = (euler - a * _x_0_hat(reverse, x_0_treatment, euler, inner, condition)) / s
+        a, s = _scales(log_snr, x_t)
+        again = (euler - a * _x_0_hat(reverse, x_0_treatment, euler, log_snr, condition)) / s
         x_s = jnp.where(is_last, x_0_hat, move(0.5 * (eps_hat + again)))
         return x_s, x_s, x_0_hat
 
@@ -215,11 +215,18 @@ def _x_0_hat(
     reverse: Reverse,
     treatment: str,
     x_t: Float[Array, "b *d"],
-    step: Step,
+    log_snr: Float[Array, "b"],
     condition: PyTree | None,
 ) -> Float[Array, "b *d"]:
     """The treated prediction of x_0."""
-    return X_0_TREATMENTS[treatment](reverse.predict("x_0", x_t, step.log_snr, condition))
+    return X_0_TREATMENTS[treatment](reverse.predict("x_0", x_t, log_snr, condition))
+
+
+def _scales(
+    log_snr: Float[Array, "b"], like: Float[Array, "b *d"]
+) -> tuple[Float[Array, "b ..."], Float[Array, "b ..."]]:
+    """α and σ at a log-SNR, shaped to broadcast against `like`."""
+    return expand(alpha(log_snr), like), expand(sigma(log_snr), like)
 
 
 SAMPLERS: dict[str, Callable[..., Sampler]] = {

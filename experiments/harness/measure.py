@@ -17,15 +17,9 @@ from ml_collections import ConfigDict
 from diffusion.bound import Bound, bound, continuous_rate, prior_kl, reconstruction, step_terms
 from diffusion.bound import terms_at as kl_at
 from diffusion.control import GaussianControl
+from diffusion.dequantization import DiscreteBound, noise_dequantization, uniform_dequantization
 from diffusion.forward import example_noise
-from diffusion.likelihood import (
-    Adaptive,
-    DiscreteBound,
-    FixedGrid,
-    example_probes,
-    noise_dequantization,
-    uniform_dequantization,
-)
+from diffusion.likelihood import Adaptive, FixedGrid, example_probes
 from diffusion.samplers import SAMPLERS, Samples, sample
 from diffusion.schedules import Levels, Schedule, Step
 from diffusion.trajectory import step_log_ratio, trajectory

@@ -1,4 +1,4 @@
-"""13.1 and 13.7–13.10: the bound is the ELBO, by a trajectory's log-densities and by its gap."""
+"""13.7–13.10: the bound is the ELBO, by a trajectory's log-densities one after another."""
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,6 @@ from diffusion.gaussian import Gaussian
 from tests.diffusion import oracles, problems
 
 BOTH = ["beta_tilde", "beta"]
-
-
-# 13.10: the bound along a trajectory
 
 
 def trajectory_estimate(model, decoder, x_0, levels, noise):
@@ -80,59 +77,3 @@ def test_sampled_trajectories_have_the_bounds_mean_within_standard_error():
     assert abs(difference.mean()) < 4 * difference.std() / np.sqrt(n)
     # Leaving the 2π out of one log-density would shift the mean by 1.8 nats.
     assert difference.std() / np.sqrt(n) < 0.08
-
-
-# 13.1: log p = ELBO + KL(q(z|x) ‖ p(z|x))
-
-
-def gaussian_kl(mean, covariance, other_mean, other_covariance):
-    """KL of two multivariate normals."""
-    precision = np.linalg.inv(other_covariance)
-    shift = other_mean - mean
-    log_dets = np.linalg.slogdet(other_covariance)[1] - np.linalg.slogdet(covariance)[1]
-    return 0.5 * (
-        np.trace(precision @ covariance) - len(mean) + shift @ precision @ shift + log_dets
-    )
-
-
-@pytest.mark.parametrize("variance", BOTH)
-@pytest.mark.parametrize("num_timesteps", [1, 2, 8])
-def test_elbo_and_its_gap_sum_to_the_log_likelihood(num_timesteps, variance, float64):
-    """A linear-Gaussian chain in one dimension: all three are closed forms of its joint normal."""
-    x, of_decoder = 0.8, 0.05
-    levels = schedules.linear_log_snr(5.0, -4.0).levels(num_timesteps)
-    model = problems.imperfect(variance)
-
-    # p's steps are affine in x_t: two points of each give slope and offset.
-    t = np.arange(1, num_timesteps + 1)
-    ends = []
-    for value in (0.0, 1.0):
-        at = np.full((num_timesteps, 1), value)
-        x_0_hat = model.predict("x_0", at, levels.log_snr[1:])
-        p = model.step(at, x_0_hat, levels.step(t))
-        ends.append(np.where(t == 1, x_0_hat[:, 0], p.mean[:, 0]))
-    slope, offset = ends[1] - ends[0], ends[0]
-    noise = np.where(t == 1, of_decoder, np.asarray(p.variance)[:, 0])
-
-    # The joint normal of (x_0, x_1 … x_T) under p: x = M x + offset + noise, from x_T ~ N(0, 1).
-    size = num_timesteps + 1
-    inverse = np.linalg.inv(np.eye(size) - np.diag(slope, 1))
-    mean = inverse @ np.append(offset, 0.0)
-    covariance = inverse @ np.diag(np.append(noise, 1.0)) @ inverse.T
-    log_likelihood = oracles.normal_log_prob(x, mean[0], covariance[0, 0])
-    gain = covariance[1:, 0] / covariance[0, 0]
-    p_mean = mean[1:] + gain * (x - mean[0])
-    p_covariance = covariance[1:, 1:] - np.outer(gain, covariance[0, 1:])
-
-    # The joint normal of (x_1 … x_T) under q: Cov(x_s, x_t) = √(ᾱ_t/ᾱ_s) σ_s² for s ≤ t.
-    a, v = np.sqrt(levels.alpha_bar[1:]), levels.sigma2[1:]
-    lower = np.tril(a[:, None] / a[None, :] * v[None, :])
-    q_covariance = lower + np.tril(lower, -1).T
-    gap = gaussian_kl(a * x, q_covariance, p_mean, p_covariance)
-
-    # Each of the bound's terms is a quadratic of one normal: ±1 are enough points.
-    noise = problems.constant(np.array([[-1.0], [1.0]]))
-    decoder = decoders.gaussian(of_decoder)
-    minus_elbo = bound.bound(model, decoder, np.full((2, 1), x), levels, noise).total.mean()
-    assert gap > 0.01
-    assert -float(minus_elbo) + gap == pytest.approx(log_likelihood, abs=1e-9)

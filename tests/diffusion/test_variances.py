@@ -53,30 +53,17 @@ def gap_of(model, num_steps, dtype):
 @pytest.mark.parametrize(
     ("num_steps", "gap"), [(10, 1.05729), (100, 0.123221), (1000, 0.0124493), (10_000, 0.00124613)]
 )
-def test_measured_isotropic_error_gives_the_best_isotropic_row(num_steps, gap, float64):
-    """The gap at 10⁴ steps is 1e-4 of the sum of KLs: in float32 that leaves three digits."""
+def test_measured_isotropic_error_gives_the_best_isotropic_row(num_steps, gap):
+    """In float32, where 1e-3 of the gap at 10⁴ steps is 1e-7 of the sum of KLs."""
     levels = schedules.linear_log_snr(10.0, -10.0).levels(num_steps + 1).log_snr[1:]
     measured = variances.of_measured_error(levels, optimal_error(levels).mean(axis=1))
     model = Reverse(problems.testbed().denoiser, "x_0", measured)
-    assert gap_of(model, num_steps, np.float64) == pytest.approx(gap, rel=1e-4)
+    assert gap_of(model, num_steps, np.float32) == pytest.approx(gap, rel=1e-3)
 
 
-def test_best_isotropic_row_in_float32():
-    for num_steps, gap in ((10, 1.05729), (100, 0.123221), (1000, 0.0124493)):
-        levels = schedules.linear_log_snr(10.0, -10.0).levels(num_steps + 1).log_snr[1:]
-        measured = variances.of_measured_error(levels, optimal_error(levels).mean(axis=1))
-        model = Reverse(problems.testbed().denoiser, "x_0", measured)
-        # Rounding: each KL to 1e-6 of itself, their sum about ½ Σ log(1 + v SNR) = 16 nats.
-        tolerance = 1e-3 * gap + 1e-6 * 16
-        assert gap_of(model, num_steps, np.float32) == pytest.approx(gap, abs=tolerance)
-
-
-@pytest.mark.parametrize("num_steps", [10, 100, 1000])
+@pytest.mark.parametrize("num_steps", [10, 100, 1000, 10_000])
 def test_matched_diagonals_leave_the_priors_gap_alone(num_steps, float64):
-    """The row 5.43e-9: with each coordinate's own error the chain is exact but for p(x_T).
-
-    Tolerance: the rounding of sums that come to 16 nats.
-    """
+    """The row 5.43e-9: with each coordinate's own error the chain is exact but for p(x_T)."""
     levels = schedules.linear_log_snr(10.0, -10.0).levels(num_steps + 1).log_snr[1:]
     data = exact.NormalData(np.zeros(4), np.diag(TESTBED))
     measured = variances.of_measured_error(levels, optimal_error(levels))
@@ -85,7 +72,7 @@ def test_matched_diagonals_leave_the_priors_gap_alone(num_steps, float64):
         Reverse(data.denoiser, "x_0", measured),
         Reverse(learned, "x_0", "learned_diagonal"),
     ):
-        assert gap_of(model, num_steps, np.float64) == pytest.approx(5.43e-9, abs=1e-10)
+        assert gap_of(model, num_steps, np.float64) == pytest.approx(5.43e-9, rel=1e-3)
 
 
 def test_no_isotropic_variance_does_better_than_the_measured_one(float64):
