@@ -19,9 +19,11 @@ def get_config() -> ConfigDict:
             "train": _train(),
             "evaluate": _evaluate(),
             "sample": _sample(),
+            "quality": _quality(),
             "variance": _variance(),
             "analytic": _analytic(),
             "sigma": _sigma(),
+            "spacing": _spacing(),
         }
     )
     return config.lock()
@@ -67,6 +69,8 @@ def _model() -> dict:
         # Σ_θ: beta_tilde (the posterior's variance), beta (the forward step's), learned_range
         # (between the two, iDDPM's) or learned_diagonal; learned ones double the network's output.
         "variance": "beta_tilde",
+        # Whether the network is given each example's label.
+        "class_conditional": False,
         "unet": {
             "channels": 128,
             "channel_multipliers": (1, 2, 2, 2),
@@ -109,6 +113,9 @@ def _train() -> dict:
         # How t is drawn within a batch: uniform, stratified, or importance (stratified, over
         # probabilities that follow the last ten losses at each t).
         "timesteps": "stratified",
+        # The probability with which a training label is withheld, so that one class-conditional
+        # network is an unconditional one too (Ho and Salimans 2022).
+        "label_dropout": 0.1,
         "batch_size": 128,
         "num_steps": 1000,
         "optimizer": "adam",  # or adamw
@@ -144,6 +151,9 @@ def _evaluate() -> dict:
         # Σ_θ of the bound; empty: the model's own. beta_tilde, beta, analytic_isotropic or
         # analytic_diagonal (worked out from errors on the training data), or the learned one.
         "variance": "",
+        # Of a class-conditional model: the bound on log p(x | y) given each example's label y, or
+        # with labels withheld that on log p(x).
+        "labels": True,
         # 0: the full sum over t. Else the Monte-Carlo error (bits/dim) to reach with a few
         # timesteps per example, drawn where the noise is; and the most network evaluations to
         # spend on it (0: no limit), of which a pilot takes twice `pilot` an example.
@@ -151,7 +161,8 @@ def _evaluate() -> dict:
         "max_evaluations": 0,
         "pilot": 4,
         # More to report of the same checkpoint: continuous (the bound as T → ∞), k_sample (the
-        # importance-weighted bound of K trajectories), ode (the probability flow's likelihood).
+        # importance-weighted bound of K trajectories), ode (the flow's likelihood), quality
+        # (of samples as `sample` draws them).
         "also": (),
         "k_sample": {"num_samples": 8, "num_timesteps": 50},
         "ode": {
@@ -171,18 +182,72 @@ def _sample() -> dict:
     return {
         "num_samples": 64,
         "batch_size": 64,
-        # Levels to step through, the schedule respaced; 0: all T of them.
-        "num_timesteps": 0,
         "checkpoint": "best",
-        # ancestral, ddim (deterministic at eta = 0), dpm_solver_pp_2m (order two) or heun (order
-        # two, two evaluations a step).
+        # Levels to step through; 0: all T of the schedule. Which ones: uniform (in the schedule's
+        # time), quadratic, log_snr, karras, or bound_optimal (found by --experiment=spacing).
+        "num_timesteps": 0,
+        "spacing": "uniform",
+        "karras": {"rho": 7.0},
+        # ancestral, ddim (deterministic at eta = 0), euler, heun (order 2, two evaluations a step),
+        # dpm_solver_pp_2m, dpm_solver_pp_3m (and dpm_solver_pp_3m_published, with the paper's
+        # coefficients, of order 2), dpm_solver_pp_2m_sde, unipc, adaptive (the probability flow by
+        # diffrax, each sample to a tolerance, and so reproducible to a tolerance only) or langevin
+        # (annealed).
         "sampler": "ancestral",
         "ddim": {"eta": 0.0},
+        # churn: how far each step first raises the noise, as a share (Karras's S_churn over the
+        # number of steps), where churn_min <= sigma/alpha <= churn_max.
+        "euler": _churn(),
+        "heun": _churn(),
+        "unipc": {"order": 2, "variant": "bh2"},
+        "adaptive": {"tolerance": 1e-5, "max_steps": 1000, "method": "tsit5"},
+        # Moves at each level, and the signal-to-noise ratio of each.
+        "langevin": {"num_steps": 10, "snr": 0.3},
+        # Langevin moves before each step of any sampler; 0: none.
+        "corrector": {"num_steps": 0, "snr": 0.16},
         "variance": "",  # Σ_θ of ancestral sampling, as in `evaluate`
         "x_0_treatment": "none",  # or clip, or dynamic (Imagen's thresholding)
+        # Of a class-conditional model: the classes to sample, in turn; (): all of them.
+        "labels": (),
+        "guidance": {
+            "scale": 1.0,  # classifier-free; 1: the conditional model, 0: the unconditional one
+            "min_log_snr": -100.0,  # where it acts
+            "max_log_snr": 100.0,
+            "rescale": 0.0,  # Lin et al.'s, from 0 to 1
+            "scales": (0.0, 1.0, 2.0, 4.0, 8.0),  # of the picture that `also` may ask for
+        },
+        # More to make, each with a picture: inpaint, interpolate, encode (of test images, to noise
+        # and back), guidance (several scales), sweep (quality by sampler and number of steps).
+        "also": (),
+        "inpaint": {
+            "known": "left",  # or right, top, bottom, border; or a .npy file, true where known
+            "num_samples": 4,  # of each image
+            "num_timesteps": 100,
+            "num_resamplings": 10,
+        },
+        "interpolate": {"columns": 9, "num_timesteps": 100},
+        "encode": {"num_timesteps": 100, "iterations": 3},
+        "sweep": {"samplers": (), "num_timesteps": (5, 10, 20, 50, 100)},  # (): every sampler
         # Rows and columns of the strips that show x_t on its way.
         "strip_rows": 4,
         "strip_columns": 11,
+    }
+
+
+def _churn() -> dict:
+    return {"churn": 0.0, "churn_min": 0.0, "churn_max": 1e9, "churn_noise": 1.0}
+
+
+def _quality() -> dict:
+    """Of sample quality, in a sweep and where `evaluate.also` names it."""
+    return {
+        "features": "",  # classifier (small, trained on first use) or pixels; empty: as fits
+        "split": "train",  # what samples are held against
+        "num_samples": 1000,
+        "neighbors": 3,  # of precision and recall
+        # Kernel distance, precision and recall compare at most so many samples with as many data.
+        "max_pairs": 10000,
+        "classifier": {"seed": 0, "num_steps": 600, "batch_size": 128, "learning_rate": 3e-3},
     }
 
 
@@ -213,4 +278,16 @@ def _sigma() -> dict:
         "split": "test",
         "checkpoint": "best",
         "draws": 2,  # independent noises of each example and t; their spread is the error told
+    }
+
+
+def _spacing() -> dict:
+    """Of --experiment=spacing: the bound of one network by number of levels and their spacing."""
+    return {
+        "num_timesteps": (10, 25, 50),
+        "candidates": 1000,  # levels, equally spaced over the schedule, that the best are among
+        "variance": "",  # Σ_θ, as in `evaluate`
+        "split": "test",
+        "checkpoint": "best",
+        "draws": 2,  # as in `sigma`
     }

@@ -188,9 +188,9 @@ def frechet_mc_se(real: Moments, fake: Num[np.ndarray, "n *f"], num_groups: int 
 
     whole, factor = moments(fake), _factor(real.covariance)
     distances = np.empty(num_groups)
-    for group in range(num_groups):
-        # Every G-th sample: samples in the order of their classes are spread over the groups.
-        rest = whole.without(moments(fake[group::num_groups]))
+    # Neighbours together: where classes take turns, every group has some of each.
+    for group, part in enumerate(np.array_split(fake, num_groups)):
+        rest = whole.without(moments(part))
         distances[group] = _frechet(real.mean, factor, rest.mean, _factor(rest.covariance))
     return float(np.sqrt((num_groups - 1) * distances.var()))
 

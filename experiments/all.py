@@ -40,7 +40,7 @@ def _evaluation(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any] |
         return None
     recorded = json.loads(path.read_text())
     step = _step(workdir, config.evaluate.checkpoint)
-    wanted = evaluate.identity(config, settings.build(config), step)
+    wanted = evaluate.identity(config, settings.build(config), step, workdir)
     return recorded if all(recorded.get(k) == v for k, v in wanted.items()) else None
 
 
@@ -51,7 +51,7 @@ def _is_sampled(config: ConfigDict, workdir: epath.PathLike) -> bool:
         return False
     with path.open("rb") as file, np.load(file) as saved:
         made = str(saved["identity"])
-    return made == sample.identity(config, _step(workdir, config.sample.checkpoint))
+    return made == sample.identity(config, workdir, _step(workdir, config.sample.checkpoint))
 
 
 def _step(workdir: epath.PathLike, which: str) -> int:

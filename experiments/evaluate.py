@@ -10,7 +10,16 @@ from ml_collections import ConfigDict
 
 from diffusion.bound import Bound
 from diffusion.estimate import bits_per_dim, estimate, noise_variance, replicate_timesteps
-from experiments.harness import analytic, data, devices, estimates, measure, pictures, settings
+from experiments.harness import (
+    analytic,
+    data,
+    devices,
+    estimates,
+    measure,
+    pictures,
+    quality,
+    settings,
+)
 from experiments.harness import workdir as workdirs
 from experiments.harness.allocate import Estimator
 from experiments.harness.checkpoints import CHECKPOINTS, load_ema
@@ -18,6 +27,7 @@ from experiments.harness.errors import ConfigError
 from experiments.harness.estimates import ESTIMATES, allocate, allocated_summary
 from experiments.harness.metrics import append_jsonl, write_json, write_npz
 from experiments.harness.progress import progress
+from experiments.harness.sampling import Trained, decides
 from experiments.harness.settings import Problem
 from experiments.harness.state import abstract_params
 
@@ -56,16 +66,30 @@ def evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
     problem = analytic.choose(
         config, config.evaluate.variance, "config.evaluate.variance", problem, params, step, workdir
     )
-    dataset = settings.load_data(config, config.evaluate.split)
+    if "quality" in config.evaluate.also:
+        sampled = _sampled(config, params, step, workdir)
+        sampled.levels(config.sample.num_timesteps)  # if there are none, better said now
+    dataset = settings.load_measured(config, config.evaluate.split)
     start = time.monotonic()
     bound = _allocated if config.evaluate.target else _full
     result, curves = bound(config, problem, params, dataset)
-    result |= {"num_examples": len(dataset.images), **identity(config, problem, step)}
+    result |= {"num_examples": len(dataset.images), **identity(config, problem, step, workdir)}
     for name in config.evaluate.also:
-        result[name] = ESTIMATES[name](config, problem, params, dataset)
+        if name != "quality":
+            result[name] = ESTIMATES[name](config, problem, params, dataset)
+    if "quality" in config.evaluate.also:
+        result["quality"] = quality.of_samples(sampled)
     result["seconds"] = round(time.monotonic() - start, 1)
     _write(epath.Path(workdir), result, curves, problem)
     return result
+
+
+def _sampled(config: ConfigDict, params: Any, step: int, workdir: epath.PathLike) -> Trained:
+    """These weights as `sample` would draw from them."""
+    problem, of = settings.build(config).learned(params), config.sample
+    setting = "config.sample.variance"
+    problem = analytic.choose(config, of.variance, setting, problem, params, step, workdir)
+    return Trained(config, epath.Path(workdir), problem, params, step)
 
 
 class Curves(NamedTuple):
@@ -122,25 +146,42 @@ def _allocated(
     return allocated_summary(found, problem), curves
 
 
-def identity(config: ConfigDict, problem: Problem, step: int) -> dict[str, Any]:
-    """What an evaluation is of: two with the same identity have the same numbers."""
+def identity(
+    config: ConfigDict, problem: Problem, step: int, workdir: epath.PathLike | None = None
+) -> dict[str, Any]:
+    """What an evaluation is of: two with the same identity have the same numbers.
+
+    Args:
+      config: the config.
+      problem: the mathematics it names.
+      step: the step that the weights are of.
+      workdir: holds the levels that samples step through, where their quality is asked for.
+    """
     told = config.to_dict()
-    del told["train"], told["sample"], told["sigma"], told["variance"], told["data"]["data_dir"]
+    for section in ("train", "sample", "quality", "sigma", "variance", "spacing"):
+        del told[section]
+    del told["data"]["data_dir"]
     if config.evaluate.variance not in analytic.ANALYTIC:
         del told["analytic"]
+    if not config.model.class_conditional:
+        del told["evaluate"]["labels"]
     for name in ("ode", "k_sample"):
         if name not in config.evaluate.also:
             del told["evaluate"][name]
     if not config.evaluate.target and "continuous" not in config.evaluate.also:
         del told["evaluate"]["pilot"], told["evaluate"]["max_evaluations"]
     del told["evaluate"]["batch_size"], told["evaluate"]["chunk_size"]
+    told = workdirs.flatten(told)
+    if "quality" in config.evaluate.also:
+        told |= workdirs.flatten({"quality": config.quality.to_dict()})
+        told |= workdirs.flatten({"samples": decides(config, workdir)})
     return {
         "split": config.evaluate.split,
         "checkpoint": config.evaluate.checkpoint,
         "step": step,
         "num_timesteps": problem.levels.num_timesteps,
         "seed": config.seed,
-        "settings": workdirs.flatten(told),
+        "settings": told,
     }
 
 
@@ -152,8 +193,12 @@ def check(config: ConfigDict) -> None:
     settings.describe_data(config, config.evaluate.split)
     settings.pick(CHECKPOINTS, config.evaluate.checkpoint, "config.evaluate.checkpoint")
     settings.check_positive(config, "evaluate.chunk_size", "evaluate.replicates")
+    settings.check_labels(config)
     analytic.check(config, config.evaluate.variance, "config.evaluate.variance")
     estimates.check(config)
+    if "quality" in config.evaluate.also:
+        quality.check(config, problem)
+        analytic.check(config, config.sample.variance, "config.sample.variance")
     if "k_sample" in config.evaluate.also:
         num_timesteps = config.evaluate.k_sample.num_timesteps
         try:
@@ -182,10 +227,10 @@ def full_bound(
     evaluations = num_timesteps + min(config.evaluate.replicates, num_timesteps - 1) + 1
     with progress(n * evaluations, "evaluate", "eval", unit_scale=True) as bar:
         for index, mask in data.padded_batches(n, batch_size):
-            images = dataset.images[index]
+            examples = dataset.examples(index)
             t = replicate_timesteps(index, num_timesteps, config.evaluate.replicates)
-            once = jax.device_get(first(params, problem.levels, images, index))
-            again = jax.device_get(second(params, problem.levels, images, index, t))
+            once = jax.device_get(first(params, problem.levels, examples, index))
+            again = jax.device_get(second(params, problem.levels, examples, index, t))
             variance = _noise_variance(once, again, t, num_timesteps)
             terms.append(jax.tree.map(lambda a, mask=mask: np.asarray(a, np.float64)[mask], once))
             variances.append(variance[mask])
@@ -221,12 +266,14 @@ def summary(terms: Bound, noise_variances: np.ndarray, problem: Problem) -> dict
 def result_line(result: dict[str, Any]) -> str:
     """The result for people: a line, and one more for each further estimate."""
 
+    what = "bits/dim given labels" if result["settings"].get("evaluate.labels") else "bits/dim"
+
     def show(of, name):
         return _show(of[name])
 
     def line(name, of, detail):
         return (
-            f"{name} bits/dim {show(of, 'bits_per_dim')} ± {show(of, 'bits_per_dim_se')} "
+            f"{name} {what} {show(of, 'bits_per_dim')} ± {show(of, 'bits_per_dim_se')} "
             f"({detail}, Monte-Carlo error ± {show(of, 'bits_per_dim_mc_se')}, "
             f"{of['network_evaluations']:,} network evaluations"
         )
@@ -237,6 +284,8 @@ def result_line(result: dict[str, Any]) -> str:
     for name in ESTIMATES:
         if name in result:
             lines.append(line(f"  {name}", result[name], _detail(name, result[name])))
+    if "quality" in result:
+        lines.append(f"  quality {quality.line(result['quality'])}")
     return "\n".join(lines)
 
 
@@ -312,7 +361,7 @@ def make_quick_bound(config: ConfigDict, problem: Problem, dataset: data.Dataset
         total, levels = 0.0, problem.learned(params).levels
         for index, mask in batches:
             t = replicate_timesteps(index, num_timesteps, config.train.validation_timesteps)
-            terms = jax.device_get(some(params, levels, dataset.images[index], index, t))
+            terms = jax.device_get(some(params, levels, dataset.examples(index), index, t))
             diffusion = terms.kl.mean(axis=1) * (num_timesteps - 1) if t.size else 0.0
             nats = terms.prior.astype(np.float64) + diffusion + terms.reconstruction
             total += nats[mask].sum()

@@ -13,13 +13,14 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from experiments.evaluate import make_quick_bound
-from experiments.harness import data, devices, pictures, settings, steps
+from experiments.harness import data, devices, pictures, sampling, settings, steps
 from experiments.harness import workdir as workdirs
 from experiments.harness.checkpoints import Checkpoints, is_new, load_ema
 from experiments.harness.errors import ConfigError, RunError
 from experiments.harness.loss import init_history
 from experiments.harness.metrics import MetricsLog
 from experiments.harness.progress import progress
+from experiments.harness.sampling import Drawer, to_bytes
 from experiments.harness.settings import Problem
 from experiments.harness.state import (
     TrainState,
@@ -30,7 +31,6 @@ from experiments.harness.state import (
     learning_rate,
     make_optimizer,
 )
-from experiments.sample import make_draw, to_bytes
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
@@ -76,7 +76,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
 
 def check(config: ConfigDict) -> None:
     """Raises ConfigError for settings or data that `train` can't use; compiles nothing."""
-    settings.build(config)
+    sampling.check(config, settings.build(config))
     _optimizer(config)
     for section in ("train", "evaluate", "sample"):
         devices.check_batch(f"config.{section}.batch_size", config[section].batch_size)
@@ -97,6 +97,8 @@ def check(config: ConfigDict) -> None:
         settings.check_setting(
             config, f"train.{name}", lambda x: 0 <= x < 1, "it must be in [0, 1)"
         )
+    is_share, remedy = (lambda x: 0 <= x <= 1), "it must be in [0, 1]"
+    settings.check_setting(config, "train.label_dropout", is_share, remedy)
     settings.describe_data(config, "validation")
     num_examples = settings.describe_data(config, "train").num_examples
     if config.train.batch_size > num_examples:
@@ -186,13 +188,13 @@ class Trainer:
         self.config, self.workdir, self.problem = config, epath.Path(workdir), problem
         self.checkpoints, self.log = checkpoints, log
         mesh = devices.mesh()
-        images = settings.load_data(config, "train").images
-        self.num_examples = len(images)
-        self.images = devices.place(images, devices.replicated(mesh))
+        dataset = settings.load_data(config, "train")
+        self.num_examples = len(dataset.images)
+        self.examples = devices.place(dataset.examples(slice(None)), devices.replicated(mesh))
         self.train_step = steps.make_train_step(config, problem, optimizer, mesh)
         validation = settings.load_data(config, "validation")
         self.quick_bound = make_quick_bound(config, problem, validation)
-        self.preview = make_draw(config, problem, config.train.sample_timesteps)
+        self.preview = Drawer(config, problem)
         self.learning_rate = learning_rate(config.train)
 
     def run(self, state: TrainState) -> TrainState:
@@ -203,7 +205,7 @@ class Trainer:
         with progress(last, "train", "step", initial=first) as bar:
             for step in range(first, last):
                 indices = data.batch_indices(seed, step, self.num_examples, batch_size)
-                state = self.train_step(state, self.images, indices)
+                state = self.train_step(state, self.examples, indices)
                 clock.tick()
                 bar.update()
                 if step == first:
@@ -245,7 +247,10 @@ class Trainer:
     def write_samples(self, state: TrainState) -> None:
         """A grid of samples from the EMA weights, always of the same noise."""
         step, n = int(state.step), self.config.sample.batch_size
-        grid = pictures.grid(to_bytes(self.problem, self.preview(state.ema_params, n).x_0))
+        schedule = self.problem.learned(state.ema_params).schedule
+        levels = schedule.levels(self.config.train.sample_timesteps)
+        made = self.preview(state.ema_params, levels, n).x_0
+        grid = pictures.grid(to_bytes(self.problem, made))
         pictures.save_png(self.workdir / "samples" / f"step_{step:08d}.png", grid)
         self.log.image("samples", step, grid)
 

@@ -60,7 +60,7 @@ class Subject(NamedTuple):
       straight: the same with a straight line for a schedule that is learned, between the ends
         that it started from; None where the schedule is not learned.
       params: the networks' parameters.
-      images: the examples.
+      dataset: the examples.
       control: the control variate of the data.
       truth: −log p of the examples in bits/dim, where it is known.
     """
@@ -69,7 +69,7 @@ class Subject(NamedTuple):
     problem: Problem
     straight: Problem | None
     params: Any
-    images: np.ndarray
+    dataset: data.Dataset
     control: GaussianControl
     truth: float | None
 
@@ -92,7 +92,7 @@ def variance(config: ConfigDict, workdir: epath.PathLike) -> dict[str, list[Row]
     workdirs.check_writable(workdir)
     tables = {}
     for subject in (gaussian(config), trained):
-        tqdm.write(f"{subject.name}: {len(subject.images)} examples")
+        tqdm.write(f"{subject.name}: {len(subject.dataset.images)} examples")
         tables[subject.name] = measure_all(config, subject)
     directory = epath.Path(workdir)
     text = "\n\n".join(to_markdown(name, rows) for name, rows in tables.items()) + "\n"
@@ -115,6 +115,7 @@ def check(config: ConfigDict) -> None:
     settings.pick(data.SPLITS, config.variance.split, "config.variance.split")
     settings.describe_data(config, config.variance.split)
     settings.pick(CHECKPOINTS, config.variance.checkpoint, "config.variance.checkpoint")
+    settings.check_labels(config)
     devices.check_batch("config.evaluate.batch_size", config.evaluate.batch_size)
     names = ("evaluate.chunk_size", "evaluate.pilot", "variance.num_samples")
     settings.check_positive(config, *names)
@@ -130,12 +131,13 @@ def _trained(config: ConfigDict, workdir: epath.PathLike) -> Subject:
     problem = settings.build(config)
     params, step = load_ema(workdir, config.variance.checkpoint, abstract_params(problem))
     split, n = config.variance.split, config.variance.examples
-    dataset = settings.load_data(config, split)
-    images = dataset.images[:n]
+    dataset = settings.load_measured(config, split)
+    dataset = dataset._replace(**dataset.examples(slice(n))._asdict())
     name = f"{config.data.name}, {split}, step {step}, T = {problem.levels.num_timesteps}"
+    name += "" if dataset.labels is None else ", given labels"
     control, learned = fit_control(config, problem), problem.learned(params)
     straight = None if problem.noise_schedule is None else problem
-    return Subject(name, learned, straight, params, images, control, None)
+    return Subject(name, learned, straight, params, dataset, control, None)
 
 
 class _ClosedForm:
@@ -179,7 +181,8 @@ def gaussian(config: ConfigDict) -> Subject:
     control = GaussianControl.fit(np.asarray(distribution.sample(jax.random.key(0), 500)), 1e-3)
     name = f"Gaussian, d = 4, T = {config.variance.num_timesteps}"
     truth = float(bits_per_dim(truth, 4))
-    return Subject(name, problem, None, {"network": {}}, x_0, control, truth)
+    dataset = data.Dataset(x_0, None, 0, name, "")
+    return Subject(name, problem, None, {"network": {}}, dataset, control, truth)
 
 
 def measure_all(config: ConfigDict, subject: Subject) -> list[Row]:
@@ -205,9 +208,13 @@ def measure_all(config: ConfigDict, subject: Subject) -> list[Row]:
 def of_trajectories(config: ConfigDict, subject: Subject) -> list[Row]:
     """(13.10) along whole trajectories, one at a time and K at a time."""
     k, num_timesteps = config.variance.num_samples, subject.problem.levels.num_timesteps
-    dataset = data.Dataset(subject.images, None, 0, subject.name, "")
     totals = estimates.trajectories(
-        config, subject.problem, subject.params, dataset, num_timesteps, estimates.GROUPS * k
+        config,
+        subject.problem,
+        subject.params,
+        subject.dataset,
+        num_timesteps,
+        estimates.GROUPS * k,
     )
     bounds = estimates.k_sample_bounds(totals)
     return [
@@ -222,11 +229,10 @@ class Draws:
     def __init__(self, config: ConfigDict, subject: Subject, problem: Problem, continuous: bool):
         self.config, self.subject = config, subject
         self.target, self.prefix = ("∞", "T → ∞: ") if continuous else ("T", "")
-        dataset = data.Dataset(subject.images, None, 0, subject.name, "")
         self.estimator = Estimator(
-            config, problem, subject.params, dataset, continuous, subject.control
+            config, problem, subject.params, subject.dataset, continuous, subject.control
         )
-        self.shape = (len(subject.images), config.variance.draws)
+        self.shape = (len(subject.dataset.images), config.variance.draws)
         self.rng = np.random.default_rng([config.seed, continuous])
         prior, reconstruction = self.estimator.ends(63, config.variance.draws)
         self.ends = prior + reconstruction.mean(axis=1)
@@ -298,8 +304,8 @@ def one_log_ratio(config: ConfigDict, subject: Subject, draws: Draws) -> Row:
     values = np.zeros(time.shape)
     for index, mask in data.padded_batches(n, config.evaluate.batch_size):
         points = measure.Points.at(subject.problem, time[index], slot[index], continuous=False)
-        images, draw = subject.images[index], np.full(len(index), 70)
-        found = np.asarray(run(draws.estimator.params, images, index, points, draw), np.float64)
+        examples, draw = subject.dataset.examples(index), np.full(len(index), 70)
+        found = np.asarray(run(draws.estimator.params, examples, index, points, draw), np.float64)
         values[index[mask]] = found[mask]
     # With the means of what telescopes, so that the two ends are those of (13.26).
     return draws.row("(13.10), one t, uniform", (values + _telescoped(subject)[:, None]).T, 1)
@@ -312,7 +318,7 @@ def _telescoped(subject: Subject) -> np.ndarray:
     """
     sigma2 = subject.problem.levels.sigma2
     num_dims = np.prod(subject.problem.image_shape)
-    return np.full(len(subject.images), 0.5 * num_dims * np.log(sigma2[-1] / sigma2[1]))
+    return np.full(len(subject.dataset.images), 0.5 * num_dims * np.log(sigma2[-1] / sigma2[1]))
 
 
 def _row(

@@ -1,13 +1,12 @@
 """DDPM's U-Net: a denoiser (x_t, log-SNR) -> prediction, of the shape of an image."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from flax.linen.initializers import zeros_init
-from jaxtyping import Float
+from flax.linen.initializers import normal, zeros_init
+from jaxtyping import Float, Shaped
 
 from diffusion.schedules import Array
 from models.layers import (
@@ -72,6 +71,7 @@ class UNet(nn.Module):
       num_groups: groups of the group norms.
       fourier_exponents: of the `fourier_features` of the input; DDPM has none.
       out_channels: channels of the prediction; None for as many as the image has.
+      num_classes: whose labels can be given as the condition; 0 for an unconditional network.
       timestep_of: from log-SNRs to what the sinusoidal embedding is fed, of the order of 0 … 1000.
     """
 
@@ -83,6 +83,7 @@ class UNet(nn.Module):
     num_groups: int = 32
     fourier_exponents: Sequence[int] = ()
     out_channels: int | None = None
+    num_classes: int = 0
     timestep_of: Callable[[Float[Array, "b"]], Float[Array, "b"]] = log_snr_to_timestep
 
     def validate(self, image_shape: Sequence[int]) -> None:
@@ -105,6 +106,7 @@ class UNet(nn.Module):
         check(self.num_groups >= 1, "num_groups", "it must be at least 1")
         check(self.num_res_blocks >= 1, "num_res_blocks", "it must be at least 1")
         check(0 <= self.dropout < 1, "dropout", "it must be in [0, 1)")
+        check(self.num_classes >= 0, "num_classes", "it must not be negative")
         check(
             halvings >= 0 and min(self.channel_multipliers) >= 1,
             "channel_multipliers",
@@ -133,7 +135,7 @@ class UNet(nn.Module):
         self,
         x_t: Float[Array, "b h w c"],
         log_snr: Float[Array, "b"],
-        condition: Any = None,
+        condition: Shaped[Array, "b"] | None = None,
         *,
         train: bool = False,
     ) -> Float[Array, "b h w out"]:
@@ -142,43 +144,32 @@ class UNet(nn.Module):
         Args:
           x_t: noisy images, in the units the network was trained in.
           log_snr: their log-SNRs.
-          condition: nothing; this network is unconditional.
+          condition: labels 0 … num_classes − 1, where the network has classes. No label is
+            num_classes, or None for the whole batch. Any other label gives NaN, since inside a
+            compiled program nothing can be raised.
           train: whether to drop activations, with the random numbers of the collection `dropout`.
 
         Returns:
           What the parameterisation says: ε, x_0, v or the score. Zero at initialisation.
 
         Raises:
-          ValueError: for a condition, and as `validate`.
+          ValueError: for a condition that is no integers, or that an unconditional network is
+            given, and as `validate`.
         """
-        if condition is not None:
-            raise ValueError("the U-Net is unconditional: condition must be None")
         self.validate(x_t.shape[1:])
         x_t = jnp.asarray(x_t)
-
-        embedding = sinusoidal_embedding(self.timestep_of(log_snr), self.channels)
-        embedding = dense(4 * self.channels, "embedding_1")(embedding)
-        embedding = dense(4 * self.channels, "embedding_2")(nn.swish(embedding))
+        embedding = self._embedding(log_snr, condition)
 
         def res_block(x, features, name):
-            return ResBlock(features, self.num_groups, self.dropout, name=name)(
-                x, embedding, train=train
-            )
-
-        def stage(x, level, direction, index):
-            features = self.channels * self.channel_multipliers[level]
-            x = res_block(x, features, f"{direction}_{level}_block_{index}")
-            if x.shape[1] in self.attention_resolutions:
-                name = f"{direction}_{level}_attention_{index}"
-                x = SelfAttention(self.num_groups, name=name)(x)
-            return x
+            block = ResBlock(features, self.num_groups, self.dropout, name=name)
+            return block(x, embedding, train=train)
 
         last = len(self.channel_multipliers) - 1
         x = conv3x3(self.channels, "conv_in")(fourier_features(x_t, self.fourier_exponents))
         skips = [x]
         for level in range(last + 1):
             for index in range(self.num_res_blocks):
-                x = stage(x, level, "down", index)
+                x = self._stage(x, res_block, "down", level, index)
                 skips.append(x)
             if level < last:
                 x = Downsample(name=f"down_{level}_downsample")(x)
@@ -190,12 +181,54 @@ class UNet(nn.Module):
 
         for level in reversed(range(last + 1)):
             for index in range(self.num_res_blocks + 1):
-                x = stage(jnp.concatenate([x, skips.pop()], axis=-1), level, "up", index)
+                x = jnp.concatenate([x, skips.pop()], axis=-1)
+                x = self._stage(x, res_block, "up", level, index)
             if level > 0:
                 x = Upsample(name=f"up_{level}_upsample")(x)
 
         x = nn.swish(GroupNorm(self.num_groups, name="norm_out")(x))
         return conv3x3(self.out_channels or x_t.shape[-1], "conv_out", zeros_init())(x)
+
+    # Parts of `__call__`, whose scope their layers belong to.
+
+    @nn.nowrap
+    def _stage(
+        self,
+        x: Float[Array, "b h w c"],
+        res_block: Callable,
+        direction: str,
+        level: int,
+        index: int,
+    ) -> Float[Array, "b h w features"]:
+        """A residual block of a resolution, and self-attention where it has that."""
+        features = self.channels * self.channel_multipliers[level]
+        x = res_block(x, features, f"{direction}_{level}_block_{index}")
+        if x.shape[1] in self.attention_resolutions:
+            x = SelfAttention(self.num_groups, name=f"{direction}_{level}_attention_{index}")(x)
+        return x
+
+    @nn.nowrap
+    def _embedding(
+        self, log_snr: Float[Array, "b"], condition: Shaped[Array, "b"] | None
+    ) -> Float[Array, "b e"]:
+        """The noise level, and the label where there are classes."""
+        embedding = sinusoidal_embedding(self.timestep_of(log_snr), self.channels)
+        embedding = dense(4 * self.channels, "embedding_1")(embedding)
+        embedding = dense(4 * self.channels, "embedding_2")(nn.swish(embedding))
+        if not self.num_classes:
+            if condition is not None:
+                raise ValueError("the U-Net is unconditional: condition must be None")
+            return embedding
+        shape = (self.num_classes + 1, 4 * self.channels)
+        table = self.param("label_embedding", normal(0.02), shape)
+        if condition is None:
+            return embedding + table[self.num_classes]
+        label = jnp.asarray(condition)
+        if not jnp.issubdtype(label.dtype, jnp.integer):
+            raise ValueError(f"condition is of type {label.dtype}; labels must be integers")
+        # Below zero `take` would count from the end.
+        label = jnp.where(label < 0, self.num_classes + 1, label)
+        return embedding + jnp.take(table, label, axis=0, mode="fill")
 
 
 def _halvings(height: int, width: int) -> int:

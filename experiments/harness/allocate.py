@@ -130,8 +130,8 @@ class Estimator:
 
         def run(index):
             points = Points.at(self.problem, time[index], slot[index], self.continuous)
-            images, draws = self.dataset.images[index], np.full(len(index), draw)
-            return self._rates(self.params, self.control, images, index, points, draws)
+            examples, draws = self.dataset.examples(index), np.full(len(index), draw)
+            return self._rates(self.params, self.control, examples, index, points, draws)
 
         return self._over_batches(run)
 
@@ -140,9 +140,9 @@ class Estimator:
         slot = np.arange(m, dtype=np.int32)
 
         def run(index):
-            images, draws = self.dataset.images[index], np.full(len(index), draw)
+            examples, draws = self.dataset.examples(index), np.full(len(index), draw)
             slots = np.broadcast_to(slot, (len(index), m))
-            return self._ends(self.params, self.problem.levels, images, index, draws, slots)
+            return self._ends(self.params, self.problem.levels, examples, index, draws, slots)
 
         return self._over_batches(run)
 

@@ -21,6 +21,7 @@ from diffusion.forward import example_noise
 from diffusion.variances import VARIANCES, of_measured_error
 from experiments.harness import data, devices, settings
 from experiments.harness import workdir as workdirs
+from experiments.harness.data import Examples
 from experiments.harness.errors import ConfigError
 from experiments.harness.metrics import write_npz
 from experiments.harness.progress import progress
@@ -95,7 +96,8 @@ def measured_errors(
 ) -> tuple[Float[np.ndarray, "L"], Float[np.ndarray, "L *d"]]:
     """E[(ε − ε̂)²] of every coordinate over the training split, at levels over the schedule.
 
-    Of the first `analytic.examples` examples, each once, with noise that is a function of
+    Of the first `analytic.examples` examples, each once, with its label where `evaluate.labels`
+    gives a network labels, and with noise that is a function of
     (seed, example, level). Kept in eps_errors.npz, and measured anew where that is of something
     else.
 
@@ -129,6 +131,8 @@ def identity(config: ConfigDict, step: int) -> str:
     del kept["model"]["variance"], kept["schedule"]["num_timesteps"]
     kept["data"] = {"name": told["data"]["name"], "train": told["data"]["splits"]["train"]}
     kept["scaling"] = told["decoder"]["scaling"]
+    if config.model.class_conditional:
+        kept["labels"] = config.evaluate.labels
     return json.dumps({"step": step, **workdirs.flatten(kept)}, sort_keys=True)
 
 
@@ -138,8 +142,8 @@ def _measure(
     # A schedule of a single level has no others.
     num_levels = config.analytic.levels if len(problem.schedule.knots) > 1 else 1
     log_snr = problem.schedule.levels(num_levels).log_snr[1:]
-    images = settings.load_data(config, "train").images[: config.analytic.examples]
-    mesh, n = devices.mesh(), len(images)
+    dataset = settings.load_measured(config, "train")
+    mesh, n = devices.mesh(), min(config.analytic.examples, len(dataset.images))
     squared_errors = _make_squared_errors(config, problem, mesh)
     params = devices.place(params, devices.replicated(mesh))
     total = np.zeros((num_levels, *problem.image_shape))
@@ -147,7 +151,9 @@ def _measure(
     with progress(n * num_levels, "measure Σ", "eval", unit_scale=True, leave=False) as bar:
         for index, mask in data.padded_batches(n, config.evaluate.batch_size):
             with jax.default_matmul_precision("highest"):
-                summed = squared_errors(params, at, images[index], index, np.float32(mask))
+                summed = squared_errors(
+                    params, at, dataset.examples(index), index, np.float32(mask)
+                )
             total += np.asarray(summed, np.float64)
             bar.update(int(mask.sum()) * num_levels)
     return log_snr, total / n
@@ -155,14 +161,15 @@ def _measure(
 
 def _make_squared_errors(
     config: ConfigDict, problem: Problem, mesh: Mesh
-) -> Callable[[Any, Array, Array, Int[Array, "b"], Float[Array, "b"]], Float[Array, "L *d"]]:
-    """(params, log_snr [L], images, index, mask) -> Σ (ε − ε̂)² over the unmasked examples."""
+) -> Callable[[Any, Array, Examples, Int[Array, "b"], Float[Array, "b"]], Float[Array, "L *d"]]:
+    """(params, log_snr [L], examples, index, mask) -> Σ (ε − ε̂)² over the unmasked examples."""
     root = stream(config.seed, "estimate")
 
-    def squared_errors(params, log_snr, images, index, mask):
-        x_0 = problem.quantization.to_data(images)
+    def squared_errors(params, log_snr, examples, index, mask):
+        x_0 = problem.quantization.to_data(examples.images)
         noise = example_noise(root, index, problem.image_shape, _DRAW)
-        reverse, ones = problem.reverse(params), jnp.ones_like(index)
+        reverse = problem.reverse(params, labels=examples.labels)
+        ones = jnp.ones_like(index)
 
         def at(level):
             eps, log_snr_here = noise(level * ones), jnp.broadcast_to(log_snr[level], mask.shape)

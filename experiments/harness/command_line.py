@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from experiments.harness import workdir as workdirs
 from experiments.harness.errors import ConfigError, RunError
 
-EXPERIMENTS = ("all", "train", "evaluate", "sample", "variance", "sigma")
+EXPERIMENTS = ("all", "train", "evaluate", "sample", "variance", "sigma", "spacing")
 _ROOT = Path(__file__).parents[2]
 
 

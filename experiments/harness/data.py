@@ -16,13 +16,26 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int32, UInt8
+from jaxtyping import Bool, Int, Int32, UInt8
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from diffusion.schedules import Array
 from experiments.harness.errors import ConfigError
 
 SPLITS = {"train": "train", "validation": "validation", "test": "test"}
+
+
+class Examples(NamedTuple):
+    """Some examples of a data set, which a compiled program takes as one argument.
+
+    Attributes:
+      images: grey levels.
+      labels: class indices; None where the set has none, or the model is told none.
+    """
+
+    images: UInt8[Array, "b h w c"]
+    labels: Int32[Array, "b"] | None
 
 
 class Dataset(NamedTuple):
@@ -42,6 +55,10 @@ class Dataset(NamedTuple):
     name: str
     split: str
 
+    def examples(self, index: Int[np.ndarray, "b"] | slice) -> Examples:
+        """The examples at these places."""
+        return Examples(self.images[index], None if self.labels is None else self.labels[index])
+
 
 class Source(NamedTuple):
     """A split that has been found and looked into, but not decoded.
@@ -51,12 +68,14 @@ class Source(NamedTuple):
       image_shape: (height, width, channels).
       num_levels: grey levels that a pixel can take.
       read: decodes the images [n, h, w, c] and the labels [n] or None.
+      num_classes: that a label can name; 0 where the set has no labels.
     """
 
     num_examples: int
     image_shape: tuple[int, int, int]
     num_levels: int
     read: Callable[[], tuple[np.ndarray, np.ndarray | None]]
+    num_classes: int = 0
 
 
 def describe(
@@ -124,7 +143,9 @@ def _digits(split: str) -> Source:
     digits = load_digits()
     images = digits.images[_DIGITS[split], :, :, None].astype(np.uint8)
     labels = digits.target[_DIGITS[split]].astype(np.int32)
-    return Source(len(images), images.shape[1:], num_levels=17, read=lambda: (images, labels))
+    return Source(
+        len(images), images.shape[1:], num_levels=17, read=lambda: (images, labels), num_classes=10
+    )
 
 
 DATASETS: dict[str, Callable[[str], Source]] = {"digits": _digits}
@@ -145,7 +166,8 @@ def _tfds(name: str, split: str, expression: str, data_dir: str | None) -> Sourc
     shape = _image(next(_examples(data_source, name)), name).shape
     labelled = "label" in features and isinstance(features["label"], tfds.features.ClassLabel)
     read = functools.partial(_read, data_source, name, split, shape, labelled)
-    return Source(len(data_source), shape, num_levels=256, read=read)
+    num_classes = features["label"].num_classes if labelled else 0
+    return Source(len(data_source), shape, 256, read, num_classes)
 
 
 def _read(

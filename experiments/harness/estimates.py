@@ -104,7 +104,7 @@ def trajectories(
     with progress(cost, "trajectories", "eval", unit_scale=True, leave=False) as bar:
         for row, mask in data.padded_batches(len(totals), rows):
             draw, index = row // n, row % n
-            found = run(params, levels, dataset.images[index], index, draw)
+            found = run(params, levels, dataset.examples(index), index, draw)
             totals[row[mask]] = np.asarray(found, np.float64)[mask]
             bar.update(int(mask.sum()) * num_timesteps)
     return totals.reshape(num_draws, n)
@@ -119,8 +119,8 @@ def ode(config: ConfigDict, problem: Problem, params: Any, dataset: data.Dataset
     with progress(DRAWS * n, "ode", "solve", leave=False) as bar:
         for draw in range(DRAWS):
             for index, mask in data.padded_batches(n, config.evaluate.batch_size):
-                images, draws = dataset.images[index], np.full(len(index), draw)
-                found = jax.device_get(run(params, problem.levels, images, index, draws))
+                examples, draws = dataset.examples(index), np.full(len(index), draw)
+                found = jax.device_get(run(params, problem.levels, examples, index, draws))
                 parts.append(
                     jax.tree.map(lambda a, mask=mask: np.asarray(a, np.float64)[mask], found)
                 )
@@ -169,7 +169,7 @@ ESTIMATES: dict[str, Callable[..., dict[str, Any]]] = {
 def check(config: ConfigDict) -> None:
     """Raises ConfigError for settings that these estimates can't use."""
     for name in config.evaluate.also:
-        pick(ESTIMATES, name, "config.evaluate.also")
+        pick((*ESTIMATES, "quality"), name, "config.evaluate.also")
     if "continuous" in config.evaluate.also:
         remedy = "it must be at least 2 for the bound as T → ∞"
         check_setting(config, "schedule.num_timesteps", lambda n: n >= 2, remedy)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from diffusion.learned_schedule import variance_surrogate
@@ -31,8 +31,8 @@ class Batch(NamedTuple):
     t: Int[Array, "b"]
 
 
-LossFn = Callable[[Any, Float[Array, "b *d"], Key[Array, ""], Any], tuple[Array, Batch]]
-"""(params, x_0, key, history) -> (what is differentiated, Batch)."""
+LossFn = Callable[..., tuple[Array, Batch]]
+"""(params, x_0, key, history, labels=None) -> (what is differentiated, Batch)."""
 
 
 def make_loss(config: ConfigDict, problem: Problem) -> LossFn:
@@ -42,8 +42,8 @@ def make_loss(config: ConfigDict, problem: Problem) -> LossFn:
     draw_time = TIMES["stratified" if by_history else config.train.timesteps]
     num_timesteps = problem.levels.num_timesteps
 
-    def discrete(params, x_0, key, history):
-        eps, time, reverse = draw(params, x_0, key)
+    def discrete(params, x_0, key, history, labels=None):
+        eps, time, reverse = draw(params, x_0, key, labels)
         if by_history:
             t, weight = by_importance(time, history.probabilities())
         else:
@@ -52,9 +52,9 @@ def make_loss(config: ConfigDict, problem: Problem) -> LossFn:
         losses = loss.rest + weight * loss.term
         return losses.mean(), Batch(losses, loss.rest + loss.term, t / num_timesteps, t)
 
-    def continuous(params, x_0, key, history):
+    def continuous(params, x_0, key, history, labels=None):
         del history
-        eps, time, reverse = draw(params, x_0, key)
+        eps, time, reverse = draw(params, x_0, key, labels)
         time = 1 - time  # in (0, 1], as t/T is
         if problem.noise_schedule is None:
             at = problem.schedule.log_snr(time), problem.schedule.slope(time), problem.levels
@@ -67,10 +67,10 @@ def make_loss(config: ConfigDict, problem: Problem) -> LossFn:
             total += _of_schedule(problem, params, time, loss.term / -at[1])
         return total, Batch(losses, losses, time, jnp.zeros(len(time), jnp.int32))
 
-    def draw(params, x_0, key):
+    def draw(params, x_0, key, labels):
         eps_key, time_key, dropout_key = jax.random.split(key, 3)
         eps = jax.random.normal(eps_key, x_0.shape)
-        return eps, draw_time(time_key, len(x_0)), problem.reverse(params, dropout_key)
+        return eps, draw_time(time_key, len(x_0)), problem.reverse(params, dropout_key, labels)
 
     return continuous if config.train.time == "continuous" else discrete
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
@@ -20,23 +20,22 @@ from diffusion.control import GaussianControl
 from diffusion.dequantization import DiscreteBound, noise_dequantization, uniform_dequantization
 from diffusion.forward import example_noise
 from diffusion.likelihood import Adaptive, FixedGrid, example_probes
-from diffusion.samplers import SAMPLERS, Samples, sample
 from diffusion.schedules import Levels, Schedule, Step
 from diffusion.trajectory import step_log_ratio, trajectory
-from experiments.harness import devices
+from experiments.harness.data import Examples
 from experiments.harness.seeds import stream
 from experiments.harness.settings import Problem
 
 
 def make_bound(
     config: ConfigDict, problem: Problem, mesh: Mesh
-) -> Callable[[Any, Levels, Array, Int[Array, "b"]], Bound]:
-    """The full-sum bound as (params, levels, images uint8 [b h w c], index [b]) -> Bound [b]."""
+) -> Callable[[Any, Levels, Examples, Int[Array, "b"]], Bound]:
+    """The full-sum bound as (params, levels, examples, index [b]) -> Bound [b]."""
 
-    def full(params, levels, images, index):
-        x_0 = problem.quantization.to_data(images)
+    def full(params, levels, examples, index):
+        x_0 = problem.quantization.to_data(examples.images)
         noise = evaluation_noise(config, problem, index)
-        reverse, decoder = problem.reverse(params), problem.decoder
+        reverse, decoder = problem.reverse(params, labels=examples.labels), problem.decoder
         return bound(reverse, decoder, x_0, levels, noise, config.evaluate.chunk_size)
 
     return jit_evaluation(full, mesh, num_batched=2)
@@ -45,7 +44,7 @@ def make_bound(
 def make_terms_at(
     config: ConfigDict, problem: Problem, mesh: Mesh, draw: int
 ) -> Callable[..., Bound]:
-    """The bound at some timesteps: (params, levels, images, index, t [b m]) -> Bound, KLs [b m].
+    """The bound at some timesteps: (params, levels, examples, index, t [b m]) -> Bound, KLs [b m].
 
     Args:
       config: the config.
@@ -54,10 +53,10 @@ def make_terms_at(
       draw: which of an example's independent noises; the full bound uses 0.
     """
 
-    def some(params, levels, images, index, t):
-        x_0 = problem.quantization.to_data(images)
+    def some(params, levels, examples, index, t):
+        x_0 = problem.quantization.to_data(examples.images)
         noise = evaluation_noise(config, problem, index, draw)
-        reverse, ones = problem.reverse(params), jnp.ones_like(index)
+        reverse, ones = problem.reverse(params, labels=examples.labels), jnp.ones_like(index)
         terms = kl_at(reverse, x_0, levels, t, noise, config.evaluate.chunk_size)
         return Bound(
             prior=prior_kl(x_0, levels.step(levels.num_timesteps * ones).log_snr),
@@ -122,17 +121,17 @@ class Rates(NamedTuple):
 
 def make_rates(
     config: ConfigDict, problem: Problem, mesh: Mesh, continuous: bool
-) -> Callable[[Any, GaussianControl, Array, Int[Array, "b"], Points, Int[Array, "b"]], Rates]:
-    """The integrand as (params, control, images, index [b], points, draw [b]) -> Rates.
+) -> Callable[[Any, GaussianControl, Examples, Int[Array, "b"], Points, Int[Array, "b"]], Rates]:
+    """The integrand as (params, control, examples, index [b], points, draw [b]) -> Rates.
 
     `draw` numbers independent noises of the same slots.
     """
     num_terms = max(problem.levels.num_timesteps - 1, 1)
 
-    def rates(params, control, images, index, points, draw):
-        x_0 = problem.quantization.to_data(images)
+    def rates(params, control, examples, index, points, draw):
+        x_0 = problem.quantization.to_data(examples.images)
         noise = _rate_noise(config, problem, index, draw)
-        reverse = problem.reverse(params)
+        reverse = problem.reverse(params, labels=examples.labels)
 
         def at(point):
             eps = noise(point.slot)
@@ -161,10 +160,10 @@ def make_log_ratios(
     """T − 1 times (13.10)'s log-ratio at single steps; arguments as `make_rates`, but control."""
     num_terms = problem.levels.num_timesteps - 1
 
-    def log_ratios(params, images, index, points, draw):
-        x_0 = problem.quantization.to_data(images)
+    def log_ratios(params, examples, index, points, draw):
+        x_0 = problem.quantization.to_data(examples.images)
         noise = _rate_noise(config, problem, index, draw)
-        reverse = problem.reverse(params)
+        reverse = problem.reverse(params, labels=examples.labels)
 
         def at(point):
             noises = noise(2 * point.slot), noise(2 * point.slot + 1)
@@ -179,10 +178,11 @@ def make_log_ratios(
 def make_ends(
     config: ConfigDict, problem: Problem, mesh: Mesh
 ) -> Callable[..., tuple[Float[Array, "b"], Float[Array, "b m"]]]:
-    """(params, levels, images, index, draw [b], slot [b m]) -> prior [b], reconstruction [b m]."""
+    """(params, levels, examples, index, draw [b], slot [b m]) -> prior [b], reconstruction."""
 
-    def ends(params, levels, images, index, draw, slot):
-        x_0, reverse = problem.quantization.to_data(images), problem.reverse(params)
+    def ends(params, levels, examples, index, draw, slot):
+        x_0 = problem.quantization.to_data(examples.images)
+        reverse = problem.reverse(params, labels=examples.labels)
         noise = _rate_noise(config, problem, index, draw)
 
         def at(slot):
@@ -198,18 +198,19 @@ def make_ends(
 def make_trajectory(
     config: ConfigDict, problem: Problem, mesh: Mesh
 ) -> Callable[..., Float[Array, "b"]]:
-    """(13.10) along whole trajectories: (params, levels, images, index, draw [b]) -> totals [b]."""
+    """(13.10) along trajectories: (params, levels, examples, index, draw [b]) -> totals [b]."""
 
-    def totals(params, levels, images, index, draw):
-        x_0 = problem.quantization.to_data(images)
+    def totals(params, levels, examples, index, draw):
+        x_0 = problem.quantization.to_data(examples.images)
         noise = _rate_noise(config, problem, index, draw)
-        return trajectory(problem.reverse(params), problem.decoder, x_0, levels, noise).total
+        reverse = problem.reverse(params, labels=examples.labels)
+        return trajectory(reverse, problem.decoder, x_0, levels, noise).total
 
     return jit_evaluation(totals, mesh, num_batched=3)
 
 
 def make_ode(config: ConfigDict, problem: Problem, mesh: Mesh) -> Callable[..., DiscreteBound]:
-    """The ODE's bound: (params, levels, images, index, draw [b]) -> DiscreteBound [b].
+    """The ODE's bound: (params, levels, examples, index, draw [b]) -> DiscreteBound [b].
 
     The draw is the same for all rows. Solved `chunk_size` examples at a time: those that are solved
     together all take as many steps as the slowest.
@@ -219,9 +220,11 @@ def make_ode(config: ConfigDict, problem: Problem, mesh: Mesh) -> Callable[..., 
     if settings.num_steps:
         solver = FixedGrid(settings.num_steps, settings.method)
 
-    def run(params, levels, images, index, draw):
-        x_0, reverse = problem.quantization.to_data(images), problem.reverse(params)
-        probes, more = None, {"chunk_size": config.evaluate.chunk_size}
+    def run(params, levels, examples, index, draw):
+        x_0, reverse = problem.quantization.to_data(examples.images), problem.reverse(params)
+        # As a condition, which is taken apart with the examples: they are solved one by one.
+        more = {"condition": examples.labels, "chunk_size": config.evaluate.chunk_size}
+        probes = None
         if settings.trace == "hutchinson":
             root = jax.random.fold_in(stream(config.seed, "probes"), draw[0])
             probes = example_probes(root, index, settings.probes, shape)
@@ -235,33 +238,6 @@ def make_ode(config: ConfigDict, problem: Problem, mesh: Mesh) -> Callable[..., 
         return noise_dequantization(reverse, decoder, x_0, eps, levels, solver, probes, **more)
 
     return jit_evaluation(run, mesh, num_batched=3)
-
-
-def make_sampler(
-    config: ConfigDict, problem: Problem, mesh: Mesh, record: tuple[int, ...] = ()
-) -> Callable[[Any, Levels, Int[Array, "b"]], Samples]:
-    """The config's sampler as (params, levels, index [b]) -> Samples, one compiled program.
-
-    Sample i is a function of (seed, i), whatever the batch around it.
-
-    Args:
-      config: the config.
-      problem: the mathematics it names.
-      mesh: the devices.
-      record: levels whose x_t and x̂_0 are kept.
-    """
-    root = stream(config.seed, "sample")
-
-    def run(params, levels, index):
-        noise = example_noise(root, index, problem.image_shape)
-        name, treatment = config.sample.sampler, config.sample.x_0_treatment
-        options = config.sample.get(name, {})
-        sampler = SAMPLERS[name](problem.reverse(params), treatment, **options)
-        return sample(sampler, levels, noise, len(index), record)
-
-    everywhere, split = devices.replicated(mesh), devices.split_batch(mesh)
-    out = Samples(split, *[NamedSharding(mesh, PartitionSpec(None, "data"))] * 2)
-    return jax.jit(run, in_shardings=(everywhere, everywhere, split), out_shardings=out)
 
 
 def evaluation_noise(

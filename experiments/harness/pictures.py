@@ -3,7 +3,7 @@
 import io
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -246,12 +246,52 @@ def plot_bits_over_timesteps(
         style = {"label": name, "marker": marker, "markersize": 4, "linewidth": 1.2}
         absolute.plot(num_timesteps, value, **style)
         relative.plot(num_timesteps, value - base, **style)
+    ticks = sorted(set().union(*bits.values()))
     for axes in (absolute, relative):
         axes.set_xscale("log")
+        axes.set_xticks(ticks, labels=[str(T) for T in ticks])
+        axes.minorticks_off()
         axes.set_xlabel("T")
     absolute.set(ylabel="bits/dim", title="Bound")
     absolute.legend(frameon=False, fontsize=8)
     relative.set(ylabel="bits/dim", title=f"Difference to {reference}")
+    _save(path, figure)
+
+
+def plot_quality(path: epath.PathLike, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Draws the distances of samples from data over network evaluations, a line for each sampler.
+
+    Args:
+      path: PNG file to write.
+      entries: each with sampler, evaluations, frechet, kernel and their mc_se; the first is the
+        reference, drawn across with a band of ± 2 standard errors.
+    """
+    figure, panels = _figure(2)
+    titles = {"frechet": "Fréchet distance", "kernel": "Kernel distance"}
+    by_sampler = {}
+    for entry in entries[1:]:
+        by_sampler.setdefault(entry["sampler"], []).append(entry)
+    for axes, (name, title) in zip(panels, titles.items(), strict=True):
+        value, error = entries[0][name], 2 * entries[0][f"{name}_mc_se"]
+        label = f"{entries[0]['sampler']}, {entries[0]['evaluations']:.0f} evaluations"
+        axes.axhspan(value - error, value + error, color=_ORANGE, alpha=0.25, linewidth=0)
+        axes.axhline(value, color=_ORANGE, linewidth=1.2, label=label)
+        markers = itertools.cycle("os^Dv<>pXP*h")
+        for (sampler, of), marker in zip(by_sampler.items(), markers, strict=False):
+            of = sorted(of, key=lambda entry: entry["evaluations"])
+            axes.errorbar(
+                [entry["evaluations"] for entry in of],
+                [entry[name] for entry in of],
+                [2 * entry[f"{name}_mc_se"] for entry in of],
+                label=sampler,
+                marker=marker,
+                markersize=4,
+                linewidth=1.0,
+            )
+        axes.set_xscale("log")
+        axes.set_yscale("symlog", linthresh=max(value, error))
+        axes.set(xlabel="network evaluations a sample", ylabel=title)
+    panels[1].legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     _save(path, figure)
 
 

@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from flax import linen as nn
+from jaxtyping import Int, Key
 from ml_collections import ConfigDict
 
 from diffusion.decoders import DECODERS, FIRST_VARIANCES, SCALINGS, Decoder, Quantization
 from diffusion.objectives import OBJECTIVES, Objective
 from diffusion.reverse import PARAMETERIZATIONS, Reverse
-from diffusion.samplers import X_0_TREATMENTS
-from diffusion.schedules import SCHEDULES, Levels, Schedule, linear_log_snr
+from diffusion.sampling import X_0_TREATMENTS
+from diffusion.schedules import SCHEDULES, Array, Levels, Schedule, linear_log_snr
 from diffusion.timesteps import TIMES
 from diffusion.variances import VARIANCES, Variance
 from experiments.harness import data
@@ -34,6 +35,7 @@ class Problem(NamedTuple):
       quantization: grey levels as data.
       decoder: p(x_0 | x_1).
       image_shape: (height, width, channels).
+      num_classes: whose labels the network can be given; 0 where it is unconditional.
     """
 
     schedule: Schedule
@@ -45,11 +47,25 @@ class Problem(NamedTuple):
     quantization: Quantization
     decoder: Decoder
     image_shape: tuple[int, int, int]
+    num_classes: int = 0
 
-    def reverse(self, params: Any, dropout_key: Any = None) -> Reverse:
-        """p_θ with these parameters ("network"); with dropout where a key for it is given."""
+    def reverse(
+        self,
+        params: Any,
+        dropout_key: Key[Array, ""] | None = None,
+        labels: Int[Array, "b"] | None = None,
+    ) -> Reverse:
+        """p_θ with these parameters ("network").
+
+        Args:
+          params: the networks' parameters.
+          dropout_key: for dropout; None for none.
+          labels: the condition of every call that is given none itself. One equal to `num_classes`
+            is no label.
+        """
 
         def denoiser(x_t, log_snr, condition=None):
+            condition = labels if condition is None else condition
             rngs = None if dropout_key is None else {"dropout": dropout_key}
             train = dropout_key is not None
             return self.network.apply(
@@ -83,8 +99,40 @@ def pick(registry: Mapping[str, Any] | Sequence[str], name: str, setting: str) -
 
 
 def load_data(config: ConfigDict, split: str) -> data.Dataset:
-    """A split of the config's data set, decoded."""
-    return data.load(**_data_arguments(config), split=split)
+    """A split of the config's data set, decoded; with labels where the model is given them.
+
+    Raises:
+      ConfigError: also if a class-conditional model meets an example without a label.
+    """
+    dataset = data.load(**_data_arguments(config), split=split)
+    if not config.model.class_conditional:
+        return dataset._replace(labels=None)
+    if dataset.labels is None or dataset.labels.min() < 0:
+        raise ConfigError(_unlabelled(config, split))
+    return dataset
+
+
+def load_measured(config: ConfigDict, split: str) -> data.Dataset:
+    """A split as it is measured: with labels unless `evaluate.labels` withholds them."""
+    dataset = load_data(config, split)
+    return dataset if config.evaluate.labels else dataset._replace(labels=None)
+
+
+def check_labels(config: ConfigDict) -> None:
+    """Raises ConfigError if the labels are withheld from a network that always had them."""
+    withheld = config.model.class_conditional and not config.evaluate.labels
+    if withheld and config.train.label_dropout == 0:
+        raise ConfigError(
+            "config.evaluate.labels = False, but with config.train.label_dropout = 0 the network "
+            "has learned nothing of examples without a label; use True"
+        )
+
+
+def _unlabelled(config: ConfigDict, split: str) -> str:
+    return (
+        f"config.model.class_conditional = True: not every example of {config.data.name}, {split}, "
+        "has a label; use False, or a set with labels"
+    )
 
 
 def describe_data(config: ConfigDict, split: str) -> data.Source:
@@ -117,7 +165,7 @@ def check_setting(
         raise ConfigError(f"config.{name} = {value}; {remedy}")
 
 
-def _unet(config: ConfigDict, schedule: Schedule, out_channels: int) -> nn.Module:
+def _unet(config: ConfigDict, schedule: Schedule, out_channels: int, num_classes: int) -> nn.Module:
     settings = config.to_dict()
     inputs = {
         "log_snr": lambda: log_snr_to_timestep,
@@ -129,7 +177,9 @@ def _unet(config: ConfigDict, schedule: Schedule, out_channels: int) -> nn.Modul
             "such as linear_beta; use log_snr"
         )
     noise_input = pick(inputs, settings.pop("noise_input"), "config.model.unet.noise_input")
-    return UNet(**settings, out_channels=out_channels, timestep_of=noise_input())
+    return UNet(
+        **settings, out_channels=out_channels, num_classes=num_classes, timestep_of=noise_input()
+    )
 
 
 MODELS = {"unet": _unet}
@@ -159,12 +209,15 @@ def build(config: ConfigDict) -> Problem:
     check_setting(config, "seed", lambda seed: 0 <= seed < 2**32, "it must be in [0, 2³²)")
     check_positive(config, "schedule.num_timesteps")
     source = describe_data(config, "train")
+    if config.model.class_conditional and not source.num_classes:
+        raise ConfigError(_unlabelled(config, "train"))
+    num_classes = source.num_classes if config.model.class_conditional else 0
     quantization = Quantization(source.num_levels, config.decoder.scaling)
     schedule, levels, noise_schedule = _schedule(config)
     make_objective(config)
     try:
         out_channels = source.image_shape[-1] * (2 if variance.is_learned else 1)
-        network = make_model(config.model[config.model.name], schedule, out_channels)
+        network = make_model(config.model[config.model.name], schedule, out_channels, num_classes)
         network.validate(source.image_shape)
     except ValueError as error:
         raise ConfigError(f"config.{error}") from error
@@ -178,6 +231,7 @@ def build(config: ConfigDict) -> Problem:
         quantization=quantization,
         decoder=make_decoder(quantization, **config.decoder[config.decoder.name]),
         image_shape=source.image_shape,
+        num_classes=num_classes,
     )
 
 

@@ -7,38 +7,46 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from experiments.harness import devices
+from experiments.harness.data import Examples
 from experiments.harness.loss import Batch, make_loss
 from experiments.harness.seeds import stream
 from experiments.harness.settings import Problem
 from experiments.harness.state import TrainState, Window
 
-TrainStep = Callable[[TrainState, Any, Any], TrainState]
+TrainStep = Callable[[TrainState, Examples, Any], TrainState]
+LABELS = 2  # folded into a step's key: 0 and 1 would be the two that it is split into
 
 
 def make_train_step(
     config: ConfigDict, problem: Problem, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainStep:
-    """One optimisation step as (state, images uint8 [n h w c], indices [b]) -> state.
+    """One optimisation step as (state, examples of the whole set, indices [b]) -> state.
 
-    The state is donated. The images stay on the device and are indexed there.
+    The state is donated. The examples stay on the device and are indexed there.
     """
     loss_fn = make_loss(config, problem)
     by_history, decay = config.train.timesteps == "importance", config.train.ema_decay
     root = stream(config.seed, "train")
 
-    def train_step(state, images, indices):
+    def train_step(state, examples, indices):
         key = jax.random.fold_in(root, state.step)
         flip_key, loss_key = jax.random.split(key)
-        x_0 = problem.quantization.to_data(images[indices])
+        x_0 = problem.quantization.to_data(examples.images[indices])
         x_0 = jax.lax.with_sharding_constraint(x_0, devices.split_batch(mesh))
+        labels = None
+        if problem.num_classes:
+            labels = examples.labels[indices]
+            labels = jax.lax.with_sharding_constraint(labels, devices.split_batch(mesh))
+            share, label_key = config.train.label_dropout, jax.random.fold_in(key, LABELS)
+            labels = withhold(label_key, labels, share, problem.num_classes)
         if config.data.flip:
             x_0 = random_flip(flip_key, x_0)
         (_, batch), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.params, x_0, loss_key, state.history
+            state.params, x_0, loss_key, state.history, labels
         )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -64,6 +72,13 @@ def random_flip(key: Array, x_0: Float[Array, "b h w c"]) -> Float[Array, "b h w
     """Each image mirrored left to right with probability ½."""
     mirrored = jax.random.bernoulli(key, shape=(x_0.shape[0], 1, 1, 1))
     return jnp.where(mirrored, x_0[:, :, ::-1], x_0)
+
+
+def withhold(
+    key: Array, labels: Int[Array, "b"], probability: float, num_classes: int
+) -> Int[Array, "b"]:
+    """Each label replaced with this probability by num_classes, which is no label."""
+    return jnp.where(jax.random.bernoulli(key, probability, labels.shape), num_classes, labels)
 
 
 def _update_window(

@@ -20,8 +20,10 @@ HARMLESS = (
     "analytic.",
     "data.data_dir",
     "evaluate.",
+    "quality.",
     "sample.",
     "sigma.",
+    "spacing.",
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.log_every",
@@ -81,7 +83,7 @@ def record(config: ConfigDict, workdir: epath.PathLike) -> None:
 
 def forget_results(workdir: epath.PathLike) -> None:
     """Removes what was measured of an earlier run here, which may have been of other settings."""
-    for name in ("evaluation.json", "eps_errors.npz", "samples/samples.npz"):
+    for name in ("evaluation.json", "eps_errors.npz", "spacing.json", "samples/samples.npz"):
         (epath.Path(workdir) / name).unlink(missing_ok=True)
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion import bound, decoders, objectives, samplers, schedules
+from diffusion import bound, decoders, objectives, samplers, sampling, schedules
 from diffusion.reverse import Reverse
 
 QUANTIZATION = decoders.Quantization(17)
@@ -39,7 +39,7 @@ def test_bound_objectives_and_sampler_under_pmap():
 
     def everything(x_0, noise):
         sampler = samplers.ancestral(model(0.4))
-        x = samplers.sample(sampler, LEVELS, lambda t: noise[t[0]], 3).x_0
+        x = sampling.sample(sampler, LEVELS, lambda t: noise[t[0]], 3).x_0
         return *measured(0.4, x_0, noise), x
 
     alone = jax.jit(everything)

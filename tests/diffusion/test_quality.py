@@ -147,6 +147,19 @@ def test_frechet_error_is_the_scatter_over_sets():
     assert np.mean(errors**2) == pytest.approx(theory, rel=4 * np.sqrt(2 / 19 / num_sets) + 0.02)
 
 
+def test_frechet_error_of_samples_whose_classes_take_turns():
+    """Ten far classes, as many of each in every set: only what varies within them is an error."""
+    num_sets, n = 200, 1000
+    rng = np.random.default_rng(9)
+    centres = rng.normal(size=(10, 3)) * 3
+    real = exact_moments(np.zeros(3), np.eye(3))
+    sets = rng.normal(size=(num_sets, n, 3)) + centres[np.arange(n) % 10]
+    distances = np.array([frechet_distance(real, moments_of(y)) for y in sets])
+    errors = np.array([frechet_mc_se(real, y) for y in sets])
+    ratio = np.mean(errors**2) / distances.var(ddof=1)
+    assert ratio == pytest.approx(1, abs=4 * np.sqrt(2 / num_sets))
+
+
 @pytest.mark.parametrize("shift", [0.0, 0.1])
 def test_frechet_error_is_never_too_small_near_the_real_moments(shift):
     """Up to twice the variance on the average, and never below it: tolerances of 4√(2/200)."""

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion import exact, samplers, schedules
+from diffusion import exact, samplers, sampling, schedules
 from diffusion.reverse import Reverse
 from tests.diffusion import oracles, problems
 
@@ -50,7 +50,7 @@ def test_moments_of_samples_are_the_linear_recursions(num_timesteps, variance):
         def noise(t):
             return jnp.where(rows == t, 1.0, 0.0)[:, None]
 
-        return samplers.sample(sampler, levels, noise, num_timesteps + 1, record=(1,))
+        return sampling.sample(sampler, levels, noise, num_timesteps + 1, record=(1,))
 
     samples = run()
     moments = recursion(levels, variance)
@@ -84,7 +84,7 @@ def normal_samples(batch, record=(), treatment="none", scale=1.0, num_timesteps=
     model = Reverse(lambda x, l, c=None: scale * DATA.denoiser(x, l), "x_0")
     sampler = samplers.ancestral(model, treatment)
     noise = problems.tabulated(TABLE[:batch], np.arange(batch))
-    return samplers.sample(sampler, levels, noise, batch, record)
+    return sampling.sample(sampler, levels, noise, batch, record)
 
 
 draw = functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))(normal_samples)
@@ -148,6 +148,6 @@ def test_images_are_sampled_in_their_shape():
     sampler = samplers.ancestral(model, condition=0.25)
     noise = problems.constant(np.ones((2, 5, 3, 3), np.float32))
     levels = schedules.linear_beta().levels(3)
-    samples = jax.jit(lambda: samplers.sample(sampler, levels, noise, 2, np.array([2])))()
+    samples = jax.jit(lambda: sampling.sample(sampler, levels, noise, 2, np.array([2])))()
     assert samples.x_t.shape == (1, 2, 5, 3, 3)
     np.testing.assert_array_equal(samples.x_0, np.full((2, 5, 3, 3), 0.25))

@@ -150,7 +150,7 @@ def test_help_lists_the_flags():
     for flag in (
         "--config:",
         "--workdir:",
-        "--experiment: <all|train|evaluate|sample|variance|sigma>",
+        "--experiment: <all|train|evaluate|sample|variance|sigma|spacing>",
     ):
         assert flag in finished.stdout
     assert "python main.py --config=configs/digits.py --workdir=runs/digits" in finished.stdout

@@ -108,6 +108,7 @@ def test_mocked_set(name, shape):
         described = describe(name, "validation", splits=CIFAR10_SPLITS)
         loaded = load(name, "validation", splits=CIFAR10_SPLITS)
     assert described[:3] == (6, shape, 256)
+    assert described.num_classes == 10
     assert loaded.images.shape == (6, *shape)
     assert loaded.labels.shape == (6,)
     assert len(np.unique(loaded.images, axis=0)) == 6
@@ -151,7 +152,10 @@ def test_grey_images_get_a_channel_axis(monkeypatch):
 def test_set_without_labels(monkeypatch):
     image = np.zeros((64, 64, 3), np.uint8)
     fake_examples(monkeypatch, "downsampled_imagenet/64x64", [{"image": image}] * 3)
-    assert load("downsampled_imagenet/64x64", "train").labels is None
+    loaded = load("downsampled_imagenet/64x64", "train")
+    assert loaded.labels is None
+    assert loaded.examples(np.array([1, 1])).labels is None
+    assert describe("downsampled_imagenet/64x64", "train").num_classes == 0
 
 
 # Errors.

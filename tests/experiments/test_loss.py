@@ -59,13 +59,13 @@ def stepped(config, num_steps):
     mesh, problem = devices.mesh(), settings.build(config)
     optimizer = make_optimizer(config.train, config.schedule.name == "learned")
     state = init_state(init_params(problem, config.seed), optimizer, init_history(config, problem))
-    images = settings.load_data(config, "train").images
+    examples = settings.load_data(config, "train").examples(slice(None))
     compiled = steps.make_train_step(config, problem, optimizer, mesh)
     states = [jax.device_get(state)]
     state = devices.place(state, devices.replicated(mesh))
     for step in range(num_steps):
-        indices = data.batch_indices(config.seed, step, len(images), config.train.batch_size)
-        state = compiled(state, images, indices)
+        sizes = len(examples.images), config.train.batch_size
+        state = compiled(state, examples, data.batch_indices(config.seed, step, *sizes))
         states.append(jax.device_get(state))
     return problem, states
 

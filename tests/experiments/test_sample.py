@@ -6,11 +6,13 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from diffusion import samplers, sampling
 from diffusion.forward import example_noise
 from experiments.harness import data, settings
 from experiments.harness.errors import ConfigError
+from experiments.harness.sampling import START, STRETCH, Drawer, stretches
 from experiments.harness.seeds import STREAMS, stream
-from experiments.sample import make_draw, sample, strip_levels
+from experiments.sample import sample, strip_levels
 from tests.experiments import tiny
 
 pytest_plugins = ["tests.experiments.tiny"]
@@ -54,7 +56,9 @@ def workdir(tmp_path_factory, quick_compiles):
 
 
 def draw(config, params, n, num_timesteps=8, record=()):
-    return make_draw(config, settings.build(config), num_timesteps, record)(params, n)
+    problem = settings.build(config)
+    levels = problem.schedule.levels(num_timesteps)
+    return Drawer(config, problem)(params, levels, n, record, config.sample.strip_rows)
 
 
 # What the main job leaves behind.
@@ -154,12 +158,12 @@ def test_purposes_draw_from_streams_of_their_own():
 
 
 def test_one_level_is_one_prediction_from_noise(model):
-    """With T = 1 the sample is x̂_0(x_1), where x_1 is the sample's noise at level 1."""
+    """With T = 1 the sample is x̂_0(x_1), where x_1 is the sample's first noise."""
     config = tiny.config()
     samples = draw(config, model, 5, num_timesteps=1)
     problem = settings.build(config)
     noise = example_noise(stream(0, "sample"), np.arange(5), (8, 8, 1))
-    x_1, log_snr = noise(jnp.ones(5, jnp.int32)), jnp.full(5, -5.0)
+    x_1, log_snr = noise(jnp.full(5, START)), jnp.full(5, -5.0)
     expected = problem.reverse(model).predict("x_0", x_1, log_snr)
     np.testing.assert_allclose(samples.x_0, expected, rtol=1e-4, atol=1e-5)
 
@@ -168,7 +172,9 @@ def test_the_way_starts_at_the_noise_and_ends_at_the_prediction(model):
     config = tiny.config()
     samples = draw(config, model, 2, record=(8, 1))
     noise = example_noise(stream(0, "sample"), np.arange(2), (8, 8, 1))
-    np.testing.assert_allclose(samples.x_t[0], noise(jnp.full(2, 8)), rtol=1e-6)
+    np.testing.assert_allclose(samples.x_t[0], noise(jnp.full(2, START)), rtol=1e-6)
+    fewer = draw(config, model, 2, num_timesteps=3, record=(3,))
+    np.testing.assert_array_equal(fewer.x_t[0], samples.x_t[0])
     # p(x_0 | x_1) is replaced by its mean: x̂_0 at the last level is the sample.
     np.testing.assert_array_equal(samples.x_0_hat[1], samples.x_0)
 
@@ -216,6 +222,71 @@ def test_samplers_start_from_one_noise_and_end_elsewhere(workdir, tmp_path):
     np.testing.assert_allclose(made["noisy ddim"], made["ancestral"], rtol=1e-3, atol=1e-3)
     for one, other in (("ancestral", "ddim"), ("ddim", "dpm_solver_pp_2m")):
         assert np.abs(made[one] - made[other]).max() > 1e-2
+
+
+def test_one_program_serves_any_levels_and_any_recording(model):
+    """Compiled once; the levels of a run longer than one stretch are all stepped through."""
+    config = tiny.config()
+    problem = settings.build(config)
+    drawer = Drawer(config, problem)
+    run, traces = drawer._advance_of, []
+    drawer._advance = jax.jit(lambda *args: traces.append(1) or run(*args))
+    made = {}
+    for num_timesteps, record in ((8, ()), (8, (8, 3, 1)), (3, ()), (40, ()), (40, (17, 40, 1))):
+        levels = problem.schedule.levels(num_timesteps)
+        made[num_timesteps, record] = drawer(model, levels, 3, record, rows=3)
+    assert len(traces) == 1
+    for (num_timesteps, record), of in made.items():
+        assert (of.evaluations == num_timesteps).all()
+        np.testing.assert_array_equal(of.x_0, made[num_timesteps, ()].x_0)
+        assert len(of.x_t) == len(of.x_0_hat) == len(record)
+    # What the scan of the library makes in one piece.
+    sampler = samplers.ancestral(problem.reverse(model))
+    noise = example_noise(stream(0, "sample"), np.arange(3), (8, 8, 1))
+    levels = problem.schedule.levels(40)
+    x_T = noise(jnp.full(3, START))
+    whole = jax.jit(lambda: sampling.sample(sampler, levels, noise, 3, (17, 40, 1), x_T))()
+    of = made[40, (17, 40, 1)]
+    for ours, theirs in zip(of, whole, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4 * np.abs(whole.x_0).max())
+
+
+@pytest.mark.parametrize("last", [1, 2, STRETCH, STRETCH + 1, 1000])
+def test_stretches_cover_every_level_once(last):
+    """And one that is recorded is stepped from by itself."""
+    for record in ((), (1,), (last,), tuple({1, last // 2 + 1, last})):
+        runs = stretches(last, record)
+        stepped = [t for top, bottom in runs for t in range(top, bottom, -1)]
+        assert stepped == list(range(last, 0, -1))
+        assert all(0 < top - bottom <= STRETCH for top, bottom in runs)
+        assert {(t, t - 1) for t in record} <= set(runs)
+    with pytest.raises(ValueError, match=rf"recorded levels lie in 1 … {last}"):
+        stretches(last, (last + 1,))
+
+
+def test_spacings_and_correctors_change_the_way(workdir, tmp_path):
+    """Each is used: from one noise, at one number of levels, all end elsewhere."""
+    ways = {
+        "uniform": {},
+        "quadratic": {"sample__spacing": "quadratic"},
+        "karras": {"sample__spacing": "karras"},
+        "karras 3": {"sample__spacing": "karras", "sample__karras__rho": 3.0},
+        "corrected": {"sample__corrector__num_steps": 1},
+        "churned": {"sample__sampler": "euler", "sample__euler__churn": 0.2},
+        "euler": {"sample__sampler": "euler"},
+    }
+    made = {}
+    for way, overrides in ways.items():
+        copy = tiny.copy(workdir, tmp_path / way)
+        sample(tiny.config(sample__num_timesteps=5, **overrides), copy)
+        with np.load(copy / "samples" / "samples.npz") as saved:
+            made[way] = saved["x_0"]
+            expected = 10 if way == "corrected" else 5
+            assert (saved["evaluations"] == expected).all()
+    for one in ways:
+        for other in ways:
+            if one < other:
+                assert np.abs(made[one] - made[other]).max() > 1e-3, (one, other)
 
 
 # Pictures.
@@ -267,6 +338,15 @@ def test_what_cannot_be_sampled_is_named_and_nothing_is_written(workdir, tmp_pat
         ({"sample__x_0_treatment": "cilp"}, r"x_0_treatment = 'cilp' .*did you mean clip"),
         ({"sample__sampler": "ddmi"}, r"config\.sample\.sampler = 'ddmi' .*did you mean ddim"),
         ({"sample__ddim__eta": 1.5}, r"config\.sample\.ddim\.eta = 1\.5; it must be in \[0, 1\]"),
+        ({"sample__spacing": "log"}, r"config\.sample\.spacing = 'log' .*log_snr"),
+        ({"sample__spacing": "bound_optimal"}, r"run first python main\.py --experiment=spacing"),
+        ({"sample__corrector__snr": 0.0}, r"config\.sample\.corrector\.snr = 0\.0"),
+        ({"sample__euler__churn": 0.5}, r"config\.sample\.euler\.churn = 0\.5"),
+        ({"sample__unipc__order": 4}, r"config\.sample\.unipc\.order = 4; it must be one of"),
+        ({"sample__labels": (1,)}, r"config\.sample\.labels = \(1,\), .*knows no classes"),
+        ({"sample__guidance__scale": 2.0}, r"guidance\.scale = 2\.0, .*knows no classes"),
+        ({"sample__also": ("guidance",)}, r"config\.sample\.also names guidance, .*no classes"),
+        ({"sample__also": ("inpant",)}, r"config\.sample\.also = 'inpant' .*did you mean inpaint"),
         ({"sample__checkpoint": "first"}, r"config\.sample\.checkpoint = 'first' .*best, latest"),
     ):
         with pytest.raises(ConfigError, match=message):

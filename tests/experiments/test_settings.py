@@ -13,7 +13,7 @@ from configs import base, cifar10, digits, recorded
 from diffusion.decoders import DECODERS, FIRST_VARIANCES, SCALINGS
 from diffusion.objectives import OBJECTIVES
 from diffusion.reverse import PARAMETERIZATIONS
-from diffusion.samplers import X_0_TREATMENTS
+from diffusion.sampling import X_0_TREATMENTS
 from diffusion.schedules import SCHEDULES
 from diffusion.variances import VARIANCES
 from experiments.harness import settings

@@ -12,7 +12,7 @@ from diffusion.reverse import Reverse
 from diffusion.schedules import Step
 from diffusion.variances import of_measured_error
 from experiments import sigma
-from experiments.harness import analytic, data, devices, measure, settings
+from experiments.harness import analytic, data, devices, measure, paired, settings
 from experiments.harness.errors import ConfigError
 from tests.experiments import tiny
 
@@ -205,7 +205,12 @@ def totals_of(config, split, n, variances):
     """The totals of random weights, and what `make_bound` needs to find the same."""
     problem, params = settings.build(config), tiny.state_of(config, 0.1).ema_params
     dataset = some_digits(config, split, n)
-    totals = sigma.measure_totals(config, problem, params, dataset, variances)
+    choices = {
+        (num_timesteps, name): paired.Choice(problem.schedule.levels(num_timesteps), variance)
+        for num_timesteps in config.sigma.num_timesteps
+        for name, variance in variances.items()
+    }
+    totals = paired.measure_totals(config, problem, params, dataset, choices, config.sigma.draws)
     return totals, problem, params, dataset
 
 
@@ -227,8 +232,8 @@ def test_an_entry_is_the_evaluation_with_that_variance_at_that_T(of_model, decod
         chosen = problem._replace(variance=variances[name])
         evaluate = measure.make_bound(config, chosen, mesh)
         levels = problem.schedule.levels(num_timesteps)
-        expected = evaluate(params, levels, dataset.images, index).total
-        np.testing.assert_allclose(totals[num_timesteps][name][:, 0], expected, rtol=1e-5)
+        expected = evaluate(params, levels, dataset.examples(index), index).total
+        np.testing.assert_allclose(totals[num_timesteps, name][:, 0], expected, rtol=1e-5)
 
 
 def test_the_draws_are_independent():
@@ -236,11 +241,12 @@ def test_the_draws_are_independent():
     config = small_config()
     own = settings.build(config).variance
     totals, *_ = totals_of(config, "test", 64, {"beta_tilde": own, "again": own})
-    entries = sigma.summarize(8, totals[8], num_dims=64)
+    at_8 = {key: total for key, total in totals.items() if key[0] == 8}
+    entries = paired.summarize(at_8, "beta_tilde", num_dims=64)
     assert entries[1].difference == entries[1].difference_se == entries[1].difference_mc_se == 0
     assert entries[0].bits_per_dim_mc_se > 0
     # Of the two draws' means, each has twice the variance of their mean: √2 · √2 of its error.
-    means = totals[8]["beta_tilde"].mean(axis=0) / (64 * np.log(2))
+    means = totals[8, "beta_tilde"].mean(axis=0) / (64 * np.log(2))
     assert abs(means[0] - means[1]) < 4 * 2 * entries[0].bits_per_dim_mc_se
 
 
@@ -286,7 +292,7 @@ def test_on_the_training_data_the_analytic_variances_give_the_lowest_bounds(tmp_
         ("analytic_isotropic", "beta_tilde"),
         ("analytic_isotropic", "beta"),
     ):
-        difference = totals[LEVELS][better] - totals[LEVELS][worse]
+        difference = totals[LEVELS, better] - totals[LEVELS, worse]
         noise = difference.std(axis=1, ddof=1) / np.sqrt(2)
         assert difference.mean() < 3 * np.sqrt((noise**2).sum()) / 256
 
@@ -294,11 +300,12 @@ def test_on_the_training_data_the_analytic_variances_give_the_lowest_bounds(tmp_
 def test_a_run_writes_its_table(workdir, first_run):
     entries, _ = first_run
     names = ["beta_tilde", "beta", "learned_diagonal", "analytic_isotropic", "analytic_diagonal"]
-    assert [(e.num_timesteps, e.variance) for e in entries] == [
+    assert [(e.num_timesteps, e.name) for e in entries] == [
         (T, name) for T in (4, 8) for name in names
     ]
     recorded = json.loads((workdir / "sigma.json").read_text())
-    assert recorded["entries"] == [entry._asdict() for entry in entries]
+    assert [row["variance"] for row in recorded["entries"]] == 2 * names
+    assert [tuple(row.values()) for row in recorded["entries"]] == [tuple(e) for e in entries]
     told = {"split": "test", "step": 3, "seed": 0, "draws": 2, "num_examples": 447}
     assert {name: recorded[name] for name in told} == told
     for entry in entries:

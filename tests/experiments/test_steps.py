@@ -19,21 +19,22 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 class Stepper:
-    """The training step of a config with its state, on images that default to the digits."""
+    """The training step of a config with its state, on examples that default to the digits."""
 
-    def __init__(self, config, images=None):
+    def __init__(self, config, examples=None):
         self.config, mesh = config, devices.mesh()
         problem, optimizer = settings.build(config), make_optimizer(config.train)
-        images = settings.load_data(config, "train").images if images is None else images
-        self.images = devices.place(images, devices.replicated(mesh))
+        if examples is None:
+            examples = settings.load_data(config, "train").examples(slice(None))
+        self.examples = devices.place(examples, devices.replicated(mesh))
         state = init_state(init_params(problem, config.seed), optimizer)
         self.state = devices.place(state, devices.replicated(mesh))
         self.compiled = steps.make_train_step(config, problem, optimizer, mesh)
 
     def step(self):
-        sizes = len(self.images), self.config.train.batch_size
+        sizes = len(self.examples.images), self.config.train.batch_size
         indices = data.batch_indices(self.config.seed, int(self.state.step), *sizes)
-        self.state = self.compiled(self.state, self.images, indices)
+        self.state = self.compiled(self.state, self.examples, indices)
         return self.state
 
 
@@ -223,7 +224,7 @@ def test_the_first_bad_step_is_remembered(bad, monkeypatch):
     white = data.batch_indices(config.seed, 2, 1000, 8)[0]
     images = np.zeros((1000, 8, 8, 1), np.uint8)
     images[white] = 16
-    stepper = Stepper(config, images)
+    stepper = Stepper(config, data.Examples(images, None))
     seen = [int(stepper.step().window.first_bad_step) for _ in range(8)]
     assert seen == [-1, -1, 3, 3, 3, 3, 3, 3]
 
@@ -246,7 +247,7 @@ def test_flipping_what_is_symmetric_changes_nothing_else():
     symmetric = np.maximum(digits, digits[:, :, ::-1])
     states = []
     for flip in (False, True):
-        stepper = Stepper(tiny.config(data__flip=flip), symmetric)
+        stepper = Stepper(tiny.config(data__flip=flip), data.Examples(symmetric, None))
         states.append([stepper.step() for _ in range(2)][-1])
     tiny.assert_bit_equal(states[1].params, states[0].params)
 

@@ -34,23 +34,30 @@ from experiments.harness.state import TrainState, init_params, init_state, make_
 
 
 class Convolution(nn.Module):
-    """A convolution whose gain depends on the noise level, with dropout. No zero initialisers."""
+    """A convolution whose gain depends on the noise level, with dropout. No zero initialisers.
+
+    With classes the gain depends on the label too; no label is the last of num_classes + 1.
+    """
 
     out_channels: int
+    num_classes: int = 0
 
     def validate(self, image_shape):
         del image_shape
 
     @nn.compact
     def __call__(self, x_t, log_snr, condition=None, *, train=False):
-        del condition
         gain = 1 + nn.Dense(self.out_channels, name="gain")(0.1 * log_snr[:, None])
+        if self.num_classes:
+            none = np.full(len(x_t), self.num_classes)
+            label = none if condition is None else condition
+            gain += nn.Embed(self.num_classes + 1, self.out_channels, name="label")(label)
         y = nn.Conv(self.out_channels, (3, 3), name="conv")(x_t) * gain[:, None, None]
         return nn.Dropout(0.1, deterministic=not train)(y)
 
 
 # One line in the registry is all that a new network takes.
-settings.MODELS["convolution"] = lambda config, schedule, out: Convolution(out)
+settings.MODELS["convolution"] = lambda config, schedule, out, classes: Convolution(out, classes)
 
 
 def config(network: str = "convolution", **overrides: Any) -> ConfigDict:

@@ -167,9 +167,72 @@ def test_forward_and_reverse_derivatives_agree(small):
     assert abs(sum(products) - np.vdot(u, forward)) < 1e-4 * scale
 
 
-def test_a_condition_is_refused():
+# Class labels.
+
+
+@pytest.fixture(scope="module")
+def labelled():
+    """A network of three classes, its initial parameters, others without zeros, and a batch.
+
+    The batch is one image at one noise level, as often as there are labels to look at.
+    """
+    network, rng = UNet(**SMALL, num_classes=3), np.random.default_rng(0)
+    x_t = np.tile(rng.normal(size=IMAGE_SHAPE).astype(np.float32), (4, 1, 1, 1))
+    log_snr = np.full(4, 1.0, np.float32)
+    variables = jax.jit(network.init)(jax.random.key(0, impl="rbg"), x_t[:1], log_snr[:1])
+    moved = jax.tree.map(lambda p: p + 0.3 * rng.normal(size=p.shape).astype(np.float32), variables)
+    apply = jax.jit(network.apply)
+    return variables, moved, lambda params, condition: apply(params, x_t, log_snr, condition)
+
+
+def test_an_unconditional_network_refuses_a_condition():
     with pytest.raises(ValueError, match="condition must be None"):
         UNet(**SMALL).init(jax.random.key(0), np.zeros((1, 4, 6, 5)), LOG_SNR[:1], np.zeros(1))
+
+
+def test_labels_add_a_table_and_change_no_other_parameter(small, labelled):
+    """A row of 4 · channels for each class and for no label."""
+    _, _, of_small, _, _ = small
+    params = dict(labelled[0]["params"])
+    table = params.pop("label_embedding")
+    assert table.shape == (4, 4 * SMALL["channels"])
+    assert 0 < np.std(table) < 0.1
+    assert jax.tree.structure(params) == jax.tree.structure(of_small["params"])
+    jax.tree.map(np.testing.assert_array_equal, params, of_small["params"])
+
+
+def test_a_label_tells_examples_apart(labelled):
+    _, moved, apply = labelled
+    alike, apart = apply(moved, np.array([1, 1, 1, 1])), apply(moved, np.array([0, 1, 2, 3]))
+    np.testing.assert_allclose(apart[1], alike[0], rtol=1e-5, atol=1e-5)
+    for i in range(4):
+        for j in range(i):
+            assert np.abs(apart[i] - apart[j]).max() > 1e-2
+
+
+def test_without_a_label_it_is_the_last_one(labelled):
+    _, moved, apply = labelled
+    none = apply(moved, None)
+    np.testing.assert_allclose(none, apply(moved, np.full(4, 3)), rtol=1e-5, atol=1e-5)
+    assert np.abs(none - apply(moved, np.full(4, 0))).max() > 1e-2
+
+
+def test_a_label_that_is_none_cannot_be_missed(labelled):
+    """Beyond the table, and below zero, where an index would count from the end."""
+    _, moved, apply = labelled
+    prediction = np.asarray(apply(moved, np.array([4, -1, 2, -4])))
+    assert np.isnan(prediction[[0, 1, 3]]).all()
+    assert np.isfinite(prediction[2]).all()
+    with pytest.raises(ValueError, match="float32; labels must be integers"):
+        apply(moved, np.zeros(4, np.float32))
+
+
+def test_only_the_labels_that_are_met_have_gradients(labelled):
+    _, moved, apply = labelled
+    gradient = jax.grad(lambda v: jnp.sum(apply(v, np.array([0, 3, 3, 0])) ** 2))(moved)
+    rows = np.abs(gradient["params"]["label_embedding"]).max(axis=1)
+    assert (rows > 0).tolist() == [True, False, False, True]
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
 @pytest.mark.parametrize(
@@ -180,6 +243,7 @@ def test_a_condition_is_refused():
         ({"channel_multipliers": (1, 0)}, (32, 32, 3), r"channel_multipliers = \(1, 0\)"),
         ({"channels": 40}, (32, 32, 3), r"num_groups = 32; .*\[40, 80\].* divisor of 40"),
         ({"num_groups": 0}, (32, 32, 3), "num_groups = 0; .*at least 1"),
+        ({"num_classes": -1}, (32, 32, 3), "num_classes = -1; .*not be negative"),
         (
             {"attention_resolutions": (16, 7)},
             (32, 32, 3),

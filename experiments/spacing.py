@@ -1,0 +1,114 @@
+"""The bound of one network by number of levels and their spacing, the best levels among them.
+
+The best levels are those of the lowest expected bound, found from the network's errors on the
+training data; all are measured on the same examples with the same noise.
+"""
+
+from typing import Any
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from diffusion.schedules import Levels
+from diffusion.spacing import SPACINGS
+from experiments.harness import analytic, optimal_steps, paired, settings
+from experiments.harness import workdir as workdirs
+from experiments.harness.checkpoints import load_ema
+from experiments.harness.metrics import write_json
+from experiments.harness.paired import Choice, Entry
+from experiments.harness.settings import Problem
+from experiments.harness.state import abstract_params
+
+REFERENCE = "uniform"  # what the others are compared with
+OPTIMAL = "bound_optimal"
+_SETTING = "config.spacing.variance"
+
+
+def run(config: ConfigDict, workdir: epath.PathLike) -> None:
+    """Finds the best levels and measures every spacing; writes the table and prints it."""
+    print(paired.to_markdown(spacing(config, workdir), "spacing", REFERENCE))
+
+
+def spacing(config: ConfigDict, workdir: epath.PathLike) -> list[Entry]:
+    """The table of what the work directory holds, as spacing.json, spacing.md and spacing.png.
+
+    spacing.json holds the best levels too, for a sampler; they are there before anything is
+    measured. The noise is a function of (seed, example, t, draw), whatever the levels.
+
+    Args:
+      config: `spacing` says how many levels, of which candidates and with which Σ_θ, on what.
+      workdir: holds the checkpoints.
+
+    Returns:
+      The entries, T by T, named by their spacing.
+
+    Raises:
+      ConfigError: for a setting or a checkpoint that does not fit.
+    """
+    check(config)
+    workdirs.check_network(config, workdir)
+    problem = settings.build(config)
+    params, step = load_ema(workdir, config.spacing.checkpoint, abstract_params(problem))
+    problem = problem.learned(params)
+    workdirs.check_writable(workdir)
+    name = config.spacing.variance
+    problem = analytic.choose(config, name, _SETTING, problem, params, step, workdir)
+    dataset = settings.load_measured(config, config.spacing.split)
+    optimal = _optimal(config, problem, params, step, workdir)
+    result = {
+        "split": config.spacing.split,
+        "checkpoint": config.spacing.checkpoint,
+        "step": step,
+        "seed": config.seed,
+        "variance": name or config.model.variance,
+        "candidates": config.spacing.candidates,
+        "draws": config.spacing.draws,
+        "num_examples": len(dataset.images),
+        "log_snr": optimal_steps.to_json(optimal),
+    }
+    path = epath.Path(workdir) / optimal_steps.FILE
+    write_json(path, result)
+    choices = {
+        (num_timesteps, name): Choice(levels, problem.variance)
+        for num_timesteps in config.spacing.num_timesteps
+        for name, levels in {
+            **{name: of(problem.schedule, num_timesteps) for name, of in SPACINGS.items()},
+            OPTIMAL: optimal[num_timesteps],
+        }.items()
+    }
+    draws = config.spacing.draws
+    totals = paired.measure_totals(config, problem, params, dataset, choices, draws)
+    entries = paired.summarize(totals, REFERENCE, int(np.prod(problem.image_shape)))
+    paired.write(workdir, "spacing", entries, "spacing", REFERENCE)
+    write_json(path, result | {"entries": paired.rows(entries, "spacing")})
+    return entries
+
+
+def check(config: ConfigDict) -> None:
+    """Raises ConfigError for settings or data that `spacing` can't use; compiles nothing."""
+    paired.check(config, "spacing")
+    analytic.check(config, config.spacing.variance, _SETTING)
+    most = max(config.spacing.num_timesteps)
+    remedy = f"it must be a whole number, and at least {most}, the most levels to choose"
+    settings.check_setting(
+        config, "spacing.candidates", lambda n: isinstance(n, int) and n >= most, remedy
+    )
+
+
+def _optimal(
+    config: ConfigDict, problem: Problem, params: Any, step: int, workdir: epath.PathLike
+) -> dict[int, Levels]:
+    """The best levels of the schedule for the problem's Σ_θ, by their number."""
+    variance = problem.variance
+    if variance.is_learned:
+        # Mean errors do not tell its KL; this is the Σ_θ that it is trained to be.
+        name = "analytic_diagonal"
+        chosen = analytic.choose(config, name, _SETTING, problem, params, step, workdir)
+        variance = chosen.variance
+    return optimal_steps.find(
+        problem.schedule.levels(config.spacing.candidates),
+        *analytic.measured_errors(config, problem, params, step, workdir),
+        variance,
+        tuple(config.spacing.num_timesteps),
+    )

@@ -1,0 +1,354 @@
+"""Class labels: how training withholds them, and that every measurement gives each example its own.
+
+With labels y the bound is on log p(x | y). One network has both bounds, since no label is a label
+too: number `num_classes`.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion.control import GaussianControl
+from experiments import variance
+from experiments.evaluate import check as check_evaluate
+from experiments.evaluate import evaluate, identity, result_line
+from experiments.harness import analytic, data, devices, measure, settings, steps
+from experiments.harness.errors import ConfigError
+from experiments.harness.state import init_params, init_state, make_optimizer
+from experiments.train import check as check_train
+from experiments.train import train
+from tests.experiments import tiny
+
+pytest_plugins = ["tests.experiments.tiny"]
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+K = 10
+NONE = K
+
+
+def conditional(**overrides):
+    return tiny.config(**{"model__class_conditional": True} | overrides)
+
+
+def stepped(config, labels=None, num_steps=3):
+    """The state before and after some steps, the training labels replaced where some are given."""
+    mesh, problem = devices.mesh(), settings.build(config)
+    optimizer = make_optimizer(config.train)
+    examples = settings.load_data(config, "train").examples(slice(None))
+    examples = examples if labels is None else examples._replace(labels=labels)
+    before = jax.device_get(init_state(init_params(problem, config.seed), optimizer))
+    state = devices.place(before, devices.replicated(mesh))
+    run = steps.make_train_step(config, problem, optimizer, mesh)
+    for step in range(num_steps):
+        indices = data.batch_indices(config.seed, step, 1000, config.train.batch_size)
+        state = run(state, examples, indices)
+    return before, jax.device_get(state)
+
+
+def label_rows(state):
+    return state.params["network"]["label"]["embedding"]
+
+
+# Which examples have labels.
+
+
+def test_labels_are_loaded_where_the_model_is_given_them():
+    for split in data.SPLITS:
+        whole, told = data.load("digits", split), settings.load_data(conditional(), split)
+        assert settings.load_data(tiny.config(), split).labels is None
+        assert settings.load_measured(conditional(evaluate__labels=False), split).labels is None
+        np.testing.assert_array_equal(told.labels, whole.labels)
+        index = np.array([5, 0, 5])
+        examples = told.examples(index)
+        np.testing.assert_array_equal(examples.images, whole.images[index])
+        np.testing.assert_array_equal(examples.labels, whole.labels[index])
+        assert np.isin(told.labels, np.arange(data.describe("digits", split).num_classes)).all()
+
+
+def test_a_call_s_own_condition_goes_before_the_bound_labels():
+    """And without either there is no label."""
+    problem, params = settings.build(conditional()), tiny.state_of(conditional()).params
+    x_t, log_snr = jax.random.normal(jax.random.key(0), (2, 8, 8, 1)), jnp.zeros(2)
+
+    def of(condition, labels):
+        reverse = problem.reverse(params, labels=labels)
+        return np.asarray(reverse.outputs(x_t, log_snr, condition).prediction)
+
+    one, other = np.array([1, 2]), np.array([3, 4])
+    np.testing.assert_array_equal(of(one, other), of(one, None))
+    np.testing.assert_array_equal(of(None, other), of(other, None))
+    np.testing.assert_array_equal(of(None, None), of(np.array([NONE, NONE]), None))
+    assert (np.abs(of(one, None) - of(other, None)).max(axis=(1, 2, 3)) > 0).all()
+
+
+# Training.
+
+
+@pytest.mark.parametrize("probability", [0.1, 0.6])
+def test_labels_are_withheld_with_their_probability(probability):
+    """Over 200 keys and 100 labels: the share is binomial, and the other labels stay."""
+    labels = jnp.arange(100) % K
+    keys = jax.random.split(jax.random.key(0), 200)
+    drop = jax.vmap(lambda key: steps.withhold(key, labels, probability, K))
+    dropped = np.asarray(drop(keys))
+    withheld = dropped == NONE
+    se = np.sqrt(probability * (1 - probability) / withheld.size)
+    assert abs(withheld.mean() - probability) < 4 * se
+    assert (dropped == np.where(withheld, NONE, labels)).all()
+    # No label is withheld more than another: a χ² of 99 has the standard deviation √198.
+    per_label = withheld.sum(axis=0) - 200 * probability
+    chi_2 = (per_label**2).sum() / (200 * probability * (1 - probability))
+    assert abs(chi_2 - 100) < 4 * np.sqrt(200)
+
+
+def test_labels_are_withheld_apart_from_a_step_s_other_random_numbers():
+    """Whether an image is flipped says nothing of its label: they agree half the time."""
+    labels = jnp.zeros(100, jnp.int32)
+
+    def agree(key):
+        of_others = jax.random.split(key)
+        withheld = steps.withhold(jax.random.fold_in(key, steps.LABELS), labels, 0.5, K) == NONE
+        return jnp.stack([withheld == jax.random.bernoulli(k, shape=(100,)) for k in of_others])
+
+    agreement = jax.vmap(agree)(jax.random.split(jax.random.key(1), 100))
+    se = 0.5 / np.sqrt(100 * 100)
+    assert np.abs(agreement.mean(axis=(0, 2)) - 0.5).max() < 4 * se
+
+
+def test_with_none_withheld_nothing_is_learned_of_no_label():
+    before, after = stepped(conditional(train__label_dropout=0.0))
+    moved = np.abs(label_rows(after) - label_rows(before)).max(axis=1)
+    assert moved[NONE] == 0
+    assert moved[:K].min() > 0
+
+
+def test_with_all_withheld_nothing_is_learned_of_labels():
+    """Other labels make no difference at all."""
+    config = conditional(train__label_dropout=1.0)
+    before, after = stepped(config)
+    moved = np.abs(label_rows(after) - label_rows(before)).max(axis=1)
+    assert moved[NONE] > 0
+    assert moved[:K].max() == 0
+    _, other = stepped(config, labels=np.zeros(1000, np.int32))
+    tiny.assert_bit_equal(other, after)
+
+
+def test_a_step_sees_the_labels_of_its_own_images():
+    """With a single class in the batches, its embedding alone is trained."""
+    config = conditional(train__label_dropout=0.0)
+    indices = data.batch_indices(config.seed, 0, 1000, config.train.batch_size)
+    labels = np.full(1000, 3, np.int32)
+    labels[indices] = 7
+    before, after = stepped(config, labels, num_steps=2)
+    moved = np.abs(label_rows(after) - label_rows(before)).max(axis=1)
+    assert set(np.flatnonzero(moved)) == {3, 7}
+
+
+def test_an_unconditional_run_knows_nothing_of_withheld_labels():
+    (_, one), (_, other) = (stepped(tiny.config(train__label_dropout=p)) for p in (0.1, 0.9))
+    tiny.assert_bit_equal(one, other)
+
+
+# A whole run.
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, quick_compiles):
+    """A class-conditional run of twelve steps: config, work directory, final state."""
+    workdir = tmp_path_factory.mktemp("conditional")
+    return conditional(), workdir, train(conditional(), workdir)
+
+
+def test_a_run_goes_on_as_if_it_never_stopped(trained, tmp_path):
+    config, workdir, expected = trained
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        stop = tiny.Interruption(6, data.batch_indices, interrupt)
+        monkeypatch.setattr(data, "batch_indices", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path)
+    tiny.assert_bit_equal(train(config, tmp_path), expected)
+    assert tiny.metrics(tmp_path) == tiny.metrics(workdir)
+
+
+def test_a_checkpoint_has_both_bounds(trained, tmp_path):
+    """The line says which, and so do the settings that a result is of."""
+    workdir = tiny.copy(trained[1], tmp_path)
+    given, withheld = (
+        evaluate(conditional(evaluate__labels=is_), workdir) for is_ in (True, False)
+    )
+    assert given["bits_per_dim"] != withheld["bits_per_dim"]
+    assert given["prior"] == withheld["prior"]
+    assert result_line(given).startswith("test bits/dim given labels ")
+    assert "given labels" not in result_line(withheld)
+    assert given["settings"]["evaluate.labels"] is True
+    assert withheld["settings"]["evaluate.labels"] is False
+
+
+def test_an_unconditional_result_is_the_same_whatever_is_said_of_labels():
+    problem = settings.build(tiny.config())
+    one, other = (identity(tiny.config(evaluate__labels=is_), problem, 1) for is_ in (True, False))
+    assert one == other
+
+
+def test_errors_are_measured_with_labels_and_without(trained, tmp_path):
+    """What was measured one way is not taken for the other."""
+    workdir = tiny.copy(trained[1], tmp_path)
+    problem, params = settings.build(trained[0]), trained[2].ema_params
+
+    def errors(is_given):
+        config = conditional(evaluate__labels=is_given, analytic__levels=3, analytic__examples=64)
+        return analytic.measured_errors(config, problem, params, 12, workdir)[1]
+
+    given, withheld, again = errors(True), errors(False), errors(True)
+    assert (given != withheld).mean() > 0.9
+    np.testing.assert_array_equal(given, again)
+    one, other = (analytic.identity(tiny.config(evaluate__labels=is_), 1) for is_ in (True, False))
+    assert one == other
+
+
+def test_the_network_is_read_as_it_was_trained(trained):
+    with pytest.raises(ConfigError, match=r"model\.class_conditional was True, now False"):
+        evaluate(tiny.config(), trained[1])
+
+
+# Every compiled evaluation.
+
+B = 4
+LABELS = np.array([7, 0, NONE, 3], np.int32)
+
+
+def programs():
+    """Each evaluation as labels -> an array with the examples first, of one set of weights."""
+    config = conditional(
+        decoder__name="discretized_gaussian", evaluate__ode__num_steps=2, evaluate__chunk_size=3
+    )
+    problem, mesh = settings.build(config), devices.mesh()
+    params = tiny.state_of(config, 0.3).ema_params
+    images = settings.load_data(config, "test").images[:B]
+    x_0 = np.asarray(problem.quantization.to_data(images))
+    index, draw, levels = np.arange(B, dtype=np.int32), np.zeros(B, np.int32), problem.levels
+    time, slot = np.tile([0.1, 0.5, 0.6, 0.9], (B, 1)), np.tile(np.arange(4), (B, 1))
+    t = np.tile(np.int32([2, 4, 7]), (B, 1))
+
+    def points(continuous):
+        return measure.Points.at(problem, time, slot, continuous)
+
+    def rates(continuous):
+        control = GaussianControl.fit(x_0, 0.01)
+        run = measure.make_rates(config, problem, mesh, continuous)
+        return lambda examples: (
+            run(params, control, examples, index, points(continuous), draw).value
+        )
+
+    made = {
+        "bound": (measure.make_bound(config, problem, mesh), (), lambda found: found.total),
+        "terms_at": (
+            measure.make_terms_at(config, problem, mesh, 0),
+            (t,),
+            lambda found: found.kl,
+        ),
+        "ends": (measure.make_ends(config, problem, mesh), (draw, slot), lambda found: found[1]),
+        "trajectory": (
+            measure.make_trajectory(config, problem, mesh),
+            (draw,),
+            lambda found: found,
+        ),
+        "ode": (measure.make_ode(config, problem, mesh), (draw,), lambda found: found.total),
+    }
+    log_ratios = measure.make_log_ratios(config, problem, mesh)
+    runs = {
+        "rates": rates(False),
+        "continuous_rates": rates(True),
+        "log_ratios": lambda examples: log_ratios(params, examples, index, points(False), draw),
+    }
+    for name, (program, more, pick) in made.items():
+        runs[name] = lambda examples, program=program, more=more, pick=pick: pick(
+            program(params, levels, examples, index, *more)
+        )
+    return {
+        name: lambda labels, run=run: np.float64(run(data.Examples(images, labels)))
+        for name, run in runs.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bound",
+        "terms_at",
+        "rates",
+        "continuous_rates",
+        "log_ratios",
+        "ends",
+        "trajectory",
+        "ode",
+    ],
+)
+def test_each_example_is_measured_with_its_own_label(name):
+    """Row i is row i of a batch whose labels are all the i-th; no label at all is the last one."""
+    run = programs()[name]
+    found = run(LABELS)
+    for i, label in enumerate(LABELS):
+        alike = run(np.full(B, label, np.int32))
+        np.testing.assert_allclose(found[i], alike[i], rtol=1e-5)
+    without = run(None)
+    np.testing.assert_allclose(without, run(np.full(B, NONE, np.int32)), rtol=1e-5)
+    changed = np.abs(found / without - 1).reshape(B, -1).max(axis=1) > 1e-4
+    assert changed.tolist() == (LABELS != NONE).tolist()
+
+
+def test_what_estimators_cost_is_told_with_labels(trained, tmp_path):
+    """The examples are a split's first, and the table's name says what they come with."""
+    config = conditional(variance__examples=5)
+    subject = variance._trained(config, trained[1])
+    assert subject.name.endswith("given labels")
+    whole = data.load("digits", "test")
+    np.testing.assert_array_equal(subject.dataset.labels, whole.labels[:5])
+    np.testing.assert_array_equal(subject.dataset.images, whole.images[:5])
+
+
+# What is refused.
+
+
+def without_labels(labels):
+    images = np.zeros((1000, 8, 8, 1), np.uint8)
+    num_classes = 0 if labels is None else K
+    return lambda split: data.Source(1000, (8, 8, 1), 17, lambda: (images, labels), num_classes)
+
+
+def test_a_set_without_labels_is_named(monkeypatch):
+    monkeypatch.setitem(data.DATASETS, "plain", without_labels(None))
+    settings.build(tiny.config(data__name="plain"))
+    message = r"config\.model\.class_conditional = True: .* of plain, train, .* use False"
+    with pytest.raises(ConfigError, match=message):
+        settings.build(conditional(data__name="plain"))
+
+
+def test_an_example_whose_label_is_missing_is_named(monkeypatch):
+    """tensorflow-datasets has −1 for it, as in the test splits of some sets."""
+    monkeypatch.setitem(data.DATASETS, "hidden", without_labels(np.int32([3] * 999 + [-1])))
+    config = conditional(data__name="hidden")
+    settings.build(config)
+    message = r"config\.model\.class_conditional = True: .* of hidden, test, .* use False"
+    with pytest.raises(ConfigError, match=message):
+        settings.load_data(config, "test")
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
+def test_a_share_outside_its_range_is_named(share):
+    message = rf"config\.train\.label_dropout = {share}; it must be in \[0, 1\]"
+    with pytest.raises(ConfigError, match=message):
+        check_train(conditional(train__label_dropout=share))
+
+
+def test_labels_are_not_withheld_from_a_network_that_always_had_them():
+    config = conditional(train__label_dropout=0.0, evaluate__labels=False)
+    for check in (check_evaluate, variance.check):
+        with pytest.raises(ConfigError, match=r"config\.evaluate\.labels = False, .* use True"):
+            check(config)
+    check_evaluate(tiny.config(train__label_dropout=0.0, evaluate__labels=False))
