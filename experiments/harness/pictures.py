@@ -289,7 +289,10 @@ def plot_quality(path: epath.PathLike, entries: Sequence[Mapping[str, Any]]) -> 
                 linewidth=1.0,
             )
         axes.set_xscale("log")
-        axes.set_yscale("symlog", linthresh=max(value, error))
+        if name == "frechet":
+            axes.set_yscale("log")
+        else:  # unbiased, and so negative at times
+            axes.set_yscale("symlog", linthresh=max(value, error))
         axes.set(xlabel="network evaluations a sample", ylabel=title)
     panels[1].legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     _save(path, figure)
