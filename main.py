@@ -6,10 +6,12 @@ trains, evaluates the exact bound on the test split, and samples; the same comma
 Any setting of the config can be overridden: --config.train.batch_size=64
 """
 
+import functools
+
 from absl import app, flags
 from ml_collections import config_flags
 
-from experiments.harness import command_line
+from experiments.harness import command_line, devices
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -25,11 +27,26 @@ _EXPERIMENT = flags.DEFINE_enum(
     "What to run: all trains, evaluates and samples; the others do one part of it with what the "
     "work directory holds.",
 )
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "Of several processes that run together: address and port of the first."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many there are.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Have the cluster say so instead: Slurm, Open MPI, Kubernetes, TPU pods."
+)
 
 
 def main(argv: list[str]) -> int:
     """Runs the chosen experiment; the exit status."""
-    return command_line.run(_EXPERIMENT.value, _CONFIG.value, _WORKDIR.value, argv[1:])
+    join = functools.partial(
+        devices.initialize,
+        _COORDINATOR.value,
+        _NUM_PROCESSES.value,
+        _PROCESS_ID.value,
+        _DISTRIBUTED.value,
+    )
+    return command_line.run(_EXPERIMENT.value, _CONFIG.value, _WORKDIR.value, argv[1:], join)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from absl import app, flags
 from ml_collections import ConfigDict
 
+from benchmarks.diffusers_unet import ddpm_cifar10
 from configs import digits
 from diffusion.samplers import SAMPLERS
 from diffusion.schedules import linear_beta
@@ -134,25 +135,9 @@ def _bare(
 
 def _their_network() -> Any:
     """diffusers' form of DDPM's CIFAR-10 network, on its fastest device, with random weights."""
-    import diffusers
     import torch
 
-    torch.manual_seed(0)
-    unet = diffusers.UNet2DModel(
-        sample_size=32,
-        block_out_channels=(128, 256, 256, 256),
-        layers_per_block=2,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=None,
-        downsample_padding=0,
-        flip_sin_to_cos=False,
-        freq_shift=1,
-        norm_eps=1e-6,
-        norm_num_groups=32,
-        add_attention=True,
-    ).eval()
-    return unet.to("cuda" if torch.cuda.is_available() else "cpu")
+    return ddpm_cifar10().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _weights_of(unet: Any, problem: Problem) -> Any:

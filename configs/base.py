@@ -17,6 +17,8 @@ def get_config() -> ConfigDict:
             "model": _model(),
             "decoder": _decoder(),
             "train": _train(),
+            "devices": _devices(),
+            "profile": _profile(),
             "evaluate": _evaluate(),
             "sample": _sample(),
             "quality": _quality(),
@@ -31,12 +33,32 @@ def get_config() -> ConfigDict:
 
 def _data() -> dict:
     return {
-        # A name in experiments/harness/data.py's registry, or a tensorflow-datasets image set.
+        # digits or photos (both embedded), folder (of image files), npz or idx (arrays, MNIST's
+        # format), or any image set of tensorflow-datasets, such as cifar10.
         "name": "digits",
-        # Where tensorflow-datasets looks; empty: its default directory.
+        # The folder or file of the three formats; or where tensorflow-datasets looks (empty: its
+        # default directory).
         "data_dir": "",
-        # tensorflow-datasets split expressions; embedded sets have their own.
+        # What each split is called: a tensorflow-datasets expression, or the name of a subfolder or
+        # of a .npz file. Embedded sets and idx have their own.
         "splits": {"train": "train", "validation": "validation", "test": "test"},
+        # Images are cropped to their largest centred square, and resized to this side with
+        # antialiasing: a folder's, and those of tensorflow-datasets (0: as they are).
+        "image_size": 0,
+        # Of a folder: 3 for colour or 1 for grey.
+        "channels": 3,
+        # Leave out images that cannot be read, and say how many. Finding them decodes every one.
+        "skip_corrupt": False,
+        # Of a folder or npz that is not split: the share that becomes validation, and again test.
+        "held_out": 0.1,
+        "split_seed": 0,
+        # Whether training reads batches ahead from disk (always), holds the set on the device
+        # (never), or chooses by its decoded size (auto). The order is the same.
+        "stream": "auto",
+        "memory_limit_mb": 1024,
+        # Processes that decode a streamed set (0: a thread), and batches that each is ahead.
+        "workers": 4,
+        "prefetch": 2,
         # Mirror training images left to right, each with probability ½.
         "flip": False,
     }
@@ -71,6 +93,11 @@ def _model() -> dict:
         "variance": "beta_tilde",
         # Whether the network is given each example's label.
         "class_conditional": False,
+        # What the network computes in where it is trained: float32 or bfloat16. Parameters, norms
+        # and losses are in float32, and so is all of an evaluation and of sampling.
+        "dtype": "float32",
+        # Compute each block again for the gradient rather than keep what it made: less memory.
+        "remat": False,
         "unet": {
             "channels": 128,
             "channel_multipliers": (1, 2, 2, 2),
@@ -117,6 +144,10 @@ def _train() -> dict:
         # network is an unconditional one too (Ho and Salimans 2022).
         "label_dropout": 0.1,
         "batch_size": 128,
+        # Into how many parts a batch is taken apart, one after another, for want of memory.
+        "accumulate": 1,
+        # Training steps that an accelerator is given at once; it divides every `_every`.
+        "steps_per_dispatch": 1,
         "num_steps": 1000,
         "optimizer": "adam",  # or adamw
         "learning_rate": 2e-4,
@@ -137,7 +168,28 @@ def _train() -> dict:
         "keep_checkpoints": 3,
         # Timesteps per example of the quick bound, the same ones at every check.
         "validation_timesteps": 16,
+        # Steps whose loss, gradient or new parameters are not finite that a run may leave out,
+        # before such a step stops it.
+        "skip_nonfinite": 0,
+        # Settings that may differ from those of the run that is resumed, by name, as in
+        # ("train.learning_rate",); what changed at which step goes to config_changes.jsonl.
+        "allow_changes": (),
     }
+
+
+def _devices() -> dict:
+    return {
+        # Over how many devices parameters and optimizer state are split; 1: each has all of them.
+        "fsdp": 1,
+    }
+
+
+def _profile() -> dict:
+    """A trace of some training steps, for TensorBoard or Perfetto; num_steps = 0: none.
+
+    The first step is counted from where the run begins, or goes on.
+    """
+    return {"first_step": 10, "num_steps": 0}
 
 
 def _evaluate() -> dict:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from diffusion.likelihood import METHODS, Adaptive, velocity
+from diffusion.likelihood import Adaptive, import_diffrax, integrate, velocity
 from diffusion.reverse import Reverse
 from diffusion.sampling import Sampler, is_last, predict_x_0
 
@@ -36,12 +36,8 @@ def adaptive(
     Raises:
       ImportError: without diffrax.
     """
-    try:
-        import diffrax
-    except ImportError as error:
-        raise ImportError("the adaptive sampler needs the package diffrax >= 0.7") from error
+    import_diffrax()  # so that without it nothing begins
     solver = Adaptive(tolerance, tolerance, max_steps, method)
-    steps_of = METHODS[method]
 
     def predict(x_t, log_snr, condition=None):
         return predict_x_0(reverse, x_0_treatment, x_t, log_snr, condition)
@@ -52,21 +48,11 @@ def adaptive(
         """x_s and the number of evaluations, of one example without the batch axis."""
         one_condition = jax.tree.map(lambda leaf: leaf[None], condition)
 
-        def vector_field(time, x, args):
+        def vector_field(time, x):
             here = log_snr + jnp.asarray(time, x.dtype) * gap
             return gap * velocity(treated, x[None], here[None], one_condition)[0]
 
-        solution = diffrax.diffeqsolve(
-            diffrax.ODETerm(vector_field),
-            getattr(diffrax, steps_of.name)(),
-            t0=0.0,
-            t1=1.0,
-            y0=x_t,
-            throw=False,
-            **solver.stepping(diffrax),
-        )
-        x_s = jnp.where(diffrax.is_successful(solution.result), solution.ys[0], jnp.nan)
-        return x_s, solution.stats["num_steps"] * steps_of.evaluations + steps_of.reuses_last
+        return integrate(vector_field, x_t, solver)
 
     def step(evaluations, x_t, step, draw):
         del draw

@@ -7,6 +7,7 @@ depends on its neighbours. Without the package diffrax there is an ImportError.
 Song et al. (2021), section 4.3 and appendix D, with λ for their t.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -230,8 +231,6 @@ def _log_prob_of_one(reverse, log_snr_max, log_snr_min, solver, x, probes, condi
 
 def _solve(reverse, log_snr_max, log_snr_min, solver, x, probes, condition):
     """log p by each probe alone, and how often the vector field was evaluated."""
-    diffrax = _diffrax()
-    method = METHODS[solver.method]
     log_snr_max = jnp.asarray(log_snr_max, x.dtype)
     span = jnp.asarray(log_snr_min, x.dtype) - log_snr_max
     one_condition = jax.tree.map(lambda leaf: leaf[None], condition)
@@ -239,7 +238,7 @@ def _solve(reverse, log_snr_max, log_snr_min, solver, x, probes, condition):
     if probes is None:
         directions = jnp.eye(x.size, dtype=x.dtype).reshape(x.size, *x.shape)
 
-    def vector_field(time, state, args):
+    def vector_field(time, state):
         log_snr = log_snr_max + jnp.asarray(time, x.dtype) * span
 
         def flow(x):
@@ -254,8 +253,31 @@ def _solve(reverse, log_snr_max, log_snr_min, solver, x, probes, condition):
 
     # log p is carried a dimension, so that one tolerance suits it and x.
     start = (x, jnp.zeros(1 if probes is None else len(probes), x.dtype))
+    (x_end, per_dimension), evaluations = integrate(vector_field, start, solver)
+    base = Gaussian(jnp.zeros_like(x_end), jnp.ones_like(x_end)).log_prob(x_end[None])
+    return base + x.size * per_dimension, evaluations
+
+
+def integrate(
+    vector_field: Callable[[Float[Array, ""], PyTree], PyTree], start: PyTree, solver: Solver
+) -> tuple[PyTree, Int[Array, ""]]:
+    """y(1) of the solution of dy/dt = f(t, y), for one example without the batch axis.
+
+    Args:
+      vector_field: f.
+      start: y(0).
+      solver: `Adaptive` or `FixedGrid`.
+
+    Returns:
+      y(1), all NaN where the solve did not reach it, and how often f was evaluated.
+
+    Raises:
+      ImportError: without diffrax.
+    """
+    diffrax = import_diffrax()
+    method = METHODS[solver.method]
     solution = diffrax.diffeqsolve(
-        diffrax.ODETerm(vector_field),
+        diffrax.ODETerm(lambda time, state, args: vector_field(time, state)),
         getattr(diffrax, method.name)(),
         t0=0.0,
         t1=1.0,
@@ -263,11 +285,10 @@ def _solve(reverse, log_snr_max, log_snr_min, solver, x, probes, condition):
         throw=False,
         **solver.stepping(diffrax),
     )
-    x_end, per_dimension = solution.ys  # diffrax puts an axis of one time before
-    base = Gaussian(jnp.zeros_like(x_end), jnp.ones_like(x_end)).log_prob(x_end)
     reached = diffrax.is_successful(solution.result)
-    log_probs = jnp.where(reached, base + x.size * per_dimension[0], jnp.nan)
-    return log_probs, solution.stats["num_steps"] * method.evaluations + method.reuses_last
+    # diffrax puts an axis of one time before.
+    end = jax.tree.map(lambda leaf: jnp.where(reached, leaf[0], jnp.nan), solution.ys)
+    return end, solution.stats["num_steps"] * method.evaluations + method.reuses_last
 
 
 def _largest_rms(state: PyTree) -> Float[Array, ""]:
@@ -275,10 +296,10 @@ def _largest_rms(state: PyTree) -> Float[Array, ""]:
     return jnp.max(jnp.stack([jnp.sqrt(jnp.mean(leaf**2)) for leaf in jax.tree.leaves(state)]))
 
 
-def _diffrax() -> Any:
-    """The package diffrax, which nothing else needs."""
+def import_diffrax() -> Any:
+    """The package diffrax, which nothing but the solves of the flow needs."""
     try:
         import diffrax
     except ImportError as error:
-        raise ImportError("the ODE likelihood needs the package diffrax >= 0.7") from error
+        raise ImportError("the probability flow needs the package diffrax >= 0.7") from error
     return diffrax

@@ -27,7 +27,8 @@ from experiments.harness.errors import ConfigError
 from experiments.harness.estimates import ESTIMATES, allocate, allocated_summary
 from experiments.harness.metrics import append_jsonl, write_json, write_npz
 from experiments.harness.progress import progress
-from experiments.harness.sampling import Trained, decides
+from experiments.harness.sampler_settings import decides
+from experiments.harness.sampling import Trained
 from experiments.harness.settings import Problem
 from experiments.harness.state import abstract_params
 
@@ -343,28 +344,3 @@ def _write(workdir: epath.Path, result: dict, curves: Curves, problem: Problem) 
     )
     append_jsonl(workdir / "evaluations.jsonl", result)
     write_json(workdir / RESULT_FILE, result)
-
-
-def make_quick_bound(config: ConfigDict, problem: Problem, dataset: data.Dataset):
-    """A cheap estimate of the bound, for choosing a checkpoint: params -> bits/dim.
-
-    A few timesteps of each example stand for all of them. They and their noise are the same at
-    every call, so that what is left of the noise falls out of a comparison.
-    """
-    mesh = devices.mesh()
-    some = measure.make_terms_at(config, problem, mesh, draw=0)
-    num_timesteps, n = problem.levels.num_timesteps, len(dataset.images)
-    num_dims = int(np.prod(problem.image_shape))
-    batches = list(data.padded_batches(n, config.evaluate.batch_size))
-
-    def quick_bound(params: Any) -> float:
-        total, levels = 0.0, problem.learned(params).levels
-        for index, mask in batches:
-            t = replicate_timesteps(index, num_timesteps, config.train.validation_timesteps)
-            terms = jax.device_get(some(params, levels, dataset.examples(index), index, t))
-            diffusion = terms.kl.mean(axis=1) * (num_timesteps - 1) if t.size else 0.0
-            nats = terms.prior.astype(np.float64) + diffusion + terms.reconstruction
-            total += nats[mask].sum()
-        return float(bits_per_dim(total / n, num_dims))
-
-    return quick_bound

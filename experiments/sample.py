@@ -10,7 +10,15 @@ from ml_collections import ConfigDict
 
 from diffusion.forward import diffuse
 from diffusion.sampling import Samples
-from experiments.harness import analytic, devices, edits, pictures, sampling, settings, sweep
+from experiments.harness import (
+    analytic,
+    devices,
+    edits,
+    pictures,
+    sampler_settings,
+    settings,
+    sweep,
+)
 from experiments.harness import workdir as workdirs
 from experiments.harness.checkpoints import CHECKPOINTS, load_ema
 from experiments.harness.metrics import write_npz
@@ -106,7 +114,7 @@ def load(config: ConfigDict, workdir: epath.PathLike) -> Trained:
         config, config.sample.variance, setting, problem, params, step, workdir
     )
     trained = Trained(config, epath.Path(workdir), problem, params, step)
-    for num_timesteps in sampling.needed_levels(config, problem):
+    for num_timesteps in sampler_settings.needed_levels(config, problem):
         trained.levels(num_timesteps)
     return trained
 
@@ -124,7 +132,7 @@ def identity(config: ConfigDict, workdir: epath.PathLike, step: int) -> str:
     told |= {name: of[name] for name in of["also"] if name in of}
     if {"sweep", "guidance"} & set(of["also"]):
         told["quality"] = config.quality.to_dict()
-    told = sampling.decides(config, workdir) | workdirs.flatten(told, "of.")
+    told = sampler_settings.decides(config, workdir) | workdirs.flatten(told, "of.")
     return json.dumps({"step": step, **told}, sort_keys=True)
 
 
@@ -138,7 +146,7 @@ def check(config: ConfigDict) -> None:
     )
     settings.pick(CHECKPOINTS, config.sample.checkpoint, "config.sample.checkpoint")
     analytic.check(config, config.sample.variance, "config.sample.variance")
-    sampling.check(config, problem)
+    sampler_settings.check(config, problem)
     for name in config.sample.also:
         settings.pick(EXTRAS, name, "config.sample.also")
         CHECKS[name](config, problem)

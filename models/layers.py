@@ -1,5 +1,6 @@
 """The building blocks of DDPM's U-Net (Ho et al. 2020); images are [b, height, width, channels]."""
 
+import functools
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.linen.initializers import Initializer, ones_init, variance_scaling, zeros_init
+from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from diffusion.schedules import Array
@@ -50,17 +52,32 @@ def fourier_features(
     return jnp.concatenate([x, *waves], axis=-1)
 
 
-def dense(features: int, name: str, kernel_init: Initializer = fan_average) -> nn.Dense:
-    return nn.Dense(features, kernel_init=kernel_init, name=name)
+def at_least_float32(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    """x as it is, or, of less precision, in float32."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def conv3x3(features: int, name: str, kernel_init: Initializer = fan_average) -> nn.Conv:
+def dense(
+    features: int,
+    name: str,
+    kernel_init: Initializer = fan_average,
+    dtype: DTypeLike | None = None,
+) -> nn.Dense:
+    return nn.Dense(features, kernel_init=kernel_init, dtype=dtype, name=name)
+
+
+def conv3x3(
+    features: int,
+    name: str,
+    kernel_init: Initializer = fan_average,
+    dtype: DTypeLike | None = None,
+) -> nn.Conv:
     """A convolution that keeps height and width.
 
     XLA's own on every platform. Written as matrix products (nine shifted ones, or one over the
     concatenated shifts) it was slower on a CPU too, the weight gradient included.
     """
-    return nn.Conv(features, (3, 3), kernel_init=kernel_init, name=name)
+    return nn.Conv(features, (3, 3), kernel_init=kernel_init, dtype=dtype, name=name)
 
 
 class GroupNorm(nn.Module):
@@ -68,6 +85,7 @@ class GroupNorm(nn.Module):
 
     `flax.linen.GroupNorm` with its two-pass variance, in an order that takes a fifth less time in a
     forward pass on a CPU: pixels first, channels of a group last, one multiply-add for each value.
+    It computes in float32 at least, and returns what it was given.
 
     Attributes:
       num_groups: groups of channels; it must divide their number.
@@ -79,7 +97,8 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        channels = x.shape[-1]
+        channels, dtype = x.shape[-1], x.dtype
+        x = at_least_float32(x)
         scale = self.param("scale", ones_init(), (channels,))
         bias = self.param("bias", zeros_init(), (channels,))
 
@@ -91,7 +110,7 @@ class GroupNorm(nn.Module):
         # Not E[x²] − E[x]², which cancels where the mean is large.
         variance = group_mean(jnp.square(x - mean))
         slope = scale * jax.lax.rsqrt(variance + GROUP_NORM_EPSILON)
-        return x * slope + (bias - mean * slope)
+        return (x * slope + (bias - mean * slope)).astype(dtype)
 
 
 class ResBlock(nn.Module):
@@ -101,24 +120,28 @@ class ResBlock(nn.Module):
       features: channels of the output.
       num_groups: groups of the group norms.
       dropout: probability of dropping an activation before the second convolution.
+      dtype: what the convolutions compute in; None for the precision of their input.
     """
 
     features: int
     num_groups: int
     dropout: float
+    dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b h w c"], embedding: Float[Array, "b e"], *, train: bool
+        self, x: Float[Array, "b h w c"], embedding: Float[Array, "b e"], train: bool
     ) -> Float[Array, "b h w {self.features}"]:
         y = nn.swish(GroupNorm(self.num_groups, name="norm_1")(x))
-        y = conv3x3(self.features, "conv_1")(y)
-        y = y + dense(self.features, "embedding")(nn.swish(embedding))[:, None, None, :]
+        y = conv3x3(self.features, "conv_1", dtype=self.dtype)(y)
+        added = dense(self.features, "embedding")(nn.swish(embedding))
+        y = y + added[:, None, None, :].astype(y.dtype)
         y = nn.swish(GroupNorm(self.num_groups, name="norm_2")(y))
         y = nn.Dropout(self.dropout, deterministic=not train)(y)
-        y = conv3x3(self.features, "conv_2", zeros_init())(y)
+        y = conv3x3(self.features, "conv_2", zeros_init(), self.dtype)(y)
         if x.shape[-1] != self.features:
-            x = nn.Conv(self.features, (1, 1), kernel_init=fan_average, name="shortcut")(x)
+            conv = functools.partial(nn.Conv, kernel_init=fan_average, dtype=self.dtype)
+            x = conv(self.features, (1, 1), name="shortcut")(x)
         return x + y
 
 
@@ -127,32 +150,44 @@ class SelfAttention(nn.Module):
 
     Attributes:
       num_groups: groups of the group norm.
+      dtype: what the products compute in; None for the precision of their input. The softmax is in
+        float32 at least.
     """
 
     num_groups: int
+    dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         b, h, w, c = x.shape
         pixels = GroupNorm(self.num_groups, name="norm")(x).reshape(b, h * w, c)
-        query, key, value = (dense(c, name)(pixels) for name in ("query", "key", "value"))
-        weights = nn.softmax(jnp.einsum("bqc,bkc->bqk", query, key) / np.sqrt(c))
+        query, key, value = (
+            dense(c, name, dtype=self.dtype)(pixels) for name in ("query", "key", "value")
+        )
+        wide = jnp.promote_types(query.dtype, jnp.float32)
+        logits = jnp.einsum("bqc,bkc->bqk", query, key, preferred_element_type=wide)
+        weights = nn.softmax(logits / np.sqrt(c)).astype(value.dtype)
         pixels = jnp.einsum("bqk,bkc->bqc", weights, value)
-        return x + dense(c, "out", zeros_init())(pixels).reshape(b, h, w, c)
+        return x + dense(c, "out", zeros_init(), self.dtype)(pixels).reshape(b, h, w, c)
 
 
 class Downsample(nn.Module):
     """Halves height and width by a strided convolution, padded below and on the right only."""
 
+    dtype: DTypeLike | None = None
+
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h//2 w//2 c"]:
-        padding = ((0, 1), (0, 1))
-        return nn.Conv(x.shape[-1], (3, 3), 2, padding, kernel_init=fan_average, name="conv")(x)
+        conv = functools.partial(nn.Conv, kernel_init=fan_average, dtype=self.dtype)
+        return conv(x.shape[-1], (3, 3), 2, ((0, 1), (0, 1)), name="conv")(x)
 
 
 class Upsample(nn.Module):
     """Doubles height and width by repeating pixels, then convolves."""
 
+    dtype: DTypeLike | None = None
+
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
-        return conv3x3(x.shape[-1], "conv")(x.repeat(2, axis=1).repeat(2, axis=2))
+        conv = conv3x3(x.shape[-1], "conv", dtype=self.dtype)
+        return conv(x.repeat(2, axis=1).repeat(2, axis=2))

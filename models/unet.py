@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from flax.linen.initializers import normal, zeros_init
+from jax.typing import DTypeLike
 from jaxtyping import Float, Shaped
 
 from diffusion.schedules import Array
@@ -15,6 +16,7 @@ from models.layers import (
     ResBlock,
     SelfAttention,
     Upsample,
+    at_least_float32,
     conv3x3,
     dense,
     fourier_features,
@@ -73,6 +75,10 @@ class UNet(nn.Module):
       out_channels: channels of the prediction; None for as many as the image has.
       num_classes: whose labels can be given as the condition; 0 for an unconditional network.
       timestep_of: from log-SNRs to what the sinusoidal embedding is fed, of the order of 0 … 1000.
+      dtype: what convolutions and attention compute in, such as bfloat16; None for the precision of
+        their input. Parameters, norms, softmax, embeddings and the output are in float32 at least.
+      remat: whether a residual or attention block keeps nothing but its input for the gradient, and
+        is computed again there: less memory for a third more arithmetic.
     """
 
     channels: int = 128
@@ -85,6 +91,8 @@ class UNet(nn.Module):
     out_channels: int | None = None
     num_classes: int = 0
     timestep_of: Callable[[Float[Array, "b"]], Float[Array, "b"]] = log_snr_to_timestep
+    dtype: DTypeLike | None = None
+    remat: bool = False
 
     def validate(self, image_shape: Sequence[int]) -> None:
         """Checks the settings against the shape (height, width, channels) of the images.
@@ -161,22 +169,25 @@ class UNet(nn.Module):
         embedding = self._embedding(log_snr, condition)
 
         def res_block(x, features, name):
-            block = ResBlock(features, self.num_groups, self.dropout, name=name)
-            return block(x, embedding, train=train)
+            # Of its arguments, itself included, `train` is known when it is compiled.
+            block = nn.remat(ResBlock, static_argnums=3) if self.remat else ResBlock
+            block = block(features, self.num_groups, self.dropout, self.dtype, name=name)
+            return block(x, embedding, train)
 
         last = len(self.channel_multipliers) - 1
-        x = conv3x3(self.channels, "conv_in")(fourier_features(x_t, self.fourier_exponents))
+        x = fourier_features(x_t, self.fourier_exponents)
+        x = conv3x3(self.channels, "conv_in", dtype=self.dtype)(x)
         skips = [x]
         for level in range(last + 1):
             for index in range(self.num_res_blocks):
                 x = self._stage(x, res_block, "down", level, index)
                 skips.append(x)
             if level < last:
-                x = Downsample(name=f"down_{level}_downsample")(x)
+                x = Downsample(self.dtype, name=f"down_{level}_downsample")(x)
                 skips.append(x)
 
         x = res_block(x, x.shape[-1], "middle_block_0")
-        x = SelfAttention(self.num_groups, name="middle_attention_0")(x)
+        x = self._attention("middle_attention_0")(x)
         x = res_block(x, x.shape[-1], "middle_block_1")
 
         for level in reversed(range(last + 1)):
@@ -184,9 +195,9 @@ class UNet(nn.Module):
                 x = jnp.concatenate([x, skips.pop()], axis=-1)
                 x = self._stage(x, res_block, "up", level, index)
             if level > 0:
-                x = Upsample(name=f"up_{level}_upsample")(x)
+                x = Upsample(self.dtype, name=f"up_{level}_upsample")(x)
 
-        x = nn.swish(GroupNorm(self.num_groups, name="norm_out")(x))
+        x = nn.swish(GroupNorm(self.num_groups, name="norm_out")(at_least_float32(x)))
         return conv3x3(self.out_channels or x_t.shape[-1], "conv_out", zeros_init())(x)
 
     # Parts of `__call__`, whose scope their layers belong to.
@@ -204,8 +215,13 @@ class UNet(nn.Module):
         features = self.channels * self.channel_multipliers[level]
         x = res_block(x, features, f"{direction}_{level}_block_{index}")
         if x.shape[1] in self.attention_resolutions:
-            x = SelfAttention(self.num_groups, name=f"{direction}_{level}_attention_{index}")(x)
+            x = self._attention(f"{direction}_{level}_attention_{index}")(x)
         return x
+
+    @nn.nowrap
+    def _attention(self, name: str) -> nn.Module:
+        block = nn.remat(SelfAttention) if self.remat else SelfAttention
+        return block(self.num_groups, self.dtype, name=name)
 
     @nn.nowrap
     def _embedding(

@@ -1,29 +1,42 @@
 """Train states on disk: saved while training goes on, restored bit for bit or not at all."""
 
+import errno
+import itertools
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import jax
-import numpy as np
 from etils import epath
+from tqdm import tqdm
 
-from experiments.harness.errors import ConfigError
+from experiments.harness import checksums, devices, restoring, stored
+from experiments.harness.errors import ConfigError, RunError
 
 CHECKPOINTS = ("best", "latest")
 _SUBDIRECTORY = "checkpoints"
-_METRIC = "validation"
-_DIFFERENCES_SHOWN = 3
-_LISTINGS = 5
+_INTERRUPTED = "interrupted"  # what a signal made a run save, between two of its checkpoints
+_DAMAGED = "damaged_checkpoints"
+_ATTEMPTS = 5
+
+Read = TypeVar("Read")
+
+
+class DamagedError(ConfigError):
+    """A checkpoint's files are not what was written."""
+
+
+class RemovedError(ConfigError):
+    """The run that trains here removed the checkpoint while it was being read."""
 
 
 class Checkpoints:
     """The checkpoints of a work directory: the last few, and the best by a validation metric.
 
     A context manager; leaving it waits for the save that is under way. A checkpoint appears under
-    its step's name only when it is complete, so a kill at any time leaves the earlier ones intact
-    and another process may read while this one writes.
+    its step's name only when it is complete, its checksums included, so a kill at any time leaves
+    the earlier ones intact and another process may read while this one writes.
 
     Args:
       workdir: the work directory, local or a bucket; checkpoints lie in its `checkpoints/`.
@@ -45,16 +58,24 @@ class Checkpoints:
         setting: str = "workdir",
     ):
         self._name = f"{setting}={workdir}"
-        self._directory = epath.Path(workdir).resolve() / _SUBDIRECTORY
-        self._read_only = read_only
+        self._workdir = epath.Path(workdir).resolve()
+        self._directory = self._workdir / _SUBDIRECTORY
+        self._manager, self._last_saved, self._is_saving = None, -1, False
+        self._seen: set[int] = set()
         if read_only:
-            self._require_directory()
-        else:
-            self._create_directory()
-        self._manager = _open_manager(self._directory, keep_last, read_only)
-        if read_only and not self._manager.all_steps():
-            self._manager.close()
-            raise self._no_checkpoint()
+            if not self.steps():
+                raise self._no_checkpoint()
+            return
+        self._create_directory()
+        # orbax chooses what to keep by the metrics, and can't open a directory with a broken one.
+        broken = {
+            step: wrong
+            for step in stored.complete_steps(self._directory)
+            if (wrong := stored.damaged_metric(self._directory / str(step)))
+        }
+        for step, wrong in broken.items():
+            self._move_aside(step, wrong)
+        self._manager = stored.open_manager(self._directory, keep_last)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -76,25 +97,57 @@ class Checkpoints:
           stays what it was.
 
         Raises:
-          Exception: an earlier save failed in the background (a full disk, say).
+          RunError: it, or an earlier save in the background, failed (a full disk, say).
         """
-        import orbax.checkpoint as ocp
-
-        if self._read_only:
-            raise RuntimeError(f"{self._name} was opened with read_only=True: it cannot save")
-        if step in self.steps():
+        self._require_writing()
+        self.wait()
+        if step in stored.complete_steps(self._directory):
             return False
         metrics = {}
         if validation is not None and math.isfinite(validation):
-            metrics[_METRIC] = float(validation)
-        # Whether it is time to save is the caller's decision: force leaves it to no policy.
-        self._manager.save(step, args=ocp.args.PyTreeSave(state), metrics=metrics, force=True)
+            metrics[stored.METRIC] = float(validation)
+        with self._writing(step):
+            stored.start_save(self._manager, step, state, metrics)
+        self._last_saved, self._is_saving = step, True
         return True
+
+    def check(self) -> None:
+        """Raises RunError if a save in the background has failed; does not wait.
+
+        Of several processes each would see the end at another time; there the next save tells.
+        """
+        if jax.process_count() > 1:
+            return
+        if self._is_saving and not self._manager.is_saving_in_progress():
+            self.wait()
+
+    def save_interrupted(self, step: int, state: Any) -> None:
+        """Saves, completely, where a signal stops a run: a state of which no more is done.
+
+        It is none of the checkpoints that the run makes by itself, and changes nothing of which of
+        them are kept; a later one takes its place.
+
+        Raises:
+          RunError: as for `save`.
+        """
+        self._require_writing()
+        self.wait()
+        directory = self._workdir / _INTERRUPTED
+        directory.mkdir(exist_ok=True)
+        with self._writing(step):
+            manager = stored.open_manager(directory, keep_last=1)
+            try:
+                stored.start_save(manager, step, state, {})
+            finally:
+                manager.close()
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending; waits for the save that is under way."""
         self.wait()
-        return list(self._manager.all_steps())
+        interrupted = stored.complete_steps(self._workdir / _INTERRUPTED)
+        steps = sorted({*stored.complete_steps(self._directory), *interrupted})
+        self._seen.update(steps)
+        return steps
 
     def latest_step(self) -> int | None:
         """Step of the latest complete checkpoint, or None."""
@@ -105,14 +158,38 @@ class Checkpoints:
 
         None if no checkpoint has a metric.
         """
-        measured = {s: _validation(self._manager.metrics(s)) for s in self.steps()}
-        best = min(measured.values(), default=math.inf)
-        return None if best == math.inf else max(s for s in measured if measured[s] == best)
+        return next(iter(self._measured()), None)
 
     def choose(self, which: str) -> int | None:
-        """The step of the "best" or the "latest"; the latest too where none was measured."""
-        best = self.best_step() if which == "best" else None
-        return self.latest_step() if best is None else best
+        """The step of the "best" or the "latest" whose files are as they were written.
+
+        The latest too where none was measured; None where none is good.
+        """
+
+        def verified(step: int) -> int:
+            self._verify(step)
+            return step
+
+        return self.first_good(which, verified)
+
+    def first_good(self, which: str, read: Callable[[int], Read]) -> Read | None:
+        """What `read` makes of the best or the latest checkpoint; of a damaged one, of the next.
+
+        It says which are damaged, and moves them aside unless it may only read.
+        """
+        steps = self.steps()[::-1]
+        if which == "best":
+            steps = list(dict.fromkeys([*self._measured(), *steps]))
+        for step in steps:
+            try:
+                return read(step)
+            except DamagedError as error:
+                self._set_aside(step, str(error))
+        return None
+
+    def was_interrupted(self, step: int) -> bool:
+        """Whether a signal made this one: what is due after its step is still to be done."""
+        return self._path(step).parent.name == _INTERRUPTED
 
     def restore(self, step: int, like: Any) -> Any:
         """The whole state saved at `step`, bit for bit.
@@ -130,6 +207,8 @@ class Checkpoints:
         Raises:
           ConfigError: no such step, or the checkpoint differs from `like` in structure, shape or
             dtype (it is of another architecture).
+          DamagedError: its files are not what was written.
+          RemovedError: it went while it was being read.
         """
         return self._restore(step, like, part=None)
 
@@ -145,84 +224,128 @@ class Checkpoints:
           A pytree of the structure of `like`.
 
         Raises:
-          ConfigError: as for `restore`.
+          ConfigError: as for `restore`, and the others.
         """
         return self._restore(step, like, part)
 
     def wait(self) -> None:
-        """Returns once the save under way is complete; raises what made it fail, if it failed."""
-        self._manager.wait_until_finished()
+        """Returns once the save under way is complete; raises RunError if it failed."""
+        if self._manager is None:
+            return
+        with self._writing(self._last_saved):
+            self._is_saving = False
+            self._manager.wait_until_finished()
+            if not devices.is_first():
+                return
+            _remove(self._directory / stored.REMOVED)
+            interrupted = self._workdir / _INTERRUPTED
+            if max(stored.complete_steps(interrupted), default=math.inf) <= self._last_saved:
+                _remove(interrupted)
 
     def close(self) -> None:
         """Waits for the save under way, then releases threads and files."""
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            if self._manager is not None:
+                self._manager.close()
 
     def _restore(self, step: int, like: Any, part: str | None) -> Any:
-        import orbax.checkpoint as ocp
-
-        steps = self.steps()
+        was_there, steps = step in self._seen, self.steps()
+        if step not in steps and was_there:
+            raise self._removed(step)
         if not steps:
             raise self._no_checkpoint()
         if step not in steps:
             known = ", ".join(map(str, steps))
             raise ConfigError(f"step={step}: {self._name} has checkpoints at steps {known}")
-        wanted = {_key(path, part): leaf for path, leaf in _leaves(like)}
+        self._verify(step)
         with self._while_it_exists(step):
-            stored = self._manager.metadata(step).item_metadata.tree
-            if part is not None:
-                stored = {part: stored[part]} if part in stored else {}
-            if part in stored and isinstance(like, dict) and isinstance(stored[part], dict):
-                # Such as a network without the schedule that was learned beside it.
-                stored[part] = {k: tree for k, tree in stored[part].items() if k in like}
-            self._require_same(step, stored, wanted)
-            # Asked for in the checkpoint's own structure, which knows no NamedTuples.
-            target = jax.tree_util.tree_map_with_path(
-                lambda path, _: _on_device(wanted[_key(path)]), stored
-            )
-            args = ocp.args.PyTreeRestore(
-                item=target,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-                partial_restore=part is not None,
-            )
-            restored = self._manager.restore(step, args=args) if wanted else {}
-        by_name = {_key(path): leaf for path, leaf in _leaves(restored)}
-        return jax.tree.unflatten(jax.tree.structure(like), [by_name[name] for name in wanted])
+            try:
+                return restoring.read(self._path(step) / stored.ITEM, like, part)
+            except restoring.DifferentError as error:
+                raise ConfigError(
+                    f"{self._name}: the checkpoint at step {step} is of another architecture: "
+                    f"{error}: use the config it was trained with, or another work directory"
+                ) from error
 
-    def _require_same(self, step: int, stored: Any, wanted: dict[str, Any]) -> None:
-        there = {_key(path): _describe(leaf) for path, leaf in _leaves(stored)}
-        here = {name: _describe(leaf) for name, leaf in wanted.items()}
-        different = [
-            f"{name} is {there.get(name, 'absent')} there and {here.get(name, 'absent')} here"
-            for name in here | there
-            if here.get(name) != there.get(name)
-        ]
-        if not different:
-            return
-        more = len(different) - _DIFFERENCES_SHOWN
-        raise ConfigError(
-            f"{self._name}: the checkpoint at step {step} is of another architecture: "
-            + "; ".join(different[:_DIFFERENCES_SHOWN])
-            + (f"; and {more} more" if more > 0 else "")
-            + ": use the config it was trained with, or another work directory"
-        )
+    def _verify(self, step: int) -> None:
+        """Raises DamagedError unless the files are as they were written."""
+        with self._while_it_exists(step):
+            wrong = checksums.damage(self._path(step))
+            if wrong and self._path(step).exists():
+                raise DamagedError(wrong)
+            if wrong:
+                raise FileNotFoundError(wrong)
 
     @contextmanager
     def _while_it_exists(self, step: int) -> Iterator[None]:
+        path = self._path(step)
         try:
             yield
         except ConfigError:
             raise
         except Exception as error:
-            if (self._directory / str(step)).exists():
-                raise
-            raise ConfigError(
-                f"{self._name}: the checkpoint at step {step} was removed while it was being read: "
-                "training goes on there and replaced it; run this again"
-            ) from error
+            if not path.exists():
+                raise self._removed(step) from error
+            if checksums.are_written(path) or isinstance(error, RuntimeError | MemoryError):
+                raise  # not for what is in the files
+            raise DamagedError(f"it can't be read: {_short(error)}") from error
 
-    def _require_directory(self) -> None:
-        if not self._directory.is_dir():
-            raise self._no_checkpoint()
+    def _path(self, step: int) -> epath.Path:
+        own, interrupted = (self._workdir / d / str(step) for d in (_SUBDIRECTORY, _INTERRUPTED))
+        return own if own.exists() or not interrupted.exists() else interrupted
+
+    def _measured(self) -> list[int]:
+        """The steps that have a metric, the best first."""
+        self.wait()
+        steps = stored.complete_steps(self._directory)
+        found = {step: stored.validation_of(self._directory / str(step)) for step in steps}
+        return sorted((s for s in steps if math.isfinite(found[s])), key=lambda s: (found[s], -s))
+
+    def _set_aside(self, step: int, wrong: str) -> None:
+        """Says that a checkpoint is damaged, and moves it out of the way of a run."""
+        if self._manager is None:
+            tqdm.write(f"{self._damaged(step, wrong)}; going on without it")
+        else:
+            self._move_aside(step, wrong)
+            self._manager.reload()
+
+    def _move_aside(self, step: int, wrong: str) -> None:
+        devices.wait_for_all(f"damage of {step} is seen")
+        if devices.is_first():
+            self._rename_damaged(step, wrong)
+        devices.wait_for_all(f"{step} is moved")
+
+    def _rename_damaged(self, step: int, wrong: str) -> None:
+        directory = self._workdir / _DAMAGED
+        directory.mkdir(exist_ok=True)
+        taken = {path.name for path in directory.iterdir()}
+        names = (f"{step}.{i}" if i else f"{step}" for i in itertools.count())
+        target = directory / next(name for name in names if name not in taken)
+        self._path(step).rename(target)
+        tqdm.write(f"{self._damaged(step, wrong)}; it was moved to {target}")
+
+    def _damaged(self, step: int, wrong: str) -> str:
+        return f"warning: {self._name}: the checkpoint at step {step} is damaged ({wrong})"
+
+    def _require_writing(self) -> None:
+        if self._manager is None:
+            raise RuntimeError(f"{self._name} was opened with read_only=True: it cannot save")
+
+    @contextmanager
+    def _writing(self, step: int) -> Iterator[None]:
+        """An error of the body as one line."""
+        try:
+            yield
+        except Exception as error:
+            earlier = [s for s in stored.complete_steps(self._directory) if s != step]
+            kept = f"those up to step {max(earlier)} are intact" if earlier else "there is no other"
+            raise RunError(
+                f"{self._name}: the checkpoint at step {step} could not be written to "
+                f"{self._directory} ({_short(error)}); {kept}; once it can, the same command goes "
+                "on from there"
+            ) from error
 
     def _create_directory(self) -> None:
         try:
@@ -233,70 +356,17 @@ class Checkpoints:
                 "you may write to, or one that can be created"
             ) from error
 
+    def _removed(self, step: int) -> RemovedError:
+        return RemovedError(
+            f"{self._name}: the checkpoint at step {step} was removed while it was being read: "
+            "training goes on there and replaced it; run this again"
+        )
+
     def _no_checkpoint(self) -> ConfigError:
         return ConfigError(
             f"{self._name} holds no checkpoint (looked in {self._directory}): it must be the work "
             "directory of a training run that has saved one; train first"
         )
-
-
-def _open_manager(directory: epath.Path, keep_last: int, read_only: bool) -> Any:
-    import orbax.checkpoint as ocp
-
-    policies = ocp.checkpoint_managers
-    keep = policies.AnyPreservationPolicy(
-        [
-            policies.LatestN(keep_last),
-            policies.BestN(
-                get_metric_fn=_validation,
-                reverse=True,
-                n=1,
-                keep_checkpoints_without_metrics=False,
-            ),
-        ]
-    )
-    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    handler = ocp.PyTreeCheckpointHandler()
-    registry.add("default", ocp.args.PyTreeSave, handler)
-    registry.add("default", ocp.args.PyTreeRestore, handler)
-    options = ocp.CheckpointManagerOptions(
-        preservation_policy=keep,
-        best_fn=_validation,
-        best_mode="min",
-        create=False,
-        # What a killed save left; a reader must not take the save of a running one for that.
-        cleanup_tmp_directories=not read_only,
-    )
-    for _ in range(_LISTINGS - 1):
-        # Listing fails if the process that trains here removes a checkpoint meanwhile.
-        with suppress(FileNotFoundError):
-            return ocp.CheckpointManager(directory, options=options, handler_registry=registry)
-    return ocp.CheckpointManager(directory, options=options, handler_registry=registry)
-
-
-def _validation(metrics: dict[str, float] | None) -> float:
-    return (metrics or {}).get(_METRIC, math.inf)
-
-
-def _leaves(tree: Any) -> list[tuple[Any, Any]]:
-    return jax.tree_util.tree_flatten_with_path(tree)[0]
-
-
-def _key(path: Any, part: str | None = None) -> str:
-    """A leaf's name, the same for a field, a key and an index: `opt_state/0/mu/conv/kernel`."""
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
-    return "/".join(filter(None, [part, name]))
-
-
-def _describe(leaf: Any) -> str:
-    return f"{tuple(leaf.shape)} {np.dtype(leaf.dtype)}"
-
-
-def _on_device(leaf: Any) -> Any:
-    if isinstance(leaf, np.ndarray):
-        return leaf
-    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def is_new(workdir: epath.PathLike) -> bool:
@@ -315,13 +385,40 @@ def load_ema(
 
     Args:
       workdir: a work directory, also one that is still training.
-      which: "best" (on validation; the latest where none was measured) or "latest".
+      which: "best" (on validation; the latest where none was measured) or "latest". Of a damaged
+        checkpoint it says so, and takes the next.
       like: the parameters' shapes and dtypes.
       setting: where `workdir` was given, for error messages.
 
     Raises:
-      ConfigError: for a directory without checkpoints, or of another architecture.
+      ConfigError: for a directory without good checkpoints, or of another architecture.
     """
     with Checkpoints(workdir, read_only=True, setting=setting) as checkpoints:
-        step = checkpoints.choose(which)
-        return checkpoints.restore_part(step, "ema_params", like), step
+
+        def read(step: int) -> tuple[Any, int]:
+            return checkpoints.restore_part(step, "ema_params", like), step
+
+        for attempt in range(_ATTEMPTS):
+            try:
+                found = checkpoints.first_good(which, read)
+            except RemovedError:
+                if attempt == _ATTEMPTS - 1:
+                    raise
+                continue
+            if found is not None:
+                return found
+            break
+        raise ConfigError(f"{setting}={workdir} holds no checkpoint that is not damaged")
+
+
+def _remove(directory: epath.Path) -> None:
+    if directory.exists():
+        directory.rmtree()
+
+
+def _short(error: Exception) -> str:
+    """An error in a few words."""
+    text = " ".join(str(error).split())
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text:
+        return "no space left on the device"
+    return f"{type(error).__name__}: {text[:150]}" if text else type(error).__name__

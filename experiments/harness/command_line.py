@@ -1,20 +1,27 @@
 """What `main.py` does around an experiment: its flags parsed, its errors as one line each."""
 
 import difflib
+import errno
 import importlib
 import importlib.util
+import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict
 
+from experiments.harness import devices, signals
 from experiments.harness import workdir as workdirs
 from experiments.harness.errors import ConfigError, RunError
+from experiments.harness.signals import Interrupted
 
 EXPERIMENTS = ("all", "train", "evaluate", "sample", "variance", "sigma", "spacing")
+TOGETHER = ("all", "train", "evaluate", "sample")  # that several processes can run together
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _ROOT = Path(__file__).parents[2]
 
 
@@ -35,24 +42,60 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def run(
-    experiment: str, config: ConfigDict, workdir: str | None, leftover: Sequence[str] = ()
+    experiment: str,
+    config: ConfigDict,
+    workdir: str | None,
+    leftover: Sequence[str] = (),
+    join: Callable[[], None] = lambda: None,
 ) -> int:
-    """Runs an experiment; returns the program's exit status. What is no flag is a mistake."""
+    """Runs an experiment; returns the program's exit status.
+
+    Args:
+      experiment: its name.
+      config: the config.
+      workdir: the work directory, None where none is named.
+      leftover: arguments that are no flags, which is a mistake.
+      join: joins the other processes, where several run together.
+    """
     module = importlib.import_module(f"experiments.{experiment}")
     try:
         if leftover:
             raise ConfigError(f"{leftover[0]!r} is no flag; flags begin with --, as in --workdir=…")
+        join()
+        if experiment not in TOGETHER:
+            devices.require_one_process(f"--experiment={experiment}")
         module.check(config.lock())
         if not workdir:
             raise ConfigError("--workdir is missing; name a directory, as in --workdir=runs/digits")
-        module.run(config, workdir)
+        with signals.listening(), _told_once():
+            module.run(config, workdir)
     except ConfigError as error:
         return _fail(error, status=2)
     except RunError as error:
         return _fail(error, status=1)
+    except OSError as error:
+        if error.errno not in _NO_SPACE:
+            raise
+        return _fail(
+            f"workdir={workdir} cannot be written ({error.strerror}); every complete checkpoint is "
+            "intact; make room, and the same command goes on",
+            status=1,
+        )
+    except Interrupted as interrupted:
+        return _fail(interrupted, interrupted.status)
     except KeyboardInterrupt:
         return _fail("interrupted; the same command goes on from the last checkpoint", status=130)
     return 0
+
+
+@contextmanager
+def _told_once() -> Iterator[None]:
+    """In the body only the first of several processes prints; errors are everyone's."""
+    if devices.is_first():
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        yield
 
 
 def _fail(message: object, status: int) -> int:

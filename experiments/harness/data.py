@@ -1,29 +1,30 @@
-"""Data sets in memory, and the order in which training and evaluation visit them.
+"""Data sets by name, and the order in which training and evaluation visit them.
 
-A set is an array of grey levels. The order of training examples is a function of (seed, step), so
-a run needs no iterator state to resume, and no batch depends on the machine or on the number of
-devices.
+A set is an array of grey levels, in memory or read as it is needed (`loader`). The order of
+training examples is a function of (seed, step), so a run needs no iterator state to resume, and no
+batch depends on the machine or on the number of devices.
 
-To add an embedded set, write a function from a split's name to a `Source` and list it in
-`DATASETS`. Any other name is an image set of tensorflow-datasets, which must have been prepared on
-disk as ArrayRecord; it is read through `as_data_source`, without TensorFlow.
+To add a set that comes with its own splits, write a function from a split's name to a `Source` and
+list it in `DATASETS`; for files of a further format, one of the arguments of `FORMATS`. Any other
+name is an image set of tensorflow-datasets.
 """
 
-import difflib
 import functools
-import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int, Int32, UInt8
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from diffusion.schedules import Array
+from experiments.harness.datasets.arrays import npz
+from experiments.harness.datasets.embedded import digits, photos
+from experiments.harness.datasets.folder import folder
+from experiments.harness.datasets.idx import idx
+from experiments.harness.datasets.source import DEFAULTS, SPLITS, Options, Source
+from experiments.harness.datasets.tfds import tfds
 from experiments.harness.errors import ConfigError
-
-SPLITS = {"train": "train", "validation": "validation", "test": "test"}
 
 
 class Examples(NamedTuple):
@@ -60,22 +61,11 @@ class Dataset(NamedTuple):
         return Examples(self.images[index], None if self.labels is None else self.labels[index])
 
 
-class Source(NamedTuple):
-    """A split that has been found and looked into, but not decoded.
+# Sets that come with their own splits.
+DATASETS: dict[str, Callable[[str], Source]] = {"digits": digits, "photos": photos}
 
-    Attributes:
-      num_examples: images in the split.
-      image_shape: (height, width, channels).
-      num_levels: grey levels that a pixel can take.
-      read: decodes the images [n, h, w, c] and the labels [n] or None.
-      num_classes: that a label can name; 0 where the set has no labels.
-    """
-
-    num_examples: int
-    image_shape: tuple[int, int, int]
-    num_levels: int
-    read: Callable[[], tuple[np.ndarray, np.ndarray | None]]
-    num_classes: int = 0
+# Files of the user's own, in `data.data_dir`.
+FORMATS: dict[str, Callable[..., Source]] = {"folder": folder, "npz": npz, "idx": idx}
 
 
 def describe(
@@ -84,17 +74,21 @@ def describe(
     *,
     data_dir: str | None = None,
     splits: Mapping[str, str] | ConfigDict = SPLITS,
+    options: Options = DEFAULTS,
 ) -> Source:
     """Finds a split and decodes at most one image of it: seconds, whatever the size of the set.
 
+    Only `options.skip_corrupt` has it decode every file of a folder, once in a process.
+
     Args:
-      name: a key of `DATASETS`, or a tensorflow-datasets name such as cifar10 or
+      name: a key of `DATASETS` or of `FORMATS`, or a tensorflow-datasets name such as cifar10 or
         downsampled_imagenet/32x32.
       split: a key of splits.
-      data_dir: where tensorflow-datasets looks; None or empty for its default directory
-        ($TFDS_DATA_DIR, or ~/tensorflow_datasets).
-      splits: for each split of ours the tensorflow-datasets expression for it, such as
-        train[:45000]. Embedded sets have their own splits and ignore it.
+      data_dir: the files of a format; or where tensorflow-datasets looks, None or empty for its
+        default directory ($TFDS_DATA_DIR, or ~/tensorflow_datasets).
+      splits: what each split of ours is called: a tensorflow-datasets expression, such as
+        train[:45000], a subfolder, or a .npz file's name. Other sets ignore it.
+      options: of the formats.
 
     Raises:
       ConfigError: if there is no such set, it is not on disk, it has no such split, the split is
@@ -104,7 +98,10 @@ def describe(
         raise ConfigError(f"split = {split!r} is unknown; known: {', '.join(splits)}")
     if name in DATASETS:
         return DATASETS[name](split)
-    return _tfds(name, split, splits[split], data_dir or None)
+    if name in FORMATS:
+        return FORMATS[name](data_dir or None, split, splits, options)
+    known = (*DATASETS, *FORMATS)
+    return tfds(name, split, splits[split], data_dir or None, options.image_size, known)
 
 
 def load(
@@ -113,156 +110,16 @@ def load(
     *,
     data_dir: str | None = None,
     splits: Mapping[str, str] | ConfigDict = SPLITS,
+    options: Options = DEFAULTS,
 ) -> Dataset:
     """Decodes a split into memory. Arguments and errors are those of `describe`.
 
     Raises:
       ConfigError: also if the images vary in size, or a file of the set is damaged.
     """
-    source = describe(name, split, data_dir=data_dir, splits=splits)
+    source = describe(name, split, data_dir=data_dir, splits=splits, options=options)
     images, labels = source.read()
     return Dataset(images, labels, source.num_levels, name, split)
-
-
-# Embedded sets.
-
-# As shipped, a writer's digits lie together: other people wrote the later parts, and these are no
-# iid splits of one population.
-_DIGITS = {"train": slice(0, 1000), "validation": slice(1000, 1350), "test": slice(1350, None)}
-
-
-def _digits(split: str) -> Source:
-    """scikit-learn's handwritten digits: 1797 images, 8×8×1, each pixel a count from 0 to 16.
-
-    The UCI test set of E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits (1998).
-    """
-    from sklearn.datasets import load_digits
-
-    if split not in _DIGITS:
-        raise ConfigError(f"split = {split!r}: digits has only {', '.join(_DIGITS)}")
-    digits = load_digits()
-    images = digits.images[_DIGITS[split], :, :, None].astype(np.uint8)
-    labels = digits.target[_DIGITS[split]].astype(np.int32)
-    return Source(
-        len(images), images.shape[1:], num_levels=17, read=lambda: (images, labels), num_classes=10
-    )
-
-
-DATASETS: dict[str, Callable[[str], Source]] = {"digits": _digits}
-
-
-# tensorflow-datasets.
-
-
-def _tfds(name: str, split: str, expression: str, data_dir: str | None) -> Source:
-    """A split of a set that tensorflow-datasets has prepared on disk."""
-    import tensorflow_datasets as tfds
-
-    builder = _builder(name, data_dir)
-    features = builder.info.features
-    if "image" not in features:
-        raise ConfigError(f"config.data.name = {name!r} has no feature called image")
-    data_source = _data_source(builder, name, split, expression)
-    shape = _image(next(_examples(data_source, name)), name).shape
-    labelled = "label" in features and isinstance(features["label"], tfds.features.ClassLabel)
-    read = functools.partial(_read, data_source, name, split, shape, labelled)
-    num_classes = features["label"].num_classes if labelled else 0
-    return Source(len(data_source), shape, 256, read, num_classes)
-
-
-def _read(
-    data_source: Any, name: str, split: str, shape: tuple[int, int, int], labelled: bool
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Decodes every example once, about 10⁴ small images a second, into arrays made beforehand."""
-    num_examples = len(data_source)
-    images = np.empty((num_examples, *shape), np.uint8)
-    labels = np.empty(num_examples, np.int32) if labelled else None
-    examples = _examples(data_source, name)
-    # A bar for the sets that take a while, on a terminal only.
-    bar = tqdm(examples, f"{name} {split}", num_examples, leave=False, delay=2, disable=None)
-    for index, example in enumerate(bar):
-        image = _image(example, name)
-        if image.shape != shape:
-            raise ConfigError(
-                f"config.data.name = {name!r} has images of varying size, {shape} and "
-                f"{image.shape}; only sets of one size can be used"
-            )
-        images[index] = image
-        if labelled:
-            labels[index] = example["label"]
-    return images, labels
-
-
-def _builder(name: str, data_dir: str | None) -> Any:
-    """tensorflow-datasets' description of a set, which need not have been prepared."""
-    import tensorflow_datasets as tfds
-
-    try:
-        return tfds.builder(name, data_dir=data_dir)
-    except (ValueError, AssertionError) as error:
-        setting = f"config.data.name = {name!r}"
-        known = tfds.list_builders(with_community_datasets=False)
-        base = re.split("[/:]", name)[0]
-        if base in known:
-            configs = [f"{base}/{config}" for config in tfds.builder_cls(base).builder_configs]
-            choices = configs or [f"{base}:{tfds.builder_cls(base).VERSION}"]
-            raise ConfigError(
-                f"{setting}: no such config or version; known: {', '.join(choices)}"
-            ) from error
-        close = difflib.get_close_matches(base, [*DATASETS, *known], n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise ConfigError(
-            f"{setting} is unknown; known: {', '.join(DATASETS)} and the image sets of "
-            f"tensorflow-datasets, such as cifar10{hint}"
-        ) from error
-
-
-def _data_source(builder: Any, name: str, split: str, expression: str) -> Any:
-    """Random access to a split's records."""
-    try:
-        return builder.as_data_source(split=expression)
-    except NotImplementedError as error:
-        # This is said of a set that is missing, and of one in a format without random access.
-        found = builder.info.file_format.value if builder.info.splits else ""
-        there = f" (only {found} ones: delete them first)" if found else ""
-        command = (
-            "import tensorflow_datasets as tfds; "
-            f"tfds.builder({name!r}, data_dir={str(builder.data_dir_root)!r})"
-            ".download_and_prepare(file_format='array_record')"
-        )
-        raise ConfigError(
-            f"config.data.name = {name!r}: no array_record files in {builder.data_path}{there}; "
-            "prepare them where there is a network, with tensorflow and importlib_resources "
-            f'installed besides, by: python -c "{command}"'
-        ) from error
-    except ValueError as error:
-        sizes = (f"{key} ({info.num_examples})" for key, info in builder.info.splits.items())
-        raise ConfigError(
-            f"config.data.splits.{split} = {expression!r} is empty, or no split; {name} has "
-            f"{', '.join(sizes)}, whole or sliced as in 'train[:90%]'"
-        ) from error
-
-
-def _examples(data_source: Any, name: str) -> Iterator[Mapping[str, Any]]:
-    """The decoded examples in their order on disk."""
-    try:
-        yield from data_source
-    except RuntimeError as error:
-        raise ConfigError(
-            f"config.data.name = {name!r}: a file is missing or damaged, prepare the set again: "
-            f"{error}"
-        ) from error
-
-
-def _image(example: Mapping[str, Any], name: str) -> UInt8[np.ndarray, "h w c"]:
-    """An example's image, with a channel axis."""
-    image = np.asarray(example["image"])
-    if image.dtype != np.uint8 or image.ndim not in (2, 3):
-        raise ConfigError(
-            f"config.data.name = {name!r} has images of type {image.dtype} and shape "
-            f"{image.shape}; only uint8 of shape (height, width[, channels]) can be used"
-        )
-    return image if image.ndim == 3 else image[:, :, None]
 
 
 # Order.

@@ -1,47 +1,236 @@
-"""One mesh over all devices: the batch is split along `data`, everything else is replicated."""
+"""One mesh over all devices of all processes, and how arrays lie on it.
 
+The batch is split over both axes of the mesh, `data` and `fsdp`. Parameters, their average and the
+optimizer's state are the same everywhere along `data`, and along `fsdp` each device holds a part.
+Every process runs the same program on the same host values: `place` and `gather` are its way in
+and out.
+"""
+
+from collections import deque
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.experimental import multihost_utils
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
 
 from experiments.harness.errors import ConfigError
 
+AXES = ("data", "fsdp")
+SMALL = 1024  # arrays of fewer elements are whole on every device
 
-def mesh() -> Mesh:
-    """All devices along one axis, `data`.
+
+def initialize(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    automatic: bool = False,
+) -> None:
+    """Joins the processes that run one program; nothing where no argument is given.
+
+    To be called once, before anything runs on a device.
+
+    Args:
+      coordinator: address and port of process 0, such as 10.0.0.1:1234.
+      num_processes: how many there are.
+      process_id: which of them this is, from 0.
+      automatic: whether to ask the cluster instead (Slurm, Open MPI, Kubernetes, TPU pods).
 
     Raises:
-      ConfigError: where several processes run together; data and logs know one process only.
+      ConfigError: if only some of the three are given, or the processes do not find one another.
     """
+    given = {
+        "--coordinator": coordinator,
+        "--num_processes": num_processes,
+        "--process_id": process_id,
+    }
+    missing = [name for name, value in given.items() if value is None]
+    if automatic and len(missing) < len(given):
+        raise ConfigError("--distributed finds the processes by itself; leave the others out")
+    if not automatic and len(missing) == len(given):
+        return
+    if not automatic and missing:
+        raise ConfigError(f"{', '.join(missing)} missing; processes that run together need all")
+    if not automatic and not 0 <= process_id < num_processes:
+        raise ConfigError(f"--process_id={process_id}; it must be in 0 … {num_processes - 1}")
+    try:
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+    except (RuntimeError, ValueError) as error:
+        where = f"--coordinator={coordinator}" if coordinator else "--distributed"
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{where}: the processes did not find one another ({reason})") from error
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes what is written once."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(name: str) -> None:
+    """Returns once every process is here: before one reads what the first has written."""
     if jax.process_count() > 1:
-        raise ConfigError(f"{jax.process_count()} processes run together; only one is supported")
-    return Mesh(np.array(jax.devices()), ("data",))
+        multihost_utils.sync_global_devices(name)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def in_any(flag: bool) -> bool:
+    """Whether a flag is set in any process, so that all of them do the same about it."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+class Agreed:
+    """A number that is the largest of any process's, told to all of them at the same call.
+
+    The answer is of a few calls ago, so that no call waits for the devices.
+    """
+
+    _LAG = 2
+
+    def __init__(self, mesh: Mesh):
+        self._split = split_batch(mesh)
+        self._largest = jax.jit(jnp.max, out_shardings=replicated(mesh))
+        self._pending: deque[jax.Array] = deque()
+
+    def __call__(self, number: int, wait: bool = False) -> int:
+        """The answer to the call before the last; with `wait`, to all calls up to this one."""
+        if jax.process_count() == 1:
+            return number
+        numbers = np.full(jax.device_count(), number, np.int32)
+        of_each = jax.make_array_from_callback(
+            numbers.shape, self._split, lambda index: numbers[index]
+        )
+        self._pending.append(self._largest(of_each))
+        told = 0
+        while len(self._pending) > (0 if wait else self._LAG):
+            told = max(told, int(self._pending.popleft()))
+        return told
+
+
+def require_one_process(what: str) -> None:
+    """Raises ConfigError for what several processes cannot do together."""
+    if jax.process_count() > 1:
+        raise ConfigError(
+            f"{jax.process_count()} processes run together; {what} knows one only: run it by itself"
+        )
+
+
+def mesh(config: ConfigDict | None = None) -> Mesh:
+    """All devices along `data` and, as many as `devices.fsdp` says, along `fsdp`.
+
+    Those of a process follow one another, so that it has one run of a batch's examples.
+
+    Args:
+      config: the config; None for an `fsdp` of one.
+
+    Raises:
+      ConfigError: if `devices.fsdp` does not divide the number of devices.
+    """
+    fsdp = 1 if config is None else config.devices.fsdp
+    found = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    if fsdp < 1 or len(found) % fsdp:
+        raise ConfigError(
+            f"config.devices.fsdp = {fsdp}; it must divide the number of devices, {len(found)}"
+        )
+    return Mesh(np.array(found).reshape(-1, fsdp), AXES)
+
+
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The same array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def split_batch(mesh: Mesh) -> NamedSharding:
-    """The first axis split over the devices."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+def split_batch(mesh: Mesh, leading: int = 0) -> NamedSharding:
+    """One axis split over all devices: the first, or the first after so many leading ones."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * leading, mesh.axis_names))
 
 
-def place(tree: Any, sharding: NamedSharding) -> Any:
-    """Puts a pytree of host arrays on the devices."""
-    return jax.device_put(tree, sharding)
+def shard_params(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
+    """A sharding for each array: split along `fsdp` by its largest axis that this divides.
+
+    Arrays of fewer than `SMALL` elements, and those without such an axis, are whole everywhere.
+
+    Args:
+      mesh: the devices.
+      tree: pytree of arrays or their shapes.
+
+    Returns:
+      NamedShardings in the same structure.
+    """
+    size = mesh.shape.get("fsdp", 1)
+
+    def of(leaf):
+        divisible = [axis for axis, length in enumerate(leaf.shape) if length % size == 0]
+        if size == 1 or leaf.size < SMALL or not divisible:
+            return replicated(mesh)
+        # The last of equals: a kernel's outputs.
+        largest = max(divisible, key=lambda axis: (leaf.shape[axis], axis))
+        return NamedSharding(mesh, PartitionSpec(*[None] * largest, "fsdp"))
+
+    return jax.tree.map(of, tree)
 
 
-def check_batch(setting: str, batch_size: int) -> None:
-    """Raises ConfigError unless the batch is positive and the devices divide it."""
+def place(tree: Any, sharding: Any) -> Any:
+    """Puts a pytree on the devices.
+
+    Args:
+      tree: host arrays, the same in every process; or arrays that are on the devices already.
+      sharding: one for all, or a pytree of them.
+    """
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+
+    def put(leaf, sharding):
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(lambda s, part: jax.tree.map(lambda a: put(a, s), part), sharding, tree)
+
+
+def local_part(batch_size: int) -> slice:
+    """Which examples of a batch this process has, for `join_batch`."""
+    each = batch_size // jax.process_count()
+    return slice(jax.process_index() * each, (jax.process_index() + 1) * each)
+
+
+def join_batch(tree: Any, mesh: Mesh, leading: int = 0) -> Any:
+    """A batch on the devices, from each process's own part of it.
+
+    Args:
+      tree: host arrays, of the examples of `local_part`.
+      mesh: the devices.
+      leading: axes before that of the examples.
+    """
+    sharding = split_batch(mesh, leading)
+    return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, a), tree)
+
+
+def gather(tree: Any) -> Any:
+    """A pytree of arrays as NumPy's, whole in every process."""
+
+    def get(leaf):
+        if isinstance(leaf, jax.Array) and not (
+            leaf.is_fully_addressable or leaf.is_fully_replicated
+        ):
+            return multihost_utils.process_allgather(leaf, tiled=True)
+        return np.asarray(leaf)
+
+    return jax.tree.map(get, tree)
+
+
+def check_batch(setting: str, batch_size: int, parts: int = 1) -> None:
+    """Raises ConfigError unless the batch is positive and devices, times parts, divide it."""
     if batch_size < 1:
         raise ConfigError(f"{setting} = {batch_size}; it must be at least 1")
     devices = jax.device_count()
-    if batch_size % devices:
+    multiple = devices * parts
+    if batch_size % multiple:
+        each = f"{devices} devices" if parts == 1 else f"{devices} devices in {parts} parts"
         raise ConfigError(
-            f"{setting} = {batch_size} does not split over {devices} devices; "
-            f"use a multiple of {devices}, such as {-(-batch_size // devices) * devices}"
+            f"{setting} = {batch_size} does not split over {each}; "
+            f"use a multiple of {multiple}, such as {-(-batch_size // multiple) * multiple}"
         )

@@ -16,13 +16,8 @@ from experiments.harness import data, devices, pictures, quality, settings, swee
 from experiments.harness.errors import ConfigError
 from experiments.harness.metrics import write_npz
 from experiments.harness.progress import progress
-from experiments.harness.sampling import (
-    Drawer,
-    Given,
-    Trained,
-    check_unconditional,
-    to_bytes,
-)
+from experiments.harness.sampler_settings import Given, check_unconditional
+from experiments.harness.sampling import Drawer, Trained, to_bytes
 from experiments.harness.settings import Problem
 
 MASKS = ("left", "right", "top", "bottom", "border")

@@ -32,7 +32,16 @@ class Batch(NamedTuple):
 
 
 LossFn = Callable[..., tuple[Array, Batch]]
-"""(params, x_0, key, history, labels=None) -> (what is differentiated, Batch)."""
+"""(params, x_0, key, history, labels=None, part=…) -> (what is differentiated, Batch).
+
+`part` picks the examples to take the loss of out of whatever has all of a batch's: random numbers
+are drawn for the whole batch first, so that no example's depend on the part that it is in.
+"""
+
+
+def whole(tree: Any) -> Any:
+    """The part that is all of a batch."""
+    return tree
 
 
 def make_loss(config: ConfigDict, problem: Problem) -> LossFn:
@@ -42,8 +51,8 @@ def make_loss(config: ConfigDict, problem: Problem) -> LossFn:
     draw_time = TIMES["stratified" if by_history else config.train.timesteps]
     num_timesteps = problem.levels.num_timesteps
 
-    def discrete(params, x_0, key, history, labels=None):
-        eps, time, reverse = draw(params, x_0, key, labels)
+    def discrete(params, x_0, key, history, labels=None, part=whole):
+        x_0, eps, time, reverse = draw(params, x_0, key, labels, part)
         if by_history:
             t, weight = by_importance(time, history.probabilities())
         else:
@@ -52,9 +61,9 @@ def make_loss(config: ConfigDict, problem: Problem) -> LossFn:
         losses = loss.rest + weight * loss.term
         return losses.mean(), Batch(losses, loss.rest + loss.term, t / num_timesteps, t)
 
-    def continuous(params, x_0, key, history, labels=None):
+    def continuous(params, x_0, key, history, labels=None, part=whole):
         del history
-        eps, time, reverse = draw(params, x_0, key, labels)
+        x_0, eps, time, reverse = draw(params, x_0, key, labels, part)
         time = 1 - time  # in (0, 1], as t/T is
         if problem.noise_schedule is None:
             at = problem.schedule.log_snr(time), problem.schedule.slope(time), problem.levels
@@ -67,10 +76,11 @@ def make_loss(config: ConfigDict, problem: Problem) -> LossFn:
             total += _of_schedule(problem, params, time, loss.term / -at[1])
         return total, Batch(losses, losses, time, jnp.zeros(len(time), jnp.int32))
 
-    def draw(params, x_0, key, labels):
+    def draw(params, x_0, key, labels, part):
         eps_key, time_key, dropout_key = jax.random.split(key, 3)
-        eps = jax.random.normal(eps_key, x_0.shape)
-        return eps, draw_time(time_key, len(x_0)), problem.reverse(params, dropout_key, labels)
+        eps, time = jax.random.normal(eps_key, x_0.shape), draw_time(time_key, len(x_0))
+        x_0, eps, time, labels = part((x_0, eps, time, labels))
+        return x_0, eps, time, problem.reverse(params, dropout_key, labels)
 
     return continuous if config.train.time == "continuous" else discrete
 

@@ -22,6 +22,7 @@ from diffusion.forward import example_noise
 from diffusion.likelihood import Adaptive, FixedGrid, example_probes
 from diffusion.schedules import Levels, Schedule, Step
 from diffusion.trajectory import step_log_ratio, trajectory
+from experiments.harness import devices
 from experiments.harness.data import Examples
 from experiments.harness.seeds import stream
 from experiments.harness.settings import Problem
@@ -271,9 +272,10 @@ def jit_evaluation(
 ) -> Callable:
     """Compiles with full-precision products: what is shared everywhere, the rest by examples.
 
-    Each device runs the function on its own examples, and nothing is communicated.
+    Each device runs the function on its own examples, and nothing is communicated. Where several
+    processes run together each gets all results, as NumPy's arrays.
     """
-    split = PartitionSpec("data")
+    split = PartitionSpec(mesh.axis_names)
     local = jax.shard_map(
         function,
         mesh=mesh,
@@ -285,6 +287,7 @@ def jit_evaluation(
 
     def run(*args):
         with jax.default_matmul_precision("highest"):
-            return compiled(*args)
+            made = compiled(*args)
+        return made if jax.process_count() == 1 else devices.gather(made)
 
     return run

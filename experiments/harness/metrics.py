@@ -1,16 +1,20 @@
 """Numbers written down as they come: `metrics.jsonl`, TensorBoard events, JSON files.
 
-All JSON here is strict: what is not finite becomes null.
+All JSON here is strict: what is not finite becomes null. Where several processes run together the
+first one writes, and the same call does nothing in the others.
 """
 
 import io
 import json
 import math
 import os
+import time
 from typing import Any
 
 import numpy as np
 from etils import epath
+
+from experiments.harness import devices
 
 _FILE = "metrics.jsonl"
 
@@ -22,7 +26,7 @@ class MetricsLog:
     first: `metrics.jsonl` is cut to the lines up to `resume_step` (a line that a kill left half
     written goes too), and TensorBoard is told to drop the later events.
 
-    A context manager. Where several processes train together, only the first should open one.
+    A context manager.
 
     Args:
       workdir: the work directory, local or a bucket; created if missing.
@@ -30,20 +34,25 @@ class MetricsLog:
     """
 
     def __init__(self, workdir: epath.PathLike, resume_step: int | None = None):
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2
 
         directory = epath.Path(workdir)
         directory.mkdir(parents=True, exist_ok=True)
         self._path = directory / _FILE
+        self._events = None
+        if not devices.is_first():
+            return
         _cut(self._path, resume_step)
         first_step = 0 if resume_step is None else resume_step + 1
-        self._tensorboard = SummaryWriter(
-            str(directory),
-            purge_step=first_step,
-            flush_secs=10,
+        # Written by this thread: what a full disk does to tensorboardX's own is to hang the run.
+        self._events = EventsWriter(
+            str(directory / "events"),
             # Its file names count in seconds: a run resumed at once must not write over the last.
             filename_suffix=f".{os.getpid()}.{first_step}",
         )
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._write_event(first_step, session_log=start)
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -61,9 +70,11 @@ class MetricsLog:
         """
         line = {"step": int(step)} | {name: _plain(value) for name, value in values.items()}
         _append(self._path, line)
+        from tensorboardX import summary
+
         for name, value in line.items():
             if name != "step" and isinstance(value, int | float):
-                self._tensorboard.add_scalar(name, value, line["step"])
+                self._write_event(line["step"], summary=summary.scalar(name, value))
 
     def image(self, tag: str, step: int, array: np.ndarray) -> None:
         """Shows a picture in TensorBoard, such as `pictures.grid` makes.
@@ -73,11 +84,23 @@ class MetricsLog:
           step: number of training steps behind it.
           array: uint8 [h, w, c] with c = 1 or 3.
         """
-        self._tensorboard.add_image(tag, np.asarray(array), int(step), dataformats="HWC")
+        from tensorboardX import summary
+
+        picture = summary.image(tag, np.asarray(array), dataformats="HWC")
+        self._write_event(int(step), summary=picture)
 
     def close(self) -> None:
-        """Writes out TensorBoard's queue; `metrics.jsonl` needs none."""
-        self._tensorboard.close()
+        """Closes TensorBoard's file; `metrics.jsonl` is closed after each line."""
+        if self._events is not None:
+            self._events.close()
+
+    def _write_event(self, step: int, **content: Any) -> None:
+        if self._events is None:
+            return
+        from tensorboardX.proto import event_pb2
+
+        self._events.write_event(event_pb2.Event(wall_time=time.time(), step=step, **content))
+        self._events.flush()
 
 
 def write_json(path: epath.PathLike, obj: Any) -> None:
@@ -135,6 +158,8 @@ def _is_line_until(line: bytes, last_step: int | None) -> bool:
 
 def _append(path: epath.Path, obj: Any) -> None:
     line = _dumps(obj) + "\n"
+    if not devices.is_first():
+        return
     if "://" in os.fspath(path):  # a bucket, which has no appending
         _replace(path, ((path.read_text() if path.exists() else "") + line).encode())
         return
@@ -144,6 +169,8 @@ def _append(path: epath.Path, obj: Any) -> None:
 
 
 def _replace(path: epath.Path, content: bytes) -> None:
+    if not devices.is_first():
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(content)

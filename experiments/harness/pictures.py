@@ -1,4 +1,4 @@
-"""Pictures of images and of the bound: arrays in, PNG files out."""
+"""Pictures of images and of the bound: arrays in, PNG files out, by one process of several."""
 
 import io
 import itertools
@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+
+from experiments.harness import devices
 
 _TILE = 64  # pixels: a default scale brings small images up to about this
 _SEPARATOR = 96
@@ -353,6 +355,8 @@ def _save(path: epath.PathLike, figure: Any) -> None:
 
 
 def _write(path: epath.PathLike, buffer: io.BytesIO) -> None:
+    if not devices.is_first():
+        return
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(buffer.getvalue())

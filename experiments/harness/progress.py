@@ -5,10 +5,18 @@ from typing import Any
 
 from tqdm import tqdm
 
+from experiments.harness import devices
+
 
 def progress(total: int | None, description: str, unit: str, **settings: Any) -> tqdm:
     """A bar over `total` units, None where they are not known; further settings are tqdm's."""
     interval = 0.5 if sys.stderr.isatty() else 20.0
     return tqdm(
-        total=total, desc=description, unit=unit, mininterval=interval, maxinterval=60, **settings
+        total=total,
+        desc=description,
+        unit=unit,
+        mininterval=interval,
+        maxinterval=60,
+        disable=not devices.is_first(),
+        **settings,
     )

@@ -14,7 +14,7 @@ from diffusion.quality import (
     kernel_distance,
     precision_recall,
 )
-from experiments.harness import data, settings
+from experiments.harness import data, sampler_settings, settings
 from experiments.harness.errors import ConfigError
 from experiments.harness.features import (
     FEATURES,
@@ -26,7 +26,6 @@ from experiments.harness.features import (
 )
 from experiments.harness.metrics import write_npz
 from experiments.harness.sampling import Drawer, Trained
-from experiments.harness.sampling import check as check_sampling
 from experiments.harness.settings import Problem
 
 DIRECTORY = "quality"  # in the work directory: the classifier, and the statistics of the data
@@ -137,7 +136,7 @@ def _measure(
 
 def check(config: ConfigDict, problem: Problem) -> None:
     """Raises ConfigError for settings that no quality can be measured with; trains nothing."""
-    check_sampling(config, problem)
+    sampler_settings.check(config, problem)
     settings.pick(FEATURES, name_of(config), "config.quality.features")
     settings.pick(data.SPLITS, config.quality.split, "config.quality.split")
     num_examples = settings.describe_data(config, config.quality.split).num_examples

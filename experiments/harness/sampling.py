@@ -9,47 +9,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from diffusion import sampling
 from diffusion.forward import Noise, example_noise
-from diffusion.guidance import classifier_free, evaluations_at
-from diffusion.inpainting import inpainted
-from diffusion.langevin import corrected
-from diffusion.likelihood import METHODS
-from diffusion.samplers import SAMPLERS
-from diffusion.sampling import Sampler, Samples, State
+from diffusion.guidance import evaluations_at
+from diffusion.sampling import Samples, State
 from diffusion.schedules import Levels, Step
-from diffusion.spacing import SPACINGS
-from diffusion.unipc import ORDERS, VARIANTS
-from experiments.harness import analytic, data, devices, settings
-from experiments.harness import workdir as workdirs
-from experiments.harness.errors import ConfigError, RunError
-from experiments.harness.optimal_steps import digest_of_optimal_levels, optimal_levels
+from experiments.harness import data, devices
+from experiments.harness.errors import RunError
 from experiments.harness.progress import progress
+from experiments.harness.sampler_settings import (
+    Given,
+    build_sampler,
+    guidance_interval,
+    make_levels,
+)
 from experiments.harness.seeds import stream
 from experiments.harness.settings import Problem
 
 START = 2**31 - 1  # the number of the noise that is x_T: one and the same at any T
 STRETCH = 16  # levels that are stepped through between two looks at the progress bar
-
-
-class Given(NamedTuple):
-    """What a batch of samples is made from, row by row.
-
-    Attributes:
-      index: which sample each row is; its noise is a function of (seed, index).
-      labels: their classes; None without.
-      known: images in data units, of which a part is kept; None without.
-      mask: the part that is kept.
-    """
-
-    index: Int[Array, "b"]
-    labels: Int[Array, "b"] | None = None
-    known: Float[Array, "b *d"] | None = None
-    mask: Bool[Array, "b *d"] | None = None
 
 
 class Trained(NamedTuple):
@@ -88,88 +70,9 @@ class Stretch(NamedTuple):
     gap: Float[Array, "n"]
 
 
-def build_sampler(config: ConfigDict, problem: Problem, params: Any, given: Given) -> Sampler:
-    """The config's sampler: guided where it is asked for, corrected, and held to what is known."""
-    of, reverse = config.sample, problem.reverse(params)
-    if problem.num_classes:
-        guidance = of.guidance
-        reverse = classifier_free(reverse, guidance.scale, _interval(config), guidance.rescale)
-    arguments = {"x_0_treatment": of.x_0_treatment, "condition": given.labels}
-    sampler = SAMPLERS[of.sampler](reverse, **arguments, **of.get(of.sampler, {}))
-    if of.corrector.num_steps:
-        sampler = corrected(sampler, reverse, **arguments, **of.corrector)
-    if given.known is not None:
-        sampler = inpainted(sampler, given.known, given.mask, of.inpaint.num_resamplings)
-    return sampler
-
-
-def _interval(config: ConfigDict) -> tuple[float, float]:
-    return config.sample.guidance.min_log_snr, config.sample.guidance.max_log_snr
-
-
-def decides(
-    config: ConfigDict,
-    workdir: epath.PathLike | None = None,
-    samplers: Sequence[str] | None = None,
-) -> dict[str, Any]:
-    """The settings that samples depend on, flat: where they are equal, so are the samples.
-
-    Args:
-      config: the config.
-      workdir: holds the bound-optimal levels, where these are asked for.
-      samplers: those that are used, by default `sample.sampler` alone.
-    """
-    told, used = config.to_dict(), samplers or (config.sample.sampler,)
-    of = told["sample"]
-    names = ["sampler", "num_timesteps", "spacing", "checkpoint", "x_0_treatment"]
-    names += [name for name in (*used, of["spacing"]) if name in of]
-    if of["corrector"]["num_steps"]:
-        names.append("corrector")
-    kept = {name: told[name] for name in ("seed", "model", "schedule")}
-    kept["data"], kept["scaling"] = told["data"]["name"], told["decoder"]["scaling"]
-    if "ancestral" in used:
-        names.append("variance")
-        if of["variance"] in analytic.ANALYTIC:
-            kept["analytic"], kept["labels"] = told["analytic"], told["evaluate"]["labels"]
-    if told["model"]["class_conditional"]:
-        names += ["labels", "guidance"]
-        del of["guidance"]["scales"]
-    if of["spacing"] == "bound_optimal" and workdir is not None:
-        kept["levels"] = digest_of_optimal_levels(workdir)
-    return workdirs.flatten(kept | {"sample": {name: of[name] for name in names}})
-
-
 def make_noise(config: ConfigDict, problem: Problem, index: Int[Array, "b"]) -> Noise:
     """The noise of samples, a function of (seed, index, number)."""
     return example_noise(stream(config.seed, "sample"), index, problem.image_shape)
-
-
-def make_levels(
-    config: ConfigDict,
-    problem: Problem,
-    num_timesteps: int,
-    workdir: epath.PathLike,
-    step: int,
-) -> Levels:
-    """The levels that samples step through, by the config's spacing.
-
-    Args:
-      config: `sample.spacing` and its options.
-      problem: its schedule, if learned, the learned one.
-      num_timesteps: how many; 0 for all of the schedule's.
-      workdir: holds the bound-optimal levels, if these are asked for.
-      step: the step that the parameters are of.
-
-    Raises:
-      ConfigError: if there are no such levels.
-    """
-    name, num_timesteps = config.sample.spacing, num_timesteps or problem.levels.num_timesteps
-    if name == "bound_optimal":
-        return optimal_levels(workdir, num_timesteps, step, problem.schedule)
-    try:
-        return SPACINGS[name](problem.schedule, num_timesteps, **config.sample.get(name, {}))
-    except ValueError as error:
-        raise ConfigError(f"config.sample.spacing = {name!r}: {error}") from error
 
 
 class Drawer:
@@ -259,20 +162,20 @@ class Drawer:
         x_t, x_0_hat = {}, {}
         for top, bottom in stretches(last, record):
             if top in record:
-                x_t[top] = np.asarray(state.x[:rows])
+                x_t[top] = devices.gather(state.x[:rows])
             stretch, count = _cut(levels, top, bottom), np.int32(top - bottom)
             state = self._advance(params, state, stretch, count, np.int32(last), given)
             if top in record:
-                x_0_hat[top] = np.asarray(state.x_0_hat[:rows])
+                x_0_hat[top] = devices.gather(state.x_0_hat[:rows])
             jax.block_until_ready(state.x)
             tell((top - bottom) / last)
-        x_0 = np.asarray(state.x)
+        x_0 = devices.gather(state.x)
         none = np.zeros((0, *x_0.shape), x_0.dtype)
         return Samples(
             x_0,
             np.stack([x_t[t] for t in record]) if record else none,
             np.stack([x_0_hat[t] for t in record]) if record else none,
-            np.asarray(self._evaluations(params, state, np.int32(last), given)),
+            devices.gather(self._evaluations(params, state, np.int32(last), given)),
         )
 
     def _require_finite(self, x_0: np.ndarray) -> None:
@@ -323,7 +226,7 @@ class Drawer:
         """
         if not self.problem.num_classes:
             return evaluations
-        scale, interval = self.config.sample.guidance.scale, _interval(self.config)
+        scale, interval = self.config.sample.guidance.scale, guidance_interval(self.config)
         each = np.asarray(evaluations_at(np.float32(levels.log_snr[1:]), scale, interval))
         return np.round(evaluations * each.mean()).astype(np.int32)
 
@@ -357,94 +260,3 @@ def to_bytes(problem: Problem, x: np.ndarray) -> np.ndarray:
     x = x if x.shape[-1] in (1, 3) else x[..., :1]
     ends = problem.quantization.values[-1]
     return np.clip(np.round((np.asarray(x) / ends + 1) * 127.5), 0, 255).astype(np.uint8)
-
-
-def check(config: ConfigDict, problem: Problem) -> None:
-    """Raises ConfigError for settings of `sample` that no sampler can use; compiles nothing."""
-    of = config.sample
-    settings.pick(SAMPLERS, of.sampler, "config.sample.sampler")
-    settings.pick((*SPACINGS, "bound_optimal"), of.spacing, "config.sample.spacing")
-    remedy = "give a number of levels, or 0 for all of the schedule's"
-    settings.check_setting(config, "sample.num_timesteps", lambda n: n >= 0, remedy)
-    for name, is_right, remedy in (
-        ("karras.rho", lambda x: x > 0, "it must be positive"),
-        ("ddim.eta", lambda x: 0 <= x <= 1, "it must be in [0, 1]"),
-        ("langevin.num_steps", lambda n: n >= 1, "it must be at least 1"),
-        ("langevin.snr", lambda x: 0 < x < 1, "it must be in (0, 1)"),
-        ("corrector.num_steps", lambda n: n >= 0, "0 for none, or how many"),
-        ("corrector.snr", lambda x: 0 < x < 1, "it must be in (0, 1)"),
-        *((f"{name}.churn", _is_churn, "it must be in [0, √2 − 1]") for name in ("euler", "heun")),
-        ("unipc.order", lambda n: n in ORDERS, f"it must be one of {ORDERS}"),
-        ("adaptive.tolerance", lambda x: x > 0, "it must be positive"),
-        ("adaptive.max_steps", lambda n: n >= 1, "it must be at least 1"),
-        ("guidance.rescale", lambda x: 0 <= x <= 1, "it must be in [0, 1]"),
-        ("inpaint.num_resamplings", lambda n: n >= 1, "it must be at least 1"),
-    ):
-        settings.check_setting(config, f"sample.{name}", is_right, remedy)
-    settings.pick(VARIANTS, of.unipc.variant, "config.sample.unipc.variant")
-    settings.pick(METHODS, of.adaptive.method, "config.sample.adaptive.method")
-    if of.spacing != "bound_optimal":
-        for num_timesteps in needed_levels(config, problem):
-            make_levels(config, problem, num_timesteps, "", 0)
-    _check_classes(config, problem)
-
-
-def needed_levels(config: ConfigDict, problem: Problem) -> list[int]:
-    """The numbers of levels that samples and what `sample.also` names step through."""
-    of = config.sample
-    needed = [of.num_timesteps]
-    needed += [
-        of[name].num_timesteps for name in ("inpaint", "interpolate", "encode") if name in of.also
-    ]
-    if "sweep" in of.also:
-        needed += of.sweep.num_timesteps
-    return sorted({int(n) or problem.levels.num_timesteps for n in needed})
-
-
-def _is_churn(share: float) -> bool:
-    return 0 <= share <= 2**0.5 - 1
-
-
-def _check_classes(config: ConfigDict, problem: Problem) -> None:
-    """Labels and guidance are of a class-conditional model."""
-    of, classes = config.sample, problem.num_classes
-    wrong = [
-        label
-        for label in of.labels
-        if not isinstance(label, int) or not 0 <= label < max(classes, 1)
-    ]
-    if of.labels and not classes:
-        raise ConfigError(
-            f"config.sample.labels = {of.labels}, but the model knows no classes; leave them out, "
-            "or train with config.model.class_conditional"
-        )
-    if wrong:
-        raise ConfigError(
-            f"config.sample.labels = {of.labels}; classes are numbered 0 … {classes - 1}"
-        )
-    low, high = _interval(config)
-    if not low <= high:
-        raise ConfigError(
-            f"config.sample.guidance.min_log_snr = {low} is above max_log_snr = {high}"
-        )
-    check_unconditional(config, problem, of.guidance.scale != 1, "sample.guidance.scale")
-    if of.guidance.scale != 1 and not classes:
-        raise ConfigError(
-            f"config.sample.guidance.scale = {of.guidance.scale}, but the model knows no classes; "
-            "use 1, or train with config.model.class_conditional"
-        )
-
-
-def check_unconditional(config: ConfigDict, problem: Problem, is_used: bool, what: str) -> None:
-    """Raises ConfigError if predictions without a label are used that were never trained."""
-    if is_used and problem.num_classes and config.train.label_dropout == 0:
-        raise ConfigError(
-            f"config.{what} = {_setting(config, what)} needs predictions without a label, of which "
-            "a network with config.train.label_dropout = 0 has learned nothing"
-        )
-
-
-def _setting(config: ConfigDict, name: str) -> Any:
-    for part in name.split("."):
-        config = config[part]
-    return config

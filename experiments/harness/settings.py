@@ -3,7 +3,7 @@
 import difflib
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from flax import linen as nn
 from jaxtyping import Int, Key
@@ -20,6 +20,8 @@ from experiments.harness import data
 from experiments.harness.errors import ConfigError
 from models.noise_schedule import NoiseSchedule, tabulate
 from models.unet import UNet, ddpm_timestep, log_snr_to_timestep
+
+Labelled = TypeVar("Labelled", data.Dataset, data.Examples)
 
 
 class Problem(NamedTuple):
@@ -104,12 +106,20 @@ def load_data(config: ConfigDict, split: str) -> data.Dataset:
     Raises:
       ConfigError: also if a class-conditional model meets an example without a label.
     """
-    dataset = data.load(**_data_arguments(config), split=split)
+    return with_labels(config, data.load(**_data_arguments(config), split=split), split)
+
+
+def with_labels(config: ConfigDict, examples: Labelled, split: str) -> Labelled:
+    """A data set, or some examples of it, with labels where the model is given them.
+
+    Raises:
+      ConfigError: if a class-conditional model meets an example without a label.
+    """
     if not config.model.class_conditional:
-        return dataset._replace(labels=None)
-    if dataset.labels is None or dataset.labels.min() < 0:
+        return examples._replace(labels=None)
+    if examples.labels is None or examples.labels.min() < 0:
         raise ConfigError(_unlabelled(config, split))
-    return dataset
+    return examples
 
 
 def load_measured(config: ConfigDict, split: str) -> data.Dataset:
@@ -145,6 +155,7 @@ def _data_arguments(config: ConfigDict) -> dict[str, Any]:
         "name": config.data.name,
         "data_dir": config.data.data_dir,
         "splits": config.data.splits,
+        "options": data.Options.of(config.data),
     }
 
 
@@ -154,13 +165,18 @@ def check_positive(config: ConfigDict, *names: str) -> None:
         check_setting(config, name, lambda value: value >= 1, "it must be at least 1")
 
 
+def value_of(config: ConfigDict, name: str) -> Any:
+    """The value of a setting, such as "train.beta2"."""
+    for part in name.split("."):
+        config = config[part]
+    return config
+
+
 def check_setting(
     config: ConfigDict, name: str, is_right: Callable[[Any], bool], remedy: str
 ) -> None:
     """Raises ConfigError with the remedy unless the setting, such as "train.beta2", is right."""
-    value = config
-    for part in name.split("."):
-        value = value[part]
+    value = value_of(config, name)
     if not is_right(value):
         raise ConfigError(f"config.{name} = {value}; {remedy}")
 

@@ -22,7 +22,9 @@ class Window(NamedTuple):
       grad_norm: of the global gradient norms.
       quartile_loss: of per-example losses, by quartile of t, (0, T/4] first.
       quartile_count: examples in each quartile.
-      first_bad_step: the first step of the run whose loss or gradient was not finite, else −1.
+      skipped_steps: steps of the run whose loss, gradient or parameters were not finite and which
+        were left out; within the limit of `train.skip_nonfinite`.
+      first_bad_step: the first such step beyond the limit, else −1; nothing changes from it on.
     """
 
     steps: Int[Array, ""]
@@ -30,6 +32,7 @@ class Window(NamedTuple):
     grad_norm: Float[Array, ""]
     quartile_loss: Float[Array, "4"]
     quartile_count: Float[Array, "4"]
+    skipped_steps: Int[Array, ""]
     first_bad_step: Int[Array, ""]
 
     @classmethod
@@ -41,6 +44,7 @@ class Window(NamedTuple):
             grad_norm=jnp.zeros(()),
             quartile_loss=jnp.zeros(4),
             quartile_count=jnp.zeros(4),
+            skipped_steps=jnp.int32(0),
             first_bad_step=jnp.int32(-1),
         )
 

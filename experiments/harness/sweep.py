@@ -14,7 +14,8 @@ from diffusion.schedules import Levels
 from experiments.harness import pictures, quality, settings
 from experiments.harness import workdir as workdirs
 from experiments.harness.metrics import write_json
-from experiments.harness.sampling import Drawer, Trained, decides, to_bytes
+from experiments.harness.sampler_settings import decides
+from experiments.harness.sampling import Drawer, Trained, to_bytes
 from experiments.harness.settings import Problem
 
 FILE = "sweep.json"

@@ -1,8 +1,10 @@
 """What a work directory is of: its config, written once and held to on resume."""
 
+import difflib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from etils import epath
@@ -11,24 +13,34 @@ from ml_collections import ConfigDict
 from diffusion.variances import VARIANCES
 from experiments.harness.checkpoints import is_new
 from experiments.harness.errors import ConfigError
-from experiments.harness.metrics import write_json
+from experiments.harness.metrics import append_jsonl, write_json
 
 CONFIG_FILE = "config.json"
+CHANGES_FILE = "config_changes.jsonl"
 
 # What may change between a run and its resumption: nothing that the trained parameters depend on.
 HARMLESS = (
     "analytic.",
     "data.data_dir",
+    "data.memory_limit_mb",
+    "data.prefetch",
+    "data.stream",
+    "data.workers",
+    "devices.",
     "evaluate.",
+    "profile.",
     "quality.",
     "sample.",
     "sigma.",
     "spacing.",
+    "train.allow_changes",
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.log_every",
     "train.sample_every",
     "train.sample_timesteps",
+    "train.skip_nonfinite",
+    "train.steps_per_dispatch",
     "train.validation_timesteps",
     "variance.",
 )
@@ -51,13 +63,24 @@ def check(config: ConfigDict, workdir: epath.PathLike) -> None:
         raise ConfigError(f"workdir={workdir}: {error}") from error
     # A run that saved nothing has nothing to hold it to its settings.
     if recorded is not None and not is_new(workdir):
-        harmless = HARMLESS + (("train.num_steps",) if config.train.decay == "constant" else ())
-        changed = _changes(config, recorded, lambda name: not name.startswith(harmless))
+        allowed = (*HARMLESS, *config.train.allow_changes)
+        allowed += ("train.num_steps",) if config.train.decay == "constant" else ()
+        changed = _changes(config, recorded, lambda name: not _is_named(name, allowed))
         if changed:
             raise ConfigError(
                 f"workdir={workdir} holds a run of another config: {'; '.join(changed)}; "
                 "use the same settings to resume it, or another workdir"
             )
+
+
+def check_names(config: ConfigDict, setting: str) -> None:
+    """Raises ConfigError unless a setting lists names of settings, or sections as `data.`."""
+    known = flatten(config.to_dict())
+    for name in known[setting]:
+        if not any(_is_named(other, (name,)) for other in known):
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ConfigError(f"config.{setting} has {name!r}, which is no setting{hint}")
 
 
 def recorded_config(workdir: epath.PathLike) -> dict[str, Any] | None:
@@ -66,15 +89,44 @@ def recorded_config(workdir: epath.PathLike) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def record(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Writes config.json, making the directory where it is missing.
+def make(workdir: epath.PathLike) -> None:
+    """Makes the directory where it is missing.
+
+    Raises:
+      ConfigError: if it can't be made.
+    """
+    with _written(workdir):
+        epath.Path(workdir).mkdir(parents=True, exist_ok=True)
+
+
+def record(config: ConfigDict, workdir: epath.PathLike, step: int | None = None) -> None:
+    """Writes config.json; and what changed in it beyond what may, at which step of the run.
+
+    Args:
+      config: the config of now.
+      workdir: the work directory, made where it is missing.
+      step: that the run goes on from; None if it begins.
 
     Raises:
       ConfigError: if it can't be written.
     """
-    try:
-        epath.Path(workdir).mkdir(parents=True, exist_ok=True)
+    make(workdir)
+    recorded = recorded_config(workdir)
+    with _written(workdir):
+        if step is None:
+            (epath.Path(workdir) / CHANGES_FILE).unlink(missing_ok=True)
+        elif recorded is not None:
+            changed = _changes(config, recorded, lambda name: not _is_named(name, HARMLESS))
+            if changed:
+                line = {"step": step, "changes": changed}
+                append_jsonl(epath.Path(workdir) / CHANGES_FILE, line)
         write_json(epath.Path(workdir) / CONFIG_FILE, config.to_dict())
+
+
+@contextmanager
+def _written(workdir: epath.PathLike) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise ConfigError(
             f"workdir={workdir} cannot be written ({error.strerror}); give a directory that can"
@@ -116,7 +168,9 @@ def check_network(config: ConfigDict, workdir: epath.PathLike) -> None:
 
     def is_own(name: str) -> bool:
         # A learned Σ_θ is part of the network; `evaluate.variance` chooses another to measure with.
-        return name.startswith(tuple(own)) and (is_learned or name != "model.variance")
+        # How its training computed it is not.
+        others = ("model.dtype", "model.remat", *([] if is_learned else ["model.variance"]))
+        return name.startswith(tuple(own)) and name not in others
 
     changed = _changes(config, recorded, is_own)
     if changed:
@@ -134,6 +188,11 @@ def check_writable(workdir: epath.PathLike) -> None:
         probe.unlink()
     except OSError as error:
         raise ConfigError(f"workdir={workdir} cannot be written ({error.strerror})") from error
+
+
+def _is_named(name: str, names: tuple[str, ...]) -> bool:
+    """Whether a setting is one of these, or in one of the sections that end in a dot."""
+    return name in names or name.startswith(tuple(n for n in names if n.endswith(".")))
 
 
 def _changes(

@@ -75,6 +75,23 @@ def from_log_snr(log_snr) -> Chain:
     return from_alpha_bars(1 / (1 + np.exp(-np.asarray(log_snr, np.longdouble))))
 
 
+def ancestral_step(chain, t, variance, data_mean, data_variance, mean, spread):
+    """Mean and variance of x_{t−1} from those of x_t, by the optimal model of N(m, v) data.
+
+    (13.19) with E[x_0 | x_t] = m + g (x_t − √ᾱ m), g = √ᾱ v/(ᾱ v + 1 − ᾱ), and Σ_θ the variance
+    named; at t = 1 they are those of x̂_0.
+    """
+    step_variance = {"beta": chain.beta, "beta_tilde": chain.posterior_variance}[variance]
+    root = np.sqrt(chain.alpha_bar[t])
+    gain = root * data_variance / (chain.alpha_bar[t] * data_variance + 1 - chain.alpha_bar[t])
+    of_x_0, of_x_t = chain.posterior_of_x_0[t], chain.posterior_of_x_t[t]
+    if t == 1:
+        of_x_0, of_x_t = 1.0, 0.0
+    slope = of_x_t + of_x_0 * gain
+    mean = slope * mean + of_x_0 * (1 - gain * root) * data_mean
+    return mean, slope**2 * spread + (step_variance[t] if t > 1 else 0.0)
+
+
 def condition(prior_mean, prior_variance, slope, noise_variance, observed):
     """Mean and variance of x given y = slope·x + noise, for scalar Gaussians: precisions add."""
     precision = 1 / prior_variance + slope**2 / noise_variance

@@ -5,6 +5,22 @@ import numpy as np
 
 from diffusion import exact, reverse
 
+_RNG = np.random.default_rng(0)
+_FACTOR = _RNG.normal(size=(3, 3))
+NORMAL = exact.NormalData(np.array([0.5, -1.0, 2.0]), _FACTOR @ _FACTOR.T + 0.1 * np.eye(3))
+DISCRETE = exact.DiscreteData(_RNG.integers(-4, 5, (6, 3)) / 4)
+
+
+def mixture(num_components: int, num_dims: int) -> exact.MixtureData:
+    """Components a few standard deviations apart, each stretched its own way, of std 0.4 and up."""
+    rng = np.random.default_rng(num_dims)
+    factors = 0.3 * rng.normal(size=(num_components, num_dims, num_dims))
+    return exact.MixtureData(
+        rng.dirichlet(np.full(num_components, 5.0)),
+        rng.uniform(-1.5, 1.5, (num_components, num_dims)),
+        factors @ factors.swapaxes(1, 2) + 0.16 * np.eye(num_dims),
+    )
+
 
 def predicting(data, name: str, variance: str = "beta_tilde") -> reverse.Reverse:
     """The optimal model of `data`, as a denoiser that predicts `name`."""

@@ -173,7 +173,6 @@ def test_moments_of_corrected_ancestral_sampling_are_the_linear_recursions(varia
     num_steps, snr = 2, 0.3
     levels = schedules.linear_log_snr(4.0, -4.0).levels(5)
     chain = oracles.from_betas(levels.beta[1:])
-    step_variance = {"beta": chain.beta, "beta_tilde": chain.posterior_variance}[variance]
     mean, spread = 0.0, 1.0
     for t in range(5, 0, -1):
         root, sigma2 = np.sqrt(chain.alpha_bar[t]), 1 - chain.alpha_bar[t]
@@ -181,13 +180,8 @@ def test_moments_of_corrected_ancestral_sampling_are_the_linear_recursions(varia
         for _ in range(num_steps):
             mean -= eta * (mean - root * MEAN) / noised
             spread = (1 - eta / noised) ** 2 * spread + 2 * eta
-        gain = root * VARIANCE / noised
-        of_x_0, of_x_t = chain.posterior_of_x_0[t], chain.posterior_of_x_t[t]
-        if t == 1:
-            of_x_0, of_x_t = 1.0, 0.0
-        slope = of_x_t + of_x_0 * gain
-        mean = slope * mean + of_x_0 * (1 - gain * root) * MEAN
-        spread = slope**2 * spread + (step_variance[t] if t > 1 else 0.0)
+        after = oracles.ancestral_step(chain, t, variance, MEAN, VARIANCE, mean, spread)
+        mean, spread = after
 
     model = problems.predicting(NORMAL, "v", variance)
     found_mean, found = linear_moments(

@@ -17,24 +17,12 @@ DATA = exact.NormalData(np.array([MEAN], np.float32), np.array([[VARIANCE]], np.
 
 
 def recursion(levels, variance):
-    """Mean and variance of x_{T−1} … x_1 and of x̂_0, by (13.19) with E[x_0 | x_t] in α and β.
-
-    For N(m, v) data E[x_0 | x_t] = m + g (x_t − √ᾱ m), with g = √ᾱ v/(ᾱ v + 1 − ᾱ).
-    """
-    chain = oracles.from_betas(levels.beta[1:])
-    step_variance = {"beta": chain.beta, "beta_tilde": chain.posterior_variance}[variance]
-    mean, spread, moments = 0.0, 1.0, []
+    """Mean and variance of x_{T−1} … x_1 and of x̂_0, in α and β."""
+    chain, moments = oracles.from_betas(levels.beta[1:]), [(0.0, 1.0)]
     for t in range(levels.num_timesteps, 0, -1):
-        root = np.sqrt(chain.alpha_bar[t])
-        gain = root * VARIANCE / (chain.alpha_bar[t] * VARIANCE + 1 - chain.alpha_bar[t])
-        of_x_0, of_x_t = chain.posterior_of_x_0[t], chain.posterior_of_x_t[t]
-        if t == 1:
-            of_x_0, of_x_t = 1.0, 0.0
-        slope = of_x_t + of_x_0 * gain
-        mean = slope * mean + of_x_0 * (1 - gain * root) * MEAN
-        spread = slope**2 * spread + (step_variance[t] if t > 1 else 0.0)
-        moments.append((mean, spread))
-    return np.array(moments)
+        after = oracles.ancestral_step(chain, t, variance, MEAN, VARIANCE, *moments[-1])
+        moments.append(after)
+    return np.array(moments[1:])
 
 
 @pytest.mark.parametrize("variance", ["beta_tilde", "beta"])

@@ -1,6 +1,5 @@
 """What a user types and reads: one line for a mistake, one line for a result."""
 
-import json
 import pathlib
 import re
 import resource
@@ -11,11 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import all as main_job
-from experiments import evaluate, sample
 from experiments.harness import command_line, data
-from experiments.harness import workdir as workdirs
-from experiments.harness.errors import ConfigError
 from tests.experiments import tiny
 
 pytest_plugins = ["tests.experiments.tiny"]
@@ -92,7 +87,11 @@ MISTAKES = {
     "--config.train.batchsize=64": ("--config.train.batchsize", "--config.train.batch_size?"),
     "--config.train.batch_size=many": ("--config.train.batch_size=many",),
     "--config.train.batch_size=5000": ("config.train.batch_size = 5000", "1000 training examples"),
-    "--config=configs/nothing.py": ("configs/nothing.py", "configs/cifar10.py, configs/digits.py"),
+    "--config=configs/nothing.py": (
+        "configs/nothing.py",
+        "configs/cifar10.py",
+        "configs/digits.py",
+    ),
     "--experiment=evalute": ("--experiment=evalute", "all|train|evaluate|sample"),
     "--wrkdir=runs/a": ("wrkdir",),
 }
@@ -310,32 +309,6 @@ def test_an_experiment_cannot_change_its_config(tmp_path, capsys):
         assert config.is_locked
 
 
-# The main job.
-
-RESULT = re.compile(
-    r"test bits/dim \d+\.\d{3,} ± \d+\.\d{3,} "
-    r"\(prior \d+\.\d{3,}, diffusion \d+\.\d{3,}, reconstruction \d+\.\d{3,}\), 447 examples"
-)
-
-
-def test_the_main_job_ends_with_its_result(finished):
-    assert RESULT.match(finished.output.strip().splitlines()[-1])
-
-
-def test_a_second_run_says_that_it_is_finished_and_does_nothing(finished, tmp_path, capsys):
-    workdir = tiny.copy(finished.workdir, tmp_path)
-    before = tiny.files(workdir)
-    main_job.run(finished.config, workdir)
-    said, result = capsys.readouterr().out.strip().splitlines()
-    assert "is finished" in said
-    assert result == finished.output.strip().splitlines()[-1]
-    after = tiny.files(workdir)
-    assert after.keys() == before.keys()
-    changed = {path.name for path in before if path.is_file() and after[path] != before[path]}
-    assert changed <= {"config.json"}
-    assert after[workdir / "config.json"][1] == before[workdir / "config.json"][1]
-
-
 def test_without_a_config_a_work_directory_goes_on_with_its_own(finished, tmp_path):
     """The finished run was no default digits: read as such, it would be refused."""
     workdir = tiny.copy(finished.workdir, tmp_path)
@@ -346,60 +319,3 @@ def test_without_a_config_a_work_directory_goes_on_with_its_own(finished, tmp_pa
     assert result == finished.output.strip().splitlines()[-1]
     refused, _ = main("--workdir", workdir, "--config.seed=1")
     assert "holds a run of another config: seed was 0, now 1;" in error_line(refused.stderr)
-
-
-def test_what_is_missing_of_a_finished_run_is_made_up_for(finished, tmp_path, capsys):
-    workdir = tiny.copy(finished.workdir, tmp_path)
-    before = tiny.files(workdir)
-    main_job.run(tiny.config("unet", sample__num_samples=3), workdir)
-    assert "is finished" not in capsys.readouterr().out
-    with np.load(workdir / "samples" / "samples.npz") as made:
-        assert made["samples"].shape == (3, 8, 8, 1)
-    (workdir / "samples" / "samples.npz").unlink()
-    main_job.run(finished.config, workdir)
-    after = tiny.files(workdir)
-    # Not evaluated again, and the six samples are the same as ever.
-    for name in ("evaluation.json", "evaluation.npz", "evaluations.jsonl"):
-        assert after[workdir / name] == before[workdir / name]
-    name = workdir / "samples" / "samples.png"
-    assert after[name][0] > before[name][0]
-    assert after[name][1] == before[name][1]
-
-
-@pytest.mark.parametrize(
-    ("change", "part"),
-    [
-        ({"sample__num_timesteps": 3}, "sample"),
-        ({"sample__x_0_treatment": "clip"}, "sample"),
-        ({"sample__strip_columns": 3}, "sample"),
-        ({"sample__num_samples": 5}, "sample"),
-        ({"evaluate__split": "validation"}, "evaluate"),
-        ({"evaluate__replicates": 2}, "evaluate"),
-        ({"sample__batch_size": 3, "evaluate__batch_size": 3, "evaluate__chunk_size": 1}, None),
-    ],
-)
-def test_what_was_done_otherwise_is_not_taken_for_what_is_asked_for(
-    change, part, finished, tmp_path, capsys, monkeypatch
-):
-    """Settings of a part other than the finished run's leave that part to do, and no other."""
-    result = json.loads((finished.workdir / "evaluation.json").read_text())
-    done = []
-    for module, returned in ((sample, None), (evaluate, result)):
-        name = module.__name__.rpartition(".")[2]
-
-        def do(config, workdir, name=name, returned=returned):
-            done.append(name)
-            return returned
-
-        monkeypatch.setattr(module, name, do)
-    main_job.run(tiny.config("unet", **change), tiny.copy(finished.workdir, tmp_path))
-    assert done == ([part] if part else [])
-    assert ("is finished" in capsys.readouterr().out) == (part is None)
-
-
-def test_nothing_is_trained_if_the_last_part_could_not_be_done(tmp_path):
-    """The main job checks what it needs at its end before its beginning."""
-    with pytest.raises(ConfigError, match=r"config\.sample\.strip_rows = 0"):
-        main_job.run(tiny.config(sample__strip_rows=0), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-    assert workdirs.recorded_config(tmp_path / "run") is None

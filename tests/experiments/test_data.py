@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
+from PIL import Image
 from sklearn.datasets import load_digits
 
 from experiments.harness import data
 from experiments.harness.data import batch_indices, describe, load, padded_batches
+from experiments.harness.datasets.images import decode
 from experiments.harness.errors import ConfigError
 from tests.mock_cifar10 import mock_tfds, write_cifar10
 
@@ -84,6 +86,26 @@ def test_prepared_set_is_read_as_it_was_written(cifar10):
         np.testing.assert_array_equal(loaded.labels, labels)
         assert (loaded.images.dtype, loaded.labels.dtype) == (np.uint8, np.int32)
         assert loaded.num_levels == 256
+
+
+@pytest.mark.parametrize("size", [16, 40])
+def test_prepared_set_is_resized_as_files_are(size, cifar10, tmp_path):
+    data_dir, examples = cifar10
+    found = load("cifar10", "test", data_dir=data_dir, options=data.Options(image_size=size))
+    path = tmp_path / "image.png"
+    for image, resized in zip(examples["test"][0], found.images, strict=True):
+        Image.fromarray(image).save(path)
+        np.testing.assert_array_equal(resized, decode(path, size, 3))
+
+
+def test_images_of_varying_size_are_given_one(monkeypatch):
+    shapes = [(30, 40, 3), (50, 20, 3)]
+    fake_examples(
+        monkeypatch, "cifar10", [{"image": np.full(s, 7, np.uint8), "label": 1} for s in shapes]
+    )
+    with pytest.raises(ConfigError, match="image_size gives them one"):
+        load("cifar10", "train")
+    assert load("cifar10", "train", options=data.Options(image_size=8)).images.shape == (2, 8, 8, 3)
 
 
 def test_split_expressions_cut_the_set(cifar10):

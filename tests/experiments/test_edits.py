@@ -28,9 +28,7 @@ def config(*also, **overrides):
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory, quick_compiles):
     """A model of small random weights. Shared: copy it before writing to it."""
-    workdir = tmp_path_factory.mktemp("edits")
-    tiny.save(workdir, {3: (tiny.state_of(tiny.config(), scale=0.05), None)})
-    return workdir
+    return tiny.untrained(tmp_path_factory.mktemp("edits"), tiny.config(), scale=0.05, step=3)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +92,7 @@ def test_guidance_is_shown_and_measured_at_every_scale(tmp_path):
         "sample__guidance__scales": (0.0, 1.0, 3.0),
         "sample__batch_size": 50,
     }
-    tiny.save(tmp_path, {3: (tiny.state_of(tiny.config(**conditional), scale=0.3), None)})
+    tiny.untrained(tmp_path, tiny.config(**conditional), scale=0.3, step=3)
     sample(config("guidance", **conditional), tmp_path)
     assert (tmp_path / "samples" / "guidance.png").stat().st_size > 500
     rows = (tmp_path / "samples" / "guidance.md").read_text().splitlines()[2:]

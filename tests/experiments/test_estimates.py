@@ -23,10 +23,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, quick_compiles):
     """A work directory of small random weights, whose bound at T = 8 is not near a tight one."""
-    workdir = tmp_path_factory.mktemp("trained")
-    config = tiny.config()
-    tiny.save(workdir, {1: (tiny.state_of(config, 0.1), None)})
-    return workdir
+    return tiny.untrained(tmp_path_factory.mktemp("trained"), tiny.config(), scale=0.1)
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ def config(**overrides):
 def workdir(tmp_path_factory, quick_compiles):
     """An untrained model, and the trained classifier. Shared: copy it before writing to it."""
     workdir = tmp_path_factory.mktemp("quality")
-    tiny.save(workdir, {3: (tiny.state_of(tiny.config(), scale=0.3), None)})
+    tiny.untrained(workdir, tiny.config(), scale=0.3, step=3)
     quality.reference(config(), workdir)
     return workdir
 

@@ -50,9 +50,7 @@ def model():
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory, quick_compiles):
     """A work directory that holds these weights. Shared: copy it before writing to it."""
-    workdir = tmp_path_factory.mktemp("untrained")
-    tiny.save(workdir, {3: (tiny.state_of(tiny.config(), scale=0.3), None)})
-    return workdir
+    return tiny.untrained(tmp_path_factory.mktemp("untrained"), tiny.config(), scale=0.3, step=3)
 
 
 def draw(config, params, n, num_timesteps=8, record=()):

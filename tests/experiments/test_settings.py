@@ -214,7 +214,7 @@ def test_harmless_settings_may_change_and_others_may_not(tmp_path):
         return config
 
     workdirs.record(constant(), tmp_path)
-    tiny.save(tmp_path, {1: (tiny.state_of(constant()), None)})
+    tiny.untrained(tmp_path, constant(), scale=0.0)
     flat = workdirs.flatten(constant().to_dict())
     change = {bool: lambda v: not v, int: lambda v: v + 1, float: lambda v: v + 1, str: "x".__add__}
     messages = {}

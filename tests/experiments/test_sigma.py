@@ -188,10 +188,8 @@ def test_a_variance_that_the_network_does_not_have_is_one_line(name, of_model, w
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory, quick_compiles):
     """A network of random weights with a learned Σ_θ, at step 3."""
-    directory = tmp_path_factory.mktemp("sigma")
     config = small_config(model__variance="learned_diagonal")
-    tiny.save(directory, {3: (tiny.state_of(config, 0.1), None)})
-    return directory
+    return tiny.untrained(tmp_path_factory.mktemp("sigma"), config, scale=0.1, step=3)
 
 
 @pytest.fixture(scope="module")

@@ -129,10 +129,8 @@ def test_an_entry_is_the_evaluation_at_those_levels():
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory, quick_compiles):
     """A network of random weights with a learned Σ_θ, at step 3."""
-    directory = tmp_path_factory.mktemp("spacing")
     config = small_config(model__variance="learned_diagonal")
-    tiny.save(directory, {3: (tiny.state_of(config, 0.1), None)})
-    return directory
+    return tiny.untrained(tmp_path_factory.mktemp("spacing"), config, scale=0.1, step=3)
 
 
 @pytest.fixture(scope="module")

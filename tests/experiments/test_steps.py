@@ -274,8 +274,8 @@ four = devices.mesh()
 assert four.size == 4
 config = tiny.config(train__num_steps=3, train__warmup_steps=0, train__log_every=3)
 results = {}
-for name, mesh in (("one", Mesh(four.devices[:1], ("data",))), ("four", four)):
-    devices.mesh = lambda: mesh
+for name, mesh in (("one", Mesh(four.devices[:1], four.axis_names)), ("four", four)):
+    devices.mesh = lambda *_: mesh
     workdir = f"{sys.argv[1]}/{name}"
     state = train(config, workdir)
     assert len(state.step.sharding.device_set) == mesh.size

@@ -205,20 +205,23 @@ def test_the_seed_changes_everything_that_is_random(uninterrupted, tmp_path):
 # One compilation.
 
 
-def test_a_run_compiles_its_step_once(tmp_path, monkeypatch):
-    made, make = [], steps.make_train_step
+def test_nothing_is_compiled_after_the_first_of_each_thing(tmp_path):
+    """A run three times as long, with three times the lines, samples and checkpoints."""
 
-    def remember(*args):
-        made.append(make(*args))
-        return made[-1]
+    def compiled(num_steps):
+        events = []
 
-    monkeypatch.setattr(steps, "make_train_step", remember)
-    train_until(tiny.config(), tmp_path, 7)
-    train(tiny.config(), tmp_path)
-    first, resumed = made
-    # jit keeps one entry for each set of shapes, dtypes and shardings that it was called with.
-    assert first._cache_size() == 1
-    assert resumed._cache_size() == 1
+        def listen(event, seconds, **_):
+            events.extend([event] if event.endswith("backend_compile_duration") else [])
+
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        config = tiny.config(train__num_steps=num_steps, train__sample_every=4)
+        train(config, tmp_path / str(num_steps))
+        jax.monitoring.unregister_event_duration_listener(listen)
+        return len(events)
+
+    few = compiled(4)
+    assert 0 < compiled(12) <= few
 
 
 # What goes wrong.

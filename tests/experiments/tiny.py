@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 
 from configs import digits
 from experiments import all as main_job
-from experiments.harness import settings
+from experiments.harness import settings, speed
 from experiments.harness.checkpoints import Checkpoints
 from experiments.harness.state import TrainState, init_params, init_state, make_optimizer
 
@@ -108,6 +108,14 @@ def save(workdir: pathlib.Path, states: dict[int, tuple[TrainState, float | None
             checkpoints.save(step, state, validation)
 
 
+def untrained(
+    workdir: pathlib.Path, config: ConfigDict, scale: float = 1.0, step: int = 1
+) -> pathlib.Path:
+    """Makes a work directory that holds a network of random weights: `state_of`, at a step."""
+    save(workdir, {step: (state_of(config, scale), None)})
+    return workdir
+
+
 def restore(config: ConfigDict, workdir: pathlib.Path, step: int | None = None) -> TrainState:
     """A saved state, the latest by default."""
     like = jax.eval_shape(
@@ -133,9 +141,9 @@ def copy(workdir: pathlib.Path, directory: pathlib.Path) -> pathlib.Path:
 
 
 def metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without the one number that depends on the clock."""
+    """The lines of metrics.jsonl without the numbers that depend on the clock."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in speed.TIMING} for line in lines]
 
 
 def assert_bit_equal(actual: Any, expected: Any) -> None:

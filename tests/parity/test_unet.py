@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.diffusers_unet import ddpm_cifar10
 from models.diffusers_weights import params_from_unet2d
 from models.unet import UNet, ddpm_timestep
 
 torch = pytest.importorskip("torch")
-diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("diffusers")
 
 ALPHA_BAR = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
 LEVEL_LOG_SNRS = np.log(ALPHA_BAR / (1 - ALPHA_BAR))
@@ -17,25 +18,8 @@ IMAGE_SHAPE = (32, 32, 3)
 
 
 def theirs(channels: int, num_groups: int):
-    """google/ddpm-cifar10-32's architecture, at any width, with every weight random."""
-    torch.manual_seed(0)
-    model = diffusers.UNet2DModel(
-        sample_size=32,
-        block_out_channels=(channels, 2 * channels, 2 * channels, 2 * channels),
-        layers_per_block=2,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=None,
-        downsample_padding=0,
-        flip_sin_to_cos=False,
-        freq_shift=1,
-        norm_eps=1e-6,
-        norm_num_groups=num_groups,
-        act_fn="silu",
-        add_attention=True,
-        center_input_sample=False,
-        dropout=0.0,
-    ).eval()
+    """diffusers' network with every weight random, those that it sets to zero or one too."""
+    model = ddpm_cifar10(channels, num_groups)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.02 * torch.randn(parameter.shape)

@@ -1,0 +1,247 @@
+"""The training loop: one compiled step after another, and what is due every so many of them."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from etils import epath
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from experiments.harness import devices, diagnosis, pictures, settings, signals, steps
+from experiments.harness.checkpoints import Checkpoints
+from experiments.harness.errors import RunError
+from experiments.harness.feed import Feed
+from experiments.harness.metrics import MetricsLog
+from experiments.harness.progress import progress
+from experiments.harness.quick_bound import make_quick_bound
+from experiments.harness.sampling import Drawer, to_bytes
+from experiments.harness.settings import Problem
+from experiments.harness.signals import Interrupted
+from experiments.harness.speed import Compiled, Profile, Speed, flops
+from experiments.harness.state import TrainState, learning_rate
+
+
+class Clock:
+    """Seconds that training steps alone have taken since it was last read."""
+
+    def __init__(self):
+        self._seconds, self._steps, self._started = 0.0, 0, time.monotonic()
+
+    def tick(self, steps: int) -> None:
+        """Counts steps."""
+        self._steps += steps
+
+    @contextmanager
+    def paused(self, state: TrainState) -> Iterator[None]:
+        """Waits for the steps under way, then leaves out what happens inside."""
+        jax.block_until_ready(state.step)
+        self._seconds += time.monotonic() - self._started
+        yield
+        self._started = time.monotonic()
+
+    def read(self) -> tuple[int, float]:
+        """Steps, and seconds that they took; starts anew. To be called while paused."""
+        read = self._steps, self._seconds
+        self._seconds, self._steps = 0.0, 0
+        return read
+
+
+class Trainer:
+    """The loop, with what it does every so many steps.
+
+    Nothing in the loop waits for the device but the lines of the log, the checks on validation and
+    the sample grids.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: epath.PathLike,
+        problem: Problem,
+        optimizer: optax.GradientTransformation,
+        checkpoints: Checkpoints,
+        log: MetricsLog,
+    ):
+        self.config, self.workdir, self.problem = config, epath.Path(workdir), problem
+        self.optimizer, self.checkpoints, self.log = optimizer, checkpoints, log
+        self.mesh, self.several = devices.mesh(config), config.train.steps_per_dispatch
+        self.feed = Feed(config, self.mesh)
+        validation = settings.load_data(config, "validation")
+        self.quick_bound = make_quick_bound(config, problem, validation)
+        self.preview = Drawer(config, problem)
+        self.learning_rate = learning_rate(config.train)
+        self.profile, self.clock = Profile(config, workdir), Clock()
+        self.speed, self.compiling = Speed(config.train.batch_size), {}
+        self.asked_to_stop = devices.Agreed(self.mesh)
+
+    def run(self, state: TrainState, is_open: bool = False) -> TrainState:
+        """Steps to the end, first doing what is due after the state's own step if it is open.
+
+        A signal is only noted while there are steps to lose, and looked for between them.
+        """
+        first, last = int(state.step), self.config.train.num_steps
+        with (
+            progress(last, "train", "step", initial=first) as bar,
+            self.profile,
+            self.feed.start(first),
+        ):
+            if is_open:
+                self.do_what_is_due(state, first, bar)
+            if first < last:
+                state = self.first_step(state, bar)
+            with signals.deferred():
+                try:
+                    for step in range(first + self.several, last, self.several):
+                        self.do_what_is_due(state, step, bar)
+                        self.profile.before(step - first, state)
+                        state = self.train_step(state, *self.feed.next())
+                        self.clock.tick(self.several)
+                        bar.update(self.several)
+                    if first < last:
+                        self.do_what_is_due(state, last, bar)
+                except Interrupted as interrupted:
+                    raise self.stop(state, interrupted.number) from None
+                self.checkpoints.wait()
+        self.heed_signals(wait=True)
+        return state
+
+    def first_step(self, state: TrainState, bar: tqdm) -> TrainState:
+        """Compiles the step, and takes it: it is no measure of speed."""
+        bar.set_postfix_str("compiling")
+        make = steps.make_train_step
+        step = make(self.config, self.problem, self.optimizer, self.mesh, self.feed.streamed)
+        given = self.feed.next()
+        compiled = Compiled(step, state, *given)
+        self.train_step, self.compiling = compiled.call, {"compile_seconds": compiled.seconds}
+        self.speed = Speed.of(self.config, self.model_flops(compiled, state, given))
+        self.profile.before(0, state)
+        state = self.train_step(state, *given)
+        bar.set_postfix_str("")
+        bar.update(self.several)
+        with self.clock.paused(state):
+            self.clock.read()
+            self.feed.read_waited()
+        return state
+
+    def model_flops(self, compiled: Compiled, state: TrainState, given: Any) -> float | None:
+        """Operations of a step of the model: none is counted again that is only repeated.
+
+        Neither rematerialisation nor a loop over the parts of a batch changes what a step is.
+        """
+        of = self.config
+        if not of.model.remat and of.train.accumulate == 1:
+            return compiled.flops
+        plain = of.copy_and_resolve_references()
+        plain.model.remat, plain.train.accumulate = False, 1
+        step = steps.make_train_step(
+            plain, self.problem, self.optimizer, self.mesh, self.feed.streamed
+        )
+        return flops(step.lower(state, *given))
+
+    def do_what_is_due(self, state: TrainState, step: int, bar: tqdm) -> None:
+        """What belongs to the state after so many steps; raises Interrupted before or within it."""
+        self.heed_signals()
+        # The log before the checkpoint: what a checkpoint is of has been written down.
+        for setting, do in (
+            ("log_every", lambda: self.write_log(state, bar)),
+            ("sample_every", lambda: self.write_samples(state)),
+            ("checkpoint_every", lambda: self.save(state)),
+        ):
+            if self.is_due(setting, step):
+                with self.clock.paused(state):
+                    do()
+
+    def heed_signals(self, wait: bool = False) -> None:
+        """Raises Interrupted if a signal has been noted; by any process, soon after, in all."""
+        number = self.asked_to_stop(signals.noted(), wait)
+        if number:
+            raise Interrupted(number)
+
+    def stop(self, state: TrainState, number: int) -> Interrupted:
+        """Saves the state as it is, whatever is due after its step; says how to go on."""
+        self.stop_if_not_finite(state)
+        step = int(state.step)
+        self.checkpoints.save_interrupted(step, state)
+        told = f"step {step} is saved in {self.workdir}; the same command goes on from there"
+        return Interrupted(number, told)
+
+    def is_due(self, setting: str, done: int) -> bool:
+        """Whether this is done after so many steps; all of it is after the last."""
+        return done % self.config.train[setting] == 0 or done == self.config.train.num_steps
+
+    def write_log(self, state: TrainState, bar: tqdm) -> None:
+        """A line of means over the steps since the last one, and of how fast they were."""
+        self.checkpoints.check()
+        self.stop_if_not_finite(state)
+        step, window = int(state.step), jax.device_get(state.window)
+        num_steps = int(window.steps) or np.nan  # all may have been skipped
+        loss = float(window.loss / num_steps)
+        by_quartile = window.quartile_loss / np.maximum(window.quartile_count, 1)
+        may_skip = self.config.train.skip_nonfinite > 0
+        speed = self.speed.values(*self.clock.read(), self.feed.read_waited())
+        self.log.write(
+            step,
+            loss=loss,
+            grad_norm=float(window.grad_norm / num_steps),
+            learning_rate=float(self.learning_rate(step - 1)),
+            **{f"loss_quartile_{i + 1}": float(mean) for i, mean in enumerate(by_quartile)},
+            **({"skipped_steps": int(window.skipped_steps)} if may_skip else {}),
+            **speed,
+            **self.compiling,
+        )
+        self.compiling = {}
+        bar.set_postfix_str(f"loss {loss:.4f}{self.speed.line(speed)}")
+
+    def write_samples(self, state: TrainState) -> None:
+        """A grid of samples from the EMA weights, always of the same noise."""
+        step, n = int(state.step), self.config.sample.batch_size
+        params = self.averaged(state)
+        levels = self.problem.learned(params).schedule.levels(self.config.train.sample_timesteps)
+        with self.may_be_given_up():
+            made = self.preview(params, levels, n).x_0
+        grid = pictures.grid(to_bytes(self.problem, made))
+        pictures.save_png(self.workdir / "samples" / f"step_{step:08d}.png", grid)
+        self.log.image("samples", step, grid)
+
+    def save(self, state: TrainState) -> None:
+        """A quick bound on validation, and a checkpoint that remembers it."""
+        step = int(state.step)
+        self.stop_if_not_finite(state)
+        with self.may_be_given_up():
+            validation = self.quick_bound(self.averaged(state))
+        if not np.isfinite(validation):
+            raise RunError(
+                f"the bound on validation is {validation} at step {step}; it is not saved"
+            )
+        self.log.write(step, validation_bits_per_dim=validation)
+        tqdm.write(f"step {step}: validation bits/dim {validation:.4f}")
+        self.checkpoints.save(step, state, validation)
+
+    def averaged(self, state: TrainState) -> Any:
+        """The EMA weights, whole on every device."""
+        return devices.place(state.ema_params, devices.replicated(self.mesh))
+
+    def may_be_given_up(self) -> Any:
+        """Around what a signal may end: in one process alone, as several do the same or hang."""
+        return signals.raising() if jax.process_count() == 1 else nullcontext()
+
+    def stop_if_not_finite(self, state: TrainState) -> None:
+        """Raises RunError if a step was not finite and not to be skipped: the state's next one."""
+        bad_step = int(state.window.first_bad_step)
+        if bad_step < 0:
+            return
+        given = self.feed.of_step(bad_step - 1)
+        described = diagnosis.describe(self.config, self.problem, self.mesh, state, *given)
+        latest = self.checkpoints.latest_step()
+        kept = "no checkpoint was saved" if latest is None else f"step {latest} is the last saved"
+        skipped = int(state.window.skipped_steps)
+        kept += f" ({skipped} such steps were skipped before)" if skipped else ""
+        raise RunError(
+            f"{described}; {kept}; "
+            "try a lower config.train.learning_rate or config.train.gradient_clip"
+        )

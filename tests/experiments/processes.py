@@ -1,0 +1,190 @@
+"""Training steps on several devices, which `test_distributed` runs in processes of their own.
+
+    python -m tests.experiments.processes OUT.npz CASES [COORDINATOR NUM_PROCESSES PROCESS_ID]
+    python -m tests.experiments.processes resume WORKDIR FSDP NUM_STEPS
+    python -m tests.experiments.processes job WORKDIR STOP_AT COORDINATOR NUM_PROCESSES PROCESS_ID
+
+A case is the batch's way to the devices (held or streamed) and the size of the axis `fsdp`.
+"""
+
+import functools
+import itertools
+import signal
+import sys
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from experiments.harness import command_line, data, devices, loop, settings, steps
+from experiments.harness.checkpoints import Checkpoints
+from experiments.harness.state import TrainState, init_params, init_state, make_optimizer
+from tests.experiments import tiny
+
+NUM_STEPS = 50
+
+
+class Dense(nn.Module):
+    """Two layers over all pixels, with dropout, whose gain depends on the noise level."""
+
+    out_channels: int
+
+    def validate(self, image_shape):
+        del image_shape
+
+    @nn.compact
+    def __call__(self, x_t, log_snr, condition=None, *, train=False):
+        gain = 1 + nn.Dense(1, name="gain")(0.1 * log_snr[:, None])
+        y = nn.tanh(nn.Dense(64, name="in")(x_t.reshape(len(x_t), -1)) * gain)
+        y = nn.Dropout(0.1, deterministic=not train)(y)
+        pixels = x_t.shape[1:-1]
+        y = nn.Dense(np.prod(pixels) * self.out_channels, name="out")(y)
+        return y.reshape(len(x_t), *pixels, self.out_channels)
+
+
+settings.MODELS["dense"] = lambda config, schedule, out, classes: Dense(out)
+
+
+def config(**overrides: Any) -> ConfigDict:
+    return tiny.config(
+        "dense", **{"train__log_every": 1, "train__num_steps": NUM_STEPS} | overrides
+    )
+
+
+class Training:
+    """Steps of a config on a mesh."""
+
+    def __init__(self, config: ConfigDict, mesh: Mesh, streamed: bool = False, dtype: Any = None):
+        self.config, self.mesh, self.streamed = config, mesh, streamed
+        self.problem, self.optimizer = settings.build(config), make_optimizer(config.train)
+        self.dataset = settings.load_data(config, "train")
+        params = init_params(self.problem, config.seed)
+        params = jax.tree.map(lambda a: np.asarray(a, dtype), params)
+        self.shardings = steps.state_shardings(self.problem, self.optimizer, mesh)
+        self.state = devices.place(init_state(params, self.optimizer), self.shardings)
+        self.compiled = steps.make_train_step(config, self.problem, self.optimizer, mesh, streamed)
+
+    def batch(self, step: int) -> tuple[data.Examples, Any]:
+        """What the step after so many, or several steps, are given beside the state."""
+        several = self.config.train.steps_per_dispatch
+        size = self.config.train.batch_size
+        indices = np.stack(
+            [
+                data.batch_indices(self.config.seed, step + i, len(self.dataset.images), size)
+                for i in range(several)
+            ]
+        )
+        leading = int(several > 1)
+        indices = indices if leading else indices[0]
+        if self.streamed:
+            mine = indices[..., devices.local_part(size)]
+            examples = jax.tree.map(lambda of: of[mine], self.dataset.examples(slice(None)))
+            return devices.join_batch(examples, self.mesh, leading), None
+        examples = devices.place(self.dataset.examples(slice(None)), devices.replicated(self.mesh))
+        return examples, devices.place(indices, devices.split_batch(self.mesh, leading))
+
+    def step(self) -> TrainState:
+        self.state = self.compiled(self.state, *self.batch(int(self.state.step)))
+        return self.state
+
+    def gradients(self) -> Any:
+        """Of the step to come, on the host."""
+        compute = jax.jit(steps.make_gradients(self.config, self.problem, self.mesh))
+        return devices.gather(compute(self.state, *self.batch(int(self.state.step)))[1])
+
+
+def measured(streamed: bool, mesh: Mesh, numbers: dict[str, np.ndarray], name: str) -> None:
+    """Adds a case's first images and gradients in float32, and its losses in float64."""
+    training = Training(config(), mesh, streamed)
+    examples, indices = training.batch(0)
+    images = examples.images if streamed else jax.jit(lambda a, i: a[i])(examples.images, indices)
+    numbers[f"{name}/images"] = devices.gather(images)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(training.gradients())[0]:
+        numbers[f"{name}/gradient{jax.tree_util.keystr(path)}"] = leaf
+    with jax.enable_x64(True):
+        training = Training(config(), mesh, streamed, np.float64)
+        losses = [np.asarray(training.step().window.loss) for _ in range(NUM_STEPS)]
+        numbers[f"{name}/losses"] = np.array(losses)
+        assert numbers[f"{name}/losses"].dtype == np.float64
+        split = [a.sharding.spec for a in jax.tree.leaves(training.state.opt_state)]
+        assert any("fsdp" in spec for spec in split) == (mesh.shape["fsdp"] > 1)
+
+
+def main(out: str, cases: str, *processes: str) -> None:
+    """Measures the cases, and writes the numbers."""
+    if processes:
+        coordinator, num_processes, process_id = processes
+        devices.initialize(coordinator, int(num_processes), int(process_id))
+    numbers: dict[str, np.ndarray] = {}
+    for case in cases.split(","):
+        kind, fsdp = case.split("_")
+        mesh = devices.mesh(config(devices__fsdp=int(fsdp)))
+        measured(kind == "streamed", mesh, numbers, case)
+    if not processes:
+        one = Mesh(devices.mesh().devices[:1], devices.AXES)
+        measured(False, one, numbers, "one")
+    if devices.is_first():
+        np.savez(out, **numbers)
+    devices.wait_for_all("written")
+
+
+def resume(workdir: str, fsdp: int, num_steps: int) -> TrainState:
+    """Goes on from the checkpoint of a work directory for so many steps; saves and returns it."""
+    changed = config(devices__fsdp=fsdp)
+    training = Training(changed, devices.mesh(changed))
+    with Checkpoints(workdir) as checkpoints:
+        latest = checkpoints.latest_step()
+        if latest is not None:
+            like = steps.abstract_state(
+                changed, training.problem, training.optimizer, training.mesh
+            )
+            training.state = checkpoints.restore(latest, like)
+        for _ in range(num_steps):
+            training.step()
+        checkpoints.save(int(training.state.step), training.state)
+    return jax.block_until_ready(training.state)
+
+
+def job(workdir: str, stop_at: int, *processes: str) -> int:
+    """The main job with a streamed set, as `main.py` runs it; its exit status.
+
+    The second process gets a SIGTERM before the batch of step `stop_at`; of a negative one, none.
+    """
+    coordinator, num_processes, process_id = processes
+
+    def join():
+        devices.initialize(coordinator, int(num_processes), int(process_id))
+
+    if process_id == "1" and stop_at >= 0:
+        raise_signal = functools.partial(signal.raise_signal, signal.SIGTERM)
+        loop.Feed.next = _before(loop.Feed.next, stop_at, raise_signal)
+    return command_line.run("all", job_config(), workdir, (), join)
+
+
+def job_config() -> ConfigDict:
+    """Parameters in two parts each, batches streamed by a thread."""
+    return config(train__num_steps=12, devices__fsdp=2, data__stream="always", data__workers=0)
+
+
+def _before(method: Any, call: int, do: Any) -> Any:
+    """The method, with something done before so many calls have been made."""
+    calls = itertools.count()
+
+    def wrapped(*args):
+        if next(calls) == call:
+            do()
+        return method(*args)
+
+    return wrapped
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "resume":
+        resume(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    elif sys.argv[1] == "job":
+        sys.exit(job(sys.argv[2], int(sys.argv[3]), *sys.argv[4:]))
+    else:
+        main(*sys.argv[1:])
