@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import memory
 from experiments import all as main_job
 from experiments.harness import devices, settings, steps
 from experiments.harness.errors import ConfigError
@@ -266,6 +267,17 @@ def test_blocks_computed_again_have_the_same_gradients(full):
     again = unet_gradients(model__remat=True)
     assert jax.tree.structure(again) == jax.tree.structure(full)
     assert_close(again, full, 1e-5)
+
+
+def test_blocks_computed_again_keep_less_for_the_gradient():
+    """Their inputs, which for blocks of this kind are a small part of what they compute."""
+    sizes = {"model__unet__num_res_blocks": 3}
+    kept, again = (
+        memory.kept(tiny.config("unet", model__remat=remat, **sizes)) for remat in (False, True)
+    )
+    assert again < 0.25 * kept
+    half = memory.kept(tiny.config("unet", model__dtype="bfloat16", **sizes))
+    assert 0.4 * kept < half < 0.9 * kept
 
 
 def test_bfloat16_trains_float32_parameters_to_its_own_precision(full):
