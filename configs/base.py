@@ -179,7 +179,8 @@ def _train() -> dict:
 
 def _devices() -> dict:
     return {
-        # Over how many devices parameters and optimizer state are split; 1: each has all of them.
+        # Over how many devices parameters and optimizer state are split in training; 1: each has
+        # all of them. An evaluation or samples take the parameters, in float32, whole on each.
         "fsdp": 1,
     }
 

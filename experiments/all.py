@@ -8,7 +8,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from experiments import evaluate, sample, train
-from experiments.harness import settings
+from experiments.harness import devices, settings
 from experiments.harness.checkpoints import Checkpoints
 
 
@@ -57,4 +57,4 @@ def _is_sampled(config: ConfigDict, workdir: epath.PathLike) -> bool:
 def _step(workdir: epath.PathLike, which: str) -> int:
     """The step of the best or the latest checkpoint."""
     with Checkpoints(workdir, read_only=True) as checkpoints:
-        return checkpoints.choose(which)
+        return devices.of_first(checkpoints.choose(which))

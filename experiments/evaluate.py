@@ -159,9 +159,12 @@ def identity(
       workdir: holds the levels that samples step through, where their quality is asked for.
     """
     told = config.to_dict()
-    for section in ("train", "sample", "quality", "sigma", "variance", "spacing"):
+    others = ("train", "sample", "quality", "sigma", "variance", "spacing", "devices", "profile")
+    for section in others:
         del told[section]
-    del told["data"]["data_dir"]
+    for name in ("data_dir", "stream", "memory_limit_mb", "workers", "prefetch"):
+        del told["data"][name]
+    del told["model"]["dtype"], told["model"]["remat"]  # of training alone
     if config.evaluate.variance not in analytic.ANALYTIC:
         del told["analytic"]
     if not config.model.class_conditional:

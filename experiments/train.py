@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import optax
 from etils import epath
 from ml_collections import ConfigDict
@@ -19,7 +20,6 @@ from experiments.harness.metrics import MetricsLog
 from experiments.harness.settings import Problem
 from experiments.harness.state import (
     TrainState,
-    abstract_params,
     init_params,
     init_state,
     make_optimizer,
@@ -53,8 +53,10 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
     """
     check(config)
     problem, optimizer = settings.build(config), _optimizer(config)
+    source = settings.describe_data(config, "train")
     workdirs.check(config, workdir)
-    initial, starts = initial_params(config, problem, workdir), is_new(workdir)
+    workdirs.check_data(config, workdir, source)
+    load, starts = initial_params(config, problem, optimizer, workdir), is_new(workdir)
     workdirs.make(workdir)
     with (
         lock.held(workdir),
@@ -62,9 +64,10 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
     ):
         if starts:
             workdirs.forget_results(workdir)
-        state = restore_or_start(config, problem, optimizer, checkpoints, initial)
+        state = restore_or_start(config, problem, optimizer, checkpoints, load)
         step = int(state.step)
         workdirs.record(config, workdir, None if starts else step)
+        workdirs.record_data(workdir, source)
         is_open = step > 0 and checkpoints.was_interrupted(step)
         if step >= config.train.num_steps and not is_open:
             return state
@@ -117,15 +120,20 @@ def _optimizer(config: ConfigDict) -> optax.GradientTransformation:
     return make_optimizer(config.train, learns_schedule=config.schedule.name == "learned")
 
 
-def initial_params(config: ConfigDict, problem: Problem, workdir: epath.PathLike) -> Any:
-    """A function that makes the parameters of step 0: random, or another run's EMA weights."""
+def initial_params(
+    config: ConfigDict,
+    problem: Problem,
+    optimizer: optax.GradientTransformation,
+    workdir: epath.PathLike,
+) -> Callable[[], Any] | None:
+    """Loads another run's EMA weights as the parameters of step 0; None where they are random."""
     source = config.train.init_from
     if not source:
-        return lambda: init_params(problem, config.seed)
+        return None
+    like = steps.abstract_state(config, problem, optimizer, devices.mesh(config)).params
 
     def load():
-        setting = "config.train.init_from"
-        return load_ema(source, "best", abstract_params(problem), setting=setting)[0]
+        return load_ema(source, "best", like, setting="config.train.init_from")[0]
 
     if not is_new(workdir):
         return load  # for nothing, unless all checkpoints turn out to be damaged
@@ -138,9 +146,9 @@ def restore_or_start(
     problem: Problem,
     optimizer: optax.GradientTransformation,
     checkpoints: Checkpoints,
-    initial: Callable[[], Any],
+    load: Callable[[], Any] | None,
 ) -> TrainState:
-    """The state of the latest checkpoint that is good, or of step 0, on every device."""
+    """The state of the latest checkpoint that is good, or of step 0, laid out on the devices."""
     mesh = devices.mesh(config)
     if checkpoints.latest_step() is not None:
         like = steps.abstract_state(config, problem, optimizer, mesh)
@@ -156,5 +164,28 @@ def restore_or_start(
                 tqdm.write(f"resuming from step {step} of {config.train.num_steps}")
             return state
         tqdm.write("no checkpoint is left: starting anew")
-    state = init_state(initial(), optimizer, init_history(config, problem))
-    return devices.place(state, steps.state_shardings(problem, optimizer, mesh))
+    return first_state(config, problem, optimizer, load)
+
+
+def first_state(
+    config: ConfigDict,
+    problem: Problem,
+    optimizer: optax.GradientTransformation,
+    load: Callable[[], Any] | None = None,
+) -> TrainState:
+    """The state of step 0. Each device makes its own part of it, and never has all.
+
+    Args:
+      config: the config.
+      problem: the mathematics it names.
+      optimizer: whose state it has.
+      load: makes the parameters, on the devices; None for random ones.
+    """
+    shardings = steps.state_shardings(problem, optimizer, devices.mesh(config))
+
+    def start(params):
+        return init_state(params, optimizer, init_history(config, problem))
+
+    if load is None:
+        return jax.jit(lambda: start(init_params(problem, config.seed)), out_shardings=shardings)()
+    return jax.jit(start, out_shardings=shardings)(load())

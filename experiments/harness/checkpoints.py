@@ -134,7 +134,7 @@ class Checkpoints:
         self.wait()
         directory = self._workdir / _INTERRUPTED
         directory.mkdir(exist_ok=True)
-        with self._writing(step):
+        with self._writing(step, directory):
             manager = stored.open_manager(directory, keep_last=1)
             try:
                 stored.start_save(manager, step, state, {})
@@ -334,16 +334,19 @@ class Checkpoints:
             raise RuntimeError(f"{self._name} was opened with read_only=True: it cannot save")
 
     @contextmanager
-    def _writing(self, step: int) -> Iterator[None]:
+    def _writing(self, step: int, directory: epath.Path | None = None) -> Iterator[None]:
         """An error of the body as one line."""
+        directory = directory or self._directory
         try:
             yield
         except Exception as error:
-            earlier = [s for s in stored.complete_steps(self._directory) if s != step]
+            places = {self._directory, directory}
+            complete = {s for place in places for s in stored.complete_steps(place)}
+            earlier = complete - {step}
             kept = f"those up to step {max(earlier)} are intact" if earlier else "there is no other"
             raise RunError(
                 f"{self._name}: the checkpoint at step {step} could not be written to "
-                f"{self._directory} ({_short(error)}); {kept}; once it can, the same command goes "
+                f"{directory} ({_short(error)}); {kept}; once it can, the same command goes "
                 "on from there"
             ) from error
 
@@ -394,6 +397,12 @@ def load_ema(
       ConfigError: for a directory without good checkpoints, or of another architecture.
     """
     with Checkpoints(workdir, read_only=True, setting=setting) as checkpoints:
+        if jax.process_count() > 1:  # while training goes on each would see others
+            chosen = checkpoints.choose(which) if devices.is_first() else None
+            step = devices.of_first(-1 if chosen is None else chosen)
+            if step < 0:
+                raise _none_good(setting, workdir)
+            return checkpoints.restore_part(step, "ema_params", like), step
 
         def read(step: int) -> tuple[Any, int]:
             return checkpoints.restore_part(step, "ema_params", like), step
@@ -408,7 +417,11 @@ def load_ema(
             if found is not None:
                 return found
             break
-        raise ConfigError(f"{setting}={workdir} holds no checkpoint that is not damaged")
+        raise _none_good(setting, workdir)
+
+
+def _none_good(setting: str, workdir: epath.PathLike) -> ConfigError:
+    return ConfigError(f"{setting}={workdir} holds no checkpoint that is not damaged")
 
 
 def _remove(directory: epath.Path) -> None:

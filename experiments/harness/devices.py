@@ -68,6 +68,18 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def is_one_of_several() -> bool:
+    """Whether other processes run together with this one; starts no device."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def of_first(number: int) -> int:
+    """The first process's number, in all of them: what one has looked up for all."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
 def wait_for_all(name: str) -> None:
     """Returns once every process is here: before one reads what the first has written."""
     if jax.process_count() > 1:

@@ -1,5 +1,6 @@
 """One training run in a work directory at a time."""
 
+import errno
 import fcntl
 import json
 import os
@@ -14,6 +15,7 @@ from experiments.harness import devices
 from experiments.harness.errors import ConfigError
 
 _FILE = "training.lock"
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @contextmanager
@@ -23,7 +25,7 @@ def held(workdir: epath.PathLike) -> Iterator[None]:
     Where there are no locks, as in a bucket, it says so and goes on.
 
     Raises:
-      ConfigError: if another run holds the directory.
+      ConfigError: if another run holds the directory, or it can't be written.
     """
     path = epath.Path(workdir) / _FILE
     file, is_refused = None, False
@@ -35,6 +37,10 @@ def held(workdir: epath.PathLike) -> Iterator[None]:
         except BlockingIOError:
             is_refused = True
         except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise ConfigError(
+                    f"workdir={workdir}: {_FILE} cannot be written ({error.strerror})"
+                ) from error
             _warn(workdir, f"a file system without locks: {error.strerror}")
     if devices.in_any(is_refused):
         raise ConfigError(

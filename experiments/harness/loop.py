@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from experiments.harness import devices, diagnosis, pictures, settings, signals, steps
 from experiments.harness.checkpoints import Checkpoints
-from experiments.harness.errors import RunError
+from experiments.harness.errors import ConfigError, RunError
 from experiments.harness.feed import Feed
 from experiments.harness.metrics import MetricsLog
 from experiments.harness.progress import progress
@@ -99,7 +99,7 @@ class Trainer:
                     for step in range(first + self.several, last, self.several):
                         self.do_what_is_due(state, step, bar)
                         self.profile.before(step - first, state)
-                        state = self.train_step(state, *self.feed.next())
+                        state = self.train_step(state, *self.next_batch(state))
                         self.clock.tick(self.several)
                         bar.update(self.several)
                     if first < last:
@@ -156,11 +156,27 @@ class Trainer:
                 with self.clock.paused(state):
                     do()
 
+    def next_batch(self, state: TrainState) -> Any:
+        """What the step is given; where it can't be read, the state is saved before it is said."""
+        try:
+            return self.feed.next()
+        except (ConfigError, RunError) as error:
+            if jax.process_count() > 1:  # the others know nothing of it
+                raise
+            step = int(state.step)
+            self.stop_if_not_finite(state)
+            self.checkpoints.save_interrupted(step, state)
+            raise RunError(
+                f"{error}; step {step} is saved in {self.workdir}, and the same command goes on "
+                "from there (without the same images the batches would be others: that needs "
+                "config.train.allow_changes=('data.',))"
+            ) from error
+
     def heed_signals(self, wait: bool = False) -> None:
         """Raises Interrupted if a signal has been noted; by any process, soon after, in all."""
         number = self.asked_to_stop(signals.noted(), wait)
         if number:
-            raise Interrupted(number)
+            raise Interrupted(number, by_all=True)
 
     def stop(self, state: TrainState, number: int) -> Interrupted:
         """Saves the state as it is, whatever is due after its step; says how to go on."""
@@ -168,7 +184,7 @@ class Trainer:
         step = int(state.step)
         self.checkpoints.save_interrupted(step, state)
         told = f"step {step} is saved in {self.workdir}; the same command goes on from there"
-        return Interrupted(number, told)
+        return Interrupted(number, told, by_all=True)
 
     def is_due(self, setting: str, done: int) -> bool:
         """Whether this is done after so many steps; all of it is after the last."""
@@ -188,7 +204,8 @@ class Trainer:
             step,
             loss=loss,
             grad_norm=float(window.grad_norm / num_steps),
-            learning_rate=float(self.learning_rate(step - 1)),
+            # The optimizer does not count what was skipped.
+            learning_rate=float(self.learning_rate(step - 1 - int(window.skipped_steps))),
             **{f"loss_quartile_{i + 1}": float(mean) for i, mean in enumerate(by_quartile)},
             **({"skipped_steps": int(window.skipped_steps)} if may_skip else {}),
             **speed,

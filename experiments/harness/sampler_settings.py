@@ -118,6 +118,7 @@ def decides(
     if of["corrector"]["num_steps"]:
         names.append("corrector")
     kept = {name: told[name] for name in ("seed", "model", "schedule")}
+    del kept["model"]["dtype"], kept["model"]["remat"]  # of training alone
     kept["data"], kept["scaling"] = told["data"]["name"], told["decoder"]["scaling"]
     if "ancestral" in used:
         names.append("variance")

@@ -20,10 +20,11 @@ class Interrupted(KeyboardInterrupt):
 
     Attributes:
       status: the exit status that a shell gives to what a signal ended, 128 + its number.
+      by_all: whether all processes that run together raise it.
     """
 
-    def __init__(self, number: int, message: str | None = None):
-        self.number, self.status = number, 128 + number
+    def __init__(self, number: int, message: str | None = None, by_all: bool = False):
+        self.number, self.status, self.by_all = number, 128 + number, by_all
         name = signal.Signals(number).name
         told = "the same command goes on from the last checkpoint" if message is None else message
         super().__init__(f"interrupted by {name}; {told}")

@@ -77,7 +77,7 @@ def peak_memory() -> int | None:
 
 
 def check(config: ConfigDict) -> None:
-    """Raises ConfigError for a profile of no steps that there are."""
+    """Raises ConfigError for a profile of negative steps."""
     for name in ("first_step", "num_steps"):
         settings.check_setting(config, f"profile.{name}", lambda n: n >= 0, "it can't be negative")
 
@@ -160,6 +160,11 @@ class Profile:
     def __exit__(self, *_: object) -> None:
         if self._is_on:
             self._stop()
+        elif not self._is_over:
+            tqdm.write(
+                f"no step was traced: the run took less than config.profile.first_step = "
+                f"{self._first} of them"
+            )
 
     def before(self, step: int, state: Any) -> None:
         """Starts or ends the trace where it is time to; then it waits for the steps under way.

@@ -12,11 +12,13 @@ from ml_collections import ConfigDict
 
 from diffusion.variances import VARIANCES
 from experiments.harness.checkpoints import is_new
+from experiments.harness.datasets.source import Source
 from experiments.harness.errors import ConfigError
 from experiments.harness.metrics import append_jsonl, write_json
 
 CONFIG_FILE = "config.json"
 CHANGES_FILE = "config_changes.jsonl"
+DATA_FILE = "data.json"
 
 # What may change between a run and its resumption: nothing that the trained parameters depend on.
 HARMLESS = (
@@ -71,6 +73,38 @@ def check(config: ConfigDict, workdir: epath.PathLike) -> None:
                 f"workdir={workdir} holds a run of another config: {'; '.join(changed)}; "
                 "use the same settings to resume it, or another workdir"
             )
+
+
+def check_data(config: ConfigDict, workdir: epath.PathLike, source: Source) -> None:
+    """Raises ConfigError if the training set is of another size than at the run's beginning.
+
+    Every batch depends on that: it is drawn from a permutation of the whole set.
+    """
+    now, then = _described(source), _recorded_data(workdir)
+    is_allowed = _is_named("data.data_dir", tuple(config.train.allow_changes))
+    if then not in (None, now) and not is_allowed and not is_new(workdir):
+        raise ConfigError(
+            f"workdir={workdir} holds a run on {then['num_examples']} images of shape "
+            f"{tuple(then['image_shape'])}; config.data now has {now['num_examples']} of shape "
+            f"{tuple(now['image_shape'])}, and the batches would be others; use the same data or "
+            "another workdir, or allow it by config.train.allow_changes=('data.',)"
+        )
+
+
+def record_data(workdir: epath.PathLike, source: Source) -> None:
+    """Writes the size of the training set to data.json."""
+    now = _described(source)
+    if _recorded_data(workdir) != now:
+        write_json(epath.Path(workdir) / DATA_FILE, now)
+
+
+def _recorded_data(workdir: epath.PathLike) -> dict[str, Any] | None:
+    path = epath.Path(workdir) / DATA_FILE
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _described(source: Source) -> dict[str, Any]:
+    return {"num_examples": source.num_examples, "image_shape": list(source.image_shape)}
 
 
 def check_names(config: ConfigDict, setting: str) -> None:

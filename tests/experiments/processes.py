@@ -2,7 +2,7 @@
 
     python -m tests.experiments.processes OUT.npz CASES [COORDINATOR NUM_PROCESSES PROCESS_ID]
     python -m tests.experiments.processes resume WORKDIR FSDP NUM_STEPS
-    python -m tests.experiments.processes job WORKDIR STOP_AT COORDINATOR NUM_PROCESSES PROCESS_ID
+    python -m tests.experiments.processes job WORKDIR WHAT COORDINATOR NUM_PROCESSES PROCESS_ID
 
 A case is the batch's way to the devices (held or streamed) and the size of the axis `fsdp`.
 """
@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from experiments.harness import command_line, data, devices, loop, settings, steps
 from experiments.harness.checkpoints import Checkpoints
+from experiments.harness.errors import ConfigError
 from experiments.harness.state import TrainState, init_params, init_state, make_optimizer
 from tests.experiments import tiny
 
@@ -148,19 +149,22 @@ def resume(workdir: str, fsdp: int, num_steps: int) -> TrainState:
     return jax.block_until_ready(training.state)
 
 
-def job(workdir: str, stop_at: int, *processes: str) -> int:
+def job(workdir: str, what: str, *processes: str) -> int:
     """The main job with a streamed set, as `main.py` runs it; its exit status.
 
-    The second process gets a SIGTERM before the batch of step `stop_at`; of a negative one, none.
+    The second process gets a SIGTERM before the sixth batch, or can't read it, or neither.
     """
     coordinator, num_processes, process_id = processes
 
     def join():
         devices.initialize(coordinator, int(num_processes), int(process_id))
 
-    if process_id == "1" and stop_at >= 0:
-        raise_signal = functools.partial(signal.raise_signal, signal.SIGTERM)
-        loop.Feed.next = _before(loop.Feed.next, stop_at, raise_signal)
+    def fail():
+        raise ConfigError("a.png cannot be read")
+
+    happens = {"stop": functools.partial(signal.raise_signal, signal.SIGTERM), "fail": fail}
+    if process_id == "1" and what in happens:
+        loop.Feed.next = _before(loop.Feed.next, 5, happens[what])
     return command_line.run("all", job_config(), workdir, (), join)
 
 
@@ -185,6 +189,6 @@ if __name__ == "__main__":
     if sys.argv[1] == "resume":
         resume(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
     elif sys.argv[1] == "job":
-        sys.exit(job(sys.argv[2], int(sys.argv[3]), *sys.argv[4:]))
+        sys.exit(job(*sys.argv[2:]))
     else:
         main(*sys.argv[1:])

@@ -319,3 +319,10 @@ def test_settings_that_have_no_meaning(options, setting, tmp_path):
     with pytest.raises(ConfigError) as error:
         load_folder(tmp_path, "train", **options)
     assert f"config.data.{setting}" in one_line(error)
+
+
+def test_an_image_too_large_to_be_safe_is_named(tmp_path, monkeypatch):
+    save(tmp_path / "test" / "large.png", random_image(0))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(ConfigError, match=r"large\.png: it is too large"):
+        load_folder(tmp_path, "test")

@@ -100,22 +100,29 @@ def test_a_run_goes_on_from_eight_devices_to_one_and_back(tmp_path, quick_compil
 
 
 def test_two_processes_run_the_job_stop_and_go_on_as_one(tmp_path, quick_compiles):
-    """A signal to one of them stops both; every file is written once, and all is as one does it."""
+    """A signal to one of them stops both, and so does what only one cannot read.
 
-    def both(stop_at):
+    Every file is written once, and all is as one process does it.
+    """
+
+    def both(what):
         address = free_address()
         running = [
-            start(quick_compiles, 2, "job", tmp_path / "two", stop_at, address, 2, i)
-            for i in range(2)
+            start(quick_compiles, 2, "job", tmp_path / "two", what, address, 2, i) for i in range(2)
         ]
-        ended = [(process.communicate()[0], process.returncode) for process in running]
-        assert {status for _, status in ended} == {0 if stop_at < 0 else 143}, ended
-        return [output for output, _ in ended]
+        outputs = [process.communicate(timeout=300)[0] for process in running]
+        return outputs, [process.returncode for process in running]
 
-    stopped = both(stop_at=5)
-    assert all("is saved in" in output for output in stopped)
+    outputs, statuses = both("fail")
+    assert statuses[1] == 2
+    assert statuses[0] != 0
+    assert "error: a.png cannot be read" in outputs[1]
+    outputs, statuses = both("stop")
+    assert statuses == [143, 143], outputs
+    assert all("is saved in" in output for output in outputs)
     assert (tmp_path / "two" / "interrupted").exists()
-    outputs = both(stop_at=-1)
+    outputs, statuses = both("go on")
+    assert statuses == [0, 0], outputs
     assert ["test bits/dim" in output for output in outputs] == [True, False]
     alone = processes.job_config()
     alone.devices.fsdp = 1

@@ -81,6 +81,13 @@ def test_where_steps_go_by_tens_a_trace_is_of_the_first_ten_that_are_due(tmp_pat
     assert started == [str(tmp_path / "profile"), "stopped"]
 
 
+def test_a_run_that_ends_before_its_trace_says_so(tmp_path, capsys):
+    with speed.Profile(tiny.config(profile__first_step=9, profile__num_steps=1), tmp_path) as of:
+        of.before(0, jnp.zeros(()))
+    assert "config.profile.first_step = 9" in capsys.readouterr().out
+    assert not (tmp_path / "profile").exists()
+
+
 def test_a_trace_is_written(tmp_path):
     config = tiny.config(profile__first_step=0, profile__num_steps=1)
     with speed.Profile(config, tmp_path) as profile:

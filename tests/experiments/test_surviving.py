@@ -22,6 +22,7 @@ from experiments.harness import workdir as workdirs
 from experiments.harness.checkpoints import Checkpoints, DamagedError, load_ema
 from experiments.harness.errors import ConfigError, RunError
 from experiments.harness.metrics import MetricsLog
+from experiments.harness.state import learning_rate
 from experiments.train import train
 from tests.experiments import tiny
 from tests.stress import kill
@@ -44,7 +45,8 @@ def assert_ends_as(uninterrupted, workdir):
     assert tiny.metrics(workdir) == tiny.metrics(whole)
     assert tiny.saved_steps(workdir) == tiny.saved_steps(whole)
     assert tiny.best_step(workdir) == tiny.best_step(whole)
-    names = {"checkpoints", "config.json", "metrics.jsonl", "samples", "damaged_checkpoints"}
+    names = {"checkpoints", "config.json", "data.json", "metrics.jsonl", "samples"}
+    names.add("damaged_checkpoints")
     assert {p.name for p in workdir.iterdir() if "tfevents" not in p.name} <= names
 
 
@@ -475,6 +477,16 @@ def test_without_locks_there_is_a_warning(tmp_path, monkeypatch, capsys):
     assert all(line.startswith("warning: workdir=") for line in told)
 
 
+def test_a_lock_of_somebody_else_is_no_missing_lock(tmp_path, monkeypatch):
+    def fail(*_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(lock.fcntl, "flock", fail)
+    refused = pytest.raises(ConfigError, match=r"training\.lock cannot be written \(Permission")
+    with refused, lock.held(tmp_path):
+        pass
+
+
 def test_a_run_in_training_is_evaluated(uninterrupted, tmp_path):
     workdir = tiny.copy(uninterrupted[1], tmp_path)
     like = tiny.state_of(uninterrupted[0]).ema_params
@@ -507,6 +519,10 @@ def test_bad_steps_may_be_skipped_up_to_a_limit(tmp_path, monkeypatch):
     lines = [line for line in tiny.metrics(tmp_path / "a") if "loss" in line]
     assert [line["skipped_steps"] for line in lines] == [0, 1, 1, 2, 2, 2]
     assert all(np.isfinite(line["loss"]) for line in lines)
+    # The rate that was used: the optimizer has not counted the skipped steps.
+    rates = [line["learning_rate"] for line in lines]
+    expected = learning_rate(config.train)
+    assert rates == [float(expected(t)) for t in (1, 2, 4, 5, 7, 9)]
     # Counted in the state: a run that goes on from step 4 has one left.
     bad_batches(monkeypatch, config, 3, 7, 9)
     with pytest.raises(
@@ -575,6 +591,31 @@ def test_a_change_that_is_allowed_by_name_is_recorded(tmp_path):
         ConfigError, match=r"which is no setting; did you mean train\.learning_rate"
     ):
         train(tiny.config(**changed, train__allow_changes=("train.learning_rat",)), tmp_path)
+
+
+def test_other_data_are_refused_and_allowed_by_name(tmp_path):
+    """Of the same shape and another number: every batch would be another."""
+    config, source = tiny.config(), settings.describe_data(tiny.config(), "train")
+    tiny.save(tmp_path, {4: (tiny.state_of(config), 1.0)})
+    workdirs.record_data(tmp_path, source)
+    workdirs.check_data(config, tmp_path, source)
+    fewer = source._replace(num_examples=source.num_examples - 1)
+    with pytest.raises(ConfigError, match=r"a run on 1000 images .* now has 999"):
+        workdirs.check_data(config, tmp_path, fewer)
+    workdirs.check_data(tiny.config(train__allow_changes=("data.",)), tmp_path, fewer)
+
+
+def test_an_image_that_cannot_be_read_loses_no_step(uninterrupted, tmp_path, monkeypatch):
+    """The state before it is saved; once it can, the run goes on and ends as if it always could."""
+
+    def fail():
+        raise ConfigError("a.png cannot be read")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "batch_indices", tiny.Interruption(7, data.batch_indices, fail))
+        with pytest.raises(RunError, match=r"a\.png cannot be read; step 7 is saved"):
+            train(uninterrupted[0], tmp_path)
+    assert_ends_as(uninterrupted, tmp_path)
 
 
 # All of it, at random.

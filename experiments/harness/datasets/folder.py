@@ -55,7 +55,7 @@ class Images:
         try:
             return decode(path, self.size, self.channels), label
         except UnusableImage as error:
-            remedy = "convert it to opaque 8-bit pixels, or remove it"
+            remedy = "convert it to opaque 8-bit pixels of a moderate size, or remove it"
             raise ConfigError(f"{path}: {error}; {remedy}") from error
         except CORRUPT as error:
             reason = " ".join(str(error).split())

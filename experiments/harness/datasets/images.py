@@ -27,11 +27,15 @@ def decode(path: Path, size: int, channels: int) -> UInt8[np.ndarray, "size size
 
     Raises:
       OSError: if the file is damaged. Pillow raises others besides: see `CORRUPT`.
-      UnusableImage: if it has 16 bits or transparent pixels.
+      UnusableImage: if it has 16 bits, transparent pixels, or more of them than is safe to decode.
     """
     from PIL import Image, ImageOps
 
-    with Image.open(path) as image:
+    try:
+        image = Image.open(path)
+    except Image.DecompressionBombError as error:
+        raise UnusableImage(f"it is too large ({error})") from error
+    with image:
         if image.mode not in _MODES or _is_16_bit(path, image):
             raise UnusableImage(f"it has more than 8 bits a channel (mode {image.mode})")
         image.load()
