@@ -22,7 +22,7 @@ from experiments.harness import (
 )
 from experiments.harness import workdir as workdirs
 from experiments.harness.allocate import Estimator
-from experiments.harness.checkpoints import CHECKPOINTS, load_ema
+from experiments.harness.checkpoints import CHECKPOINTS
 from experiments.harness.errors import ConfigError
 from experiments.harness.estimates import ESTIMATES, allocate, allocated_summary
 from experiments.harness.metrics import append_jsonl, write_json, write_npz
@@ -31,6 +31,7 @@ from experiments.harness.sampler_settings import decides
 from experiments.harness.sampling import Trained
 from experiments.harness.settings import Problem
 from experiments.harness.state import abstract_params
+from experiments.harness.weights import load_ema
 
 RESULT_FILE = "evaluation.json"
 

@@ -20,12 +20,13 @@ from experiments.harness import (
     sweep,
 )
 from experiments.harness import workdir as workdirs
-from experiments.harness.checkpoints import CHECKPOINTS, load_ema
+from experiments.harness.checkpoints import CHECKPOINTS
 from experiments.harness.metrics import write_npz
 from experiments.harness.sampling import Drawer, Trained, to_bytes
 from experiments.harness.seeds import stream
 from experiments.harness.settings import Problem
 from experiments.harness.state import abstract_params
+from experiments.harness.weights import load_ema
 
 EXTRAS = {
     "inpaint": edits.inpaint,

@@ -11,10 +11,10 @@ from ml_collections import ConfigDict
 from diffusion.variances import VARIANCES
 from experiments.harness import analytic, paired, settings
 from experiments.harness import workdir as workdirs
-from experiments.harness.checkpoints import load_ema
 from experiments.harness.metrics import write_json
 from experiments.harness.paired import Choice, Entry
 from experiments.harness.state import abstract_params
+from experiments.harness.weights import load_ema
 
 REFERENCE = "beta_tilde"  # what the others are compared with
 

@@ -14,11 +14,11 @@ from diffusion.schedules import Levels
 from diffusion.spacing import SPACINGS
 from experiments.harness import analytic, optimal_steps, paired, settings
 from experiments.harness import workdir as workdirs
-from experiments.harness.checkpoints import load_ema
 from experiments.harness.metrics import write_json
 from experiments.harness.paired import Choice, Entry
 from experiments.harness.settings import Problem
 from experiments.harness.state import abstract_params
+from experiments.harness.weights import load_ema
 
 REFERENCE = "uniform"  # what the others are compared with
 OPTIMAL = "bound_optimal"

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from experiments.harness import devices, lock, sampler_settings, settings, speed, steps
 from experiments.harness import workdir as workdirs
-from experiments.harness.checkpoints import Checkpoints, is_new, load_ema
+from experiments.harness.checkpoints import Checkpoints, is_new
 from experiments.harness.errors import ConfigError
 from experiments.harness.loader import is_streamed
 from experiments.harness.loop import Trainer
@@ -24,6 +24,7 @@ from experiments.harness.state import (
     init_state,
     make_optimizer,
 )
+from experiments.harness.weights import load_ema
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:

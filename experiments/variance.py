@@ -20,11 +20,12 @@ from diffusion.variances import beta_tilde
 from experiments.harness import data, devices, estimates, measure, pictures, settings
 from experiments.harness import workdir as workdirs
 from experiments.harness.allocate import Estimator, allocated_bound, fit_control
-from experiments.harness.checkpoints import CHECKPOINTS, load_ema
+from experiments.harness.checkpoints import CHECKPOINTS
 from experiments.harness.metrics import write_json
 from experiments.harness.seeds import stream
 from experiments.harness.settings import Problem
 from experiments.harness.state import abstract_params
+from experiments.harness.weights import load_ema
 
 GOAL = 0.001  # bits/dim: the error whose cost is told
 

@@ -18,7 +18,7 @@ from experiments.harness.errors import ConfigError, RunError
 from experiments.train import train
 from tests.experiments import tiny
 
-pytest_plugins = ["tests.experiments.tiny"]
+pytest_plugins = ["tests.experiments.tiny", "tests.experiments.faults"]
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
@@ -37,13 +37,6 @@ def train_until(config, workdir, step):
         interrupt_at(monkeypatch, step)
         with pytest.raises(KeyboardInterrupt):
             train(config, workdir)
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, quick_compiles):
-    """Twelve steps of the convolution: config, work directory, final state."""
-    workdir = tmp_path_factory.mktemp("uninterrupted")
-    return tiny.config(), workdir, train(tiny.config(), workdir)
 
 
 # Resuming.
