@@ -5,6 +5,8 @@ Nothing forces a platform, so the same tests run on a CPU and on a GPU.
 
 import os
 import pathlib
+import sys
+from collections.abc import Iterator
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 # Bounds are computed with full-precision matrix products; a GPU's default is TensorFloat-32.
@@ -29,3 +31,15 @@ def float64():
     """Double precision on the device, for identities that must hold to rounding."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="module")
+def quick_compiles() -> Iterator[dict[str, str]]:
+    """Programs compiled in a hurry: optimising them would take longer than all that they run.
+
+    The value is the environment in which another process compiles the very same programs.
+    """
+    jax.config.update("jax_disable_most_optimizations", True)
+    path = os.pathsep.join(sys.path)
+    yield os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": path}
+    jax.config.update("jax_disable_most_optimizations", False)

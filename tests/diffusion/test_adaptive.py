@@ -12,6 +12,8 @@ from diffusion.reverse import Reverse
 from diffusion.schedules import Step
 from tests.diffusion import problems
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 VARIANCES = np.array([2.0, 1.0, 0.5, 0.1])
 NORMAL = exact.NormalData(np.full(4, 0.3), np.diag(VARIANCES))
 X = np.random.default_rng(0).normal(size=(7, 4))

@@ -13,6 +13,8 @@ from diffusion.reverse import Reverse
 from tests.diffusion import oracles, problems
 from tests.diffusion.oracles import needs_long_double
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 BOTH = ["beta_tilde", "beta"]
 
 

@@ -7,6 +7,8 @@ from diffusion import bound, decoders, schedules
 from diffusion.chain import LinearGaussianChain
 from tests.diffusion import oracles, problems
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 DECODER_VARIANCE = 0.05
 X_0 = {
     "one coordinate": np.array([[0.8], [-1.7]]),

@@ -9,6 +9,8 @@ from diffusion.reverse import Reverse
 from diffusion.schedules import Schedule
 from tests.diffusion import oracles, problems
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 CURVED = Schedule(10 - 20 * np.linspace(0, 1, 200) ** 1.7)
 
 

@@ -9,6 +9,8 @@ from diffusion.control import GaussianControl
 from diffusion.reverse import Reverse
 from tests.diffusion import oracles
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 @pytest.mark.parametrize("log_snr", [-20.0, -3.0, 0.0, 4.0, 20.0])
 def test_mean_over_the_noise_is_zero_for_every_x_0(log_snr):

@@ -10,6 +10,8 @@ from diffusion.dequantization import noise_dequantization, uniform_dequantizatio
 from diffusion.likelihood import Adaptive, FixedGrid
 from tests.diffusion import problems
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 QUANTIZATION = decoders.Quantization(5)
 LEVELS = schedules.linear_log_snr(4.0, -12.0).levels(3)
 UNIT_NODES, UNIT_WEIGHTS = np.polynomial.legendre.leggauss(40)

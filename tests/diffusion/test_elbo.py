@@ -9,6 +9,8 @@ from diffusion import bound, decoders, exact, forward, schedules
 from diffusion.gaussian import Gaussian
 from tests.diffusion import oracles, problems
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 BOTH = ["beta_tilde", "beta"]
 
 

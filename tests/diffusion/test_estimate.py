@@ -8,6 +8,8 @@ from diffusion import bound, decoders, exact, schedules
 from diffusion.estimate import bits_per_dim, estimate, noise_variance, replicate_timesteps
 from tests.diffusion import problems
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 def test_bits_per_dim():
     np.testing.assert_allclose(bits_per_dim(np.log(2) * np.array([3.0, 6.0]), 3), [1, 2])

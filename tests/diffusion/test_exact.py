@@ -14,6 +14,8 @@ from diffusion.exact import DiscreteData, MixtureData, NormalData
 from tests.diffusion import oracles, problems
 from tests.diffusion.problems import DISCRETE, NORMAL
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 MIXTURE = problems.mixture(4, 3)
 DATA = {"normal": NORMAL, "mixture": MIXTURE, "discrete": DISCRETE}
 LOG_SNR = np.linspace(-20, 20, 81)

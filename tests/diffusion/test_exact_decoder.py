@@ -9,6 +9,8 @@ from diffusion import bound, schedules
 from tests.diffusion import oracles, problems
 from tests.diffusion.problems import DISCRETE, NORMAL
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 def levels_at(log_snr):
     """One noisy level."""

@@ -9,6 +9,8 @@ from diffusion import exact, guidance, samplers, sampling, schedules
 from diffusion.reverse import PARAMETERIZATIONS, Reverse, convert
 from tests.diffusion import problems
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 NAMES = list(PARAMETERIZATIONS)
 WEIGHTS = np.array([0.3, 0.7])
 CLASSES = exact.MixtureData(

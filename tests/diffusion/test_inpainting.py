@@ -12,6 +12,8 @@ from diffusion.sampling import Sampler
 from tests.diffusion import oracles, problems
 from tests.diffusion.test_langevin import linear_moments
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 CORRELATED = exact.NormalData(np.array([0.2, -0.1]), np.array([[1.0, 0.8], [0.8, 1.5]]))
 INDEPENDENT = exact.NormalData(np.array([0.2, -0.1]), np.diag([1.0, 0.3]))
 KNOWN = np.array([1.2, np.nan])  # what is said of the unknown coordinate must not matter

@@ -8,6 +8,8 @@ import pytest
 from diffusion import exact, interpolation, samplers, sampling, schedules
 from tests.diffusion import problems
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 MEAN, VARIANCE = np.array([0.3, -0.2, 0.0]), np.array([0.5, 1.0, 0.1])
 NORMAL = exact.NormalData(MEAN, np.diag(VARIANCE))
 MODEL = problems.predicting(NORMAL, "v")

@@ -12,6 +12,8 @@ from diffusion.reverse import Reverse
 from diffusion.schedules import Step
 from tests.diffusion import oracles, problems
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 MEAN, VARIANCE = 0.3, 0.5
 NORMAL = exact.NormalData(np.array([MEAN]), np.array([[VARIANCE]]))
 MIXTURE = exact.MixtureData(

@@ -8,6 +8,8 @@ import pytest
 from diffusion.learned_schedule import diffusion_term, value_and_slope, variance_surrogate
 from tests.diffusion import oracles, problems
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 MAX, MIN = 4.0, -3.0
 WIGGLES = [(0.0, 0.0, 0.0), (0.4, -0.3, 0.2), (-0.7, 0.1, 0.15)]
 

@@ -13,6 +13,8 @@ from diffusion import exact, likelihood, reverse
 from diffusion.likelihood import Adaptive, FixedGrid
 from tests.diffusion import problems
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 LOG_SNR_MAX, LOG_SNR_MIN = 6.0, -4.0
 ROOT = np.array([[1.0, 0.0, 0.0], [0.5, 0.6, 0.0], [0.2, -0.3, 0.3]])
 NORMAL = exact.NormalData(np.array([0.3, -0.2, 0.1]), ROOT @ ROOT.T)

@@ -12,6 +12,8 @@ import pytest
 from diffusion import bound, exact, schedules
 from diffusion.reverse import Reverse
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 SCHEDULE = schedules.linear_log_snr(8.0, -12.0)
 
 

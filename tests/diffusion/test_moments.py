@@ -12,6 +12,8 @@ from diffusion import exact, samplers, sampling, schedules
 from diffusion.forward import example_noise
 from diffusion.reverse import Reverse
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 N = 4000
 NORMAL = exact.NormalData(np.array([0.3, -0.2]), np.array([[0.6, 0.3], [0.3, 0.5]]))
 WEIGHTS, MEANS, STDS = (

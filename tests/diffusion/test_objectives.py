@@ -9,6 +9,8 @@ from diffusion import bound, decoders, objectives, reverse, schedules
 from diffusion.reverse import Reverse
 from tests.diffusion import problems
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 QUANTIZATION = decoders.Quantization(17)
 NUM_TIMESTEPS = 6
 LEVELS = schedules.linear_log_snr(5.0, -5.0).levels(NUM_TIMESTEPS)

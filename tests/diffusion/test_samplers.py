@@ -11,6 +11,8 @@ from diffusion import exact, samplers, sampling, schedules
 from diffusion.reverse import Reverse
 from tests.diffusion import oracles, problems
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 MEAN, VARIANCE = 0.3, 0.5
 TABLE = np.random.default_rng(0).normal(size=(5000, 13, 1)).astype(np.float32)
 DATA = exact.NormalData(np.array([MEAN], np.float32), np.array([[VARIANCE]], np.float32))

@@ -13,6 +13,8 @@ from diffusion.reverse import Reverse
 from diffusion.schedules import Step, alpha
 from tests.diffusion import problems
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 MIXTURE = exact.MixtureData(
     np.array([0.5, 0.3, 0.2]),
     np.array([[-1.2], [0.4], [1.5]]),

@@ -9,6 +9,8 @@ from diffusion import bound, schedules, spacing, variances
 from diffusion.schedules import Schedule, Step
 from tests.diffusion import oracles, problems
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 LINE = schedules.linear_log_snr(9.0, -6.0)
 TABLE = schedules.linear_beta(200)
 V = np.array([4.0, 1.0, 0.25, 0.01])  # the variances of `problems.testbed`

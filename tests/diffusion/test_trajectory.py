@@ -12,6 +12,8 @@ from diffusion.reverse import PARAMETERIZATIONS, Reverse
 from tests.diffusion import oracles, problems
 from tests.diffusion.test_elbo import trajectory_estimate
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 def draws(key, shape):
     """Noise as a function of t, independent at every t."""

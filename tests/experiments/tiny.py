@@ -16,8 +16,7 @@ import json
 import os
 import pathlib
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -187,18 +186,6 @@ class Finished(NamedTuple):
     config: ConfigDict
     workdir: pathlib.Path
     output: str
-
-
-@pytest.fixture(scope="module")
-def quick_compiles() -> Iterator[dict[str, str]]:
-    """Programs compiled in a hurry: optimising them would take longer than all that they run.
-
-    The value is the environment in which another process compiles the very same programs.
-    """
-    jax.config.update("jax_disable_most_optimizations", True)
-    path = os.pathsep.join(sys.path)
-    yield os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": path}
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,8 @@ from models.layers import (
 )
 from models.unet import UNet, ddpm_timestep, log_snr_to_timestep
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 SMALL = {
     "channels": 6,
     "channel_multipliers": (1, 2),
