@@ -114,9 +114,9 @@ def test_two_processes_run_the_job_stop_and_go_on_as_one(tmp_path, quick_compile
         return outputs, [process.returncode for process in running]
 
     outputs, statuses = both("fail")
-    assert statuses[1] == 2
-    assert statuses[0] != 0
-    assert "error: a.png cannot be read" in outputs[1]
+    assert statuses[0] == 2
+    assert statuses[1] != 0
+    assert "error: a.png cannot be read" in outputs[0]
     outputs, statuses = both("stop")
     assert statuses == [143, 143], outputs
     assert all("is saved in" in output for output in outputs)

@@ -157,7 +157,7 @@ def test_every_schedule_builds_at_any_number_of_timesteps(name, num_timesteps):
 )
 def test_an_unknown_name_is_told_the_known_ones_and_the_likely_one(setting, registry):
     for name in registry:
-        config = tiny.config()
+        config = tiny.config(name) if setting == "model.name" else tiny.config()
         config.schedule.betas.betas = (0.1, 0.2)
         if name == "hybrid":  # for a learned variance alone
             config.model.variance = "learned_range"
