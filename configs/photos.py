@@ -6,7 +6,8 @@ A real 8-bit, three-channel run offline: 50,000 crops of four photographs to tra
 another to choose the checkpoint, 2,000 of two others to test. So few photographs are no benchmark,
 and the error over crops says nothing of other photographs; there are no labels and no published
 results. The ends of the log-SNR and the Fourier features are VDM's for 256 levels (Kingma et al.
-2021); the network is small enough for a CPU.
+2021); the network is small enough for a CPU, of which two cores do some 55 images a second (80
+minutes).
 """
 
 from ml_collections import ConfigDict
