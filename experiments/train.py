@@ -80,9 +80,10 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
 
 def check(config: ConfigDict) -> None:
     """Raises ConfigError for settings or data that `train` can't use; compiles nothing."""
-    sampler_settings.check(config, settings.build(config))
+    problem = settings.build(config)
+    sampler_settings.check(config, problem)
     _optimizer(config)
-    steps.check(config)
+    steps.check(config, problem)
     speed.check(config)
     for section in ("evaluate", "sample"):
         devices.check_batch(f"config.{section}.batch_size", config[section].batch_size)
@@ -108,7 +109,7 @@ def check(config: ConfigDict) -> None:
     workdirs.check_names(config, "train.allow_changes")
     settings.describe_data(config, "validation")
     source = settings.describe_data(config, "train")
-    is_streamed(config.data, source)
+    is_streamed(config.data, source)  # raises, for settings of no meaning
     num_examples = source.num_examples
     if config.train.batch_size > num_examples:
         raise ConfigError(

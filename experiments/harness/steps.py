@@ -27,14 +27,14 @@ DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}
 GATHERED = "gathered"
 
 
-def check(config: ConfigDict) -> None:
+def check(config: ConfigDict, problem: Problem) -> None:
     """Raises ConfigError for settings of the step that do not fit one another or the devices."""
     for name in ("train.accumulate", "train.steps_per_dispatch", "devices.fsdp"):
         settings.check_setting(config, name, lambda n: n >= 1, "it must be at least 1")
     devices.mesh(config)
     train, several = config.train, config.train.steps_per_dispatch
     devices.check_batch("config.train.batch_size", train.batch_size, train.accumulate)
-    trained_network(config, settings.build(config).network)
+    trained_network(config, problem.network)
     if train.accumulate > 1 and config.schedule.name == "learned":
         raise ConfigError(
             f"config.train.accumulate = {train.accumulate}, but a learned schedule's gradient is "
@@ -124,9 +124,7 @@ def make_train_step(
 
         return jax.lax.scan(step, state, (examples, indices) if streamed else indices)[0]
 
-    everywhere, state_sharding = devices.replicated(mesh), devices.replicated(mesh)
-    if mesh.shape.get("fsdp", 1) > 1:
-        state_sharding = state_shardings(problem, optimizer, mesh)
+    everywhere, state_sharding = devices.replicated(mesh), state_shardings(problem, optimizer, mesh)
     batch = devices.split_batch(mesh, leading=int(several > 1))
     return jax.jit(
         train_steps if several > 1 else train_step,

@@ -194,8 +194,10 @@ def test_processes_that_are_told_too_little_say_so():
 def test_settings_that_do_not_fit_are_named(overrides, expected):
     learned = {"train__time": "continuous", "train__objective": "vlb"}
     overrides |= learned if "schedule__name" in overrides else {}
+    config = processes.config(**overrides)
+    problem = settings.build(config)
     with pytest.raises(ConfigError, match=expected):
-        steps.check(processes.config(**overrides))
+        steps.check(config, problem)
 
 
 # Memory and dispatch on one device.

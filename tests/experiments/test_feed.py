@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.harness import devices, steps
+from experiments.harness import devices, settings, steps
 from experiments.harness.feed import Feed
 from experiments.train import train
 from tests.experiments import tiny
@@ -63,7 +63,7 @@ def test_dispatching_several_steps_at_once_is_the_same_run(tmp_path, monkeypatch
     """The loop that accelerators are given, here with a network that no convolution is slow in."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     config = tiny.config(train__steps_per_dispatch=2)
-    steps.check(config)
+    steps.check(config, settings.build(config))
     state = train(config, tmp_path / "two")
     expected = train(tiny.config(), tmp_path / "one")
     assert int(state.step) == int(expected.step) == 12
