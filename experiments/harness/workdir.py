@@ -111,8 +111,8 @@ def check_names(config: ConfigDict, setting: str) -> None:
     """Raises ConfigError unless a setting lists names of settings, or sections as `data.`."""
     known = flatten(config.to_dict())
     for name in known[setting]:
-        if not any(_is_named(other, (name,)) for other in known):
-            close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        if not (isinstance(name, str) and any(_is_named(other, (name,)) for other in known)):
+            close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise ConfigError(f"config.{setting} has {name!r}, which is no setting{hint}")
 

@@ -221,8 +221,7 @@ def test_harmless_settings_may_change_and_others_may_not(tmp_path):
     for name, value in flat.items():
         other = constant()
         value = (*value, 5) if isinstance(value, list) else change[type(value)](value)
-        if name == "schedule.betas.betas":
-            value = (0.5,)
+        value = {"schedule.betas.betas": (0.5,), "train.allow_changes": ("seed",)}.get(name, value)
         other.update_from_flattened_dict({name: value})
         try:
             workdirs.check(other, tmp_path)
