@@ -268,7 +268,10 @@ def plot_quality(path: epath.PathLike, entries: Sequence[Mapping[str, Any]]) -> 
       entries: each with sampler, evaluations, frechet, kernel and their mc_se; the first is the
         reference, drawn across with a band of ± 2 standard errors.
     """
+    from matplotlib import color_sequences, cycler
+
     figure, panels = _figure(2)
+    styles = cycler(linestyle=("-", "--")) * cycler(color=color_sequences["tab10"])
     titles = {"frechet": "Fréchet distance", "kernel": "Kernel distance"}
     by_sampler = {}
     for entry in entries[1:]:
@@ -278,6 +281,7 @@ def plot_quality(path: epath.PathLike, entries: Sequence[Mapping[str, Any]]) -> 
         label = f"{entries[0]['sampler']}, {entries[0]['evaluations']:.0f} evaluations"
         axes.axhspan(value - error, value + error, color=_ORANGE, alpha=0.25, linewidth=0)
         axes.axhline(value, color=_ORANGE, linewidth=1.2, label=label)
+        axes.set_prop_cycle(styles)
         markers = itertools.cycle("os^Dv<>pXP*h")
         for (sampler, of), marker in zip(by_sampler.items(), markers, strict=False):
             of = sorted(of, key=lambda entry: entry["evaluations"])
