@@ -308,6 +308,8 @@ def test_an_image_that_cannot_be_read_loses_no_step(uninterrupted, tmp_path, mon
 def test_a_few_random_kills_change_nothing(capsys, monkeypatch):
     """The short form of `python -m tests.stress.kill`: both stops are inside a save."""
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    arguments = ["--times=1", "--steps=220", "--seed=5", "--experiment=train"]
+    monkeypatch.setitem(kill.SETTINGS, "train.checkpoint_every", 25)
+    monkeypatch.setitem(kill.SETTINGS, "train.num_steps", 110)  # so that main's change is undone
+    arguments = ["--times=1", "--steps=110", "--seed=5", "--experiment=train"]
     assert kill.main(arguments) == 0
     assert "1 of 1 bit-equal" in capsys.readouterr().out
