@@ -320,7 +320,7 @@ def _analytic() -> dict:
     """Of an analytic Σ_θ: how the network's errors are measured on the training split."""
     return {
         "levels": 65,  # noise levels, equally spaced over the schedule, both ends included
-        "examples": 1000,  # the first of the split
+        "examples": 1000,  # at most, from anywhere in the split
     }
 
 

@@ -11,8 +11,9 @@ alone, with Fourier features of the input; 30.6 M parameters. The log-SNR is lea
 that are trained by the bound. What differs: theirs is a straight line between its ends, and here a
 monotone network that starts from one; the prediction is not added to the network's input; the
 embedding spans part of the range of theirs, which is scaled to the ends; the noise level reaches a
-block by a layer with a bias that starts at random; gradients are clipped at norm 1; and the last
-1,000 training images choose the checkpoint.
+block by a layer with a bias that starts at random; the schedule learns at a rate of its own, 0.01,
+and the network's biases decay too, where theirs do not and the schedule does; gradients are clipped
+at norm 1; and the last 1,000 training images choose the checkpoint.
 """
 
 from ml_collections import ConfigDict
@@ -41,8 +42,8 @@ def with_vdm(config: ConfigDict, channels: int, num_res_blocks: int) -> ConfigDi
         num_res_blocks=num_res_blocks,
         attention_resolutions=(),
         dropout=0.1,
-        # The released code's; the paper has 7 and 8.
-        fourier_exponents=(6, 7),
+        # Periods of 2 grey levels and 1. The released code's 6 and 7 are of 2ⁿ · 2π.
+        fourier_exponents=(7, 8),
     )
     config.decoder.update(name="categorical", scaling="midpoints")
     config.train.update(

@@ -28,8 +28,8 @@ def get_config() -> ConfigDict:
         num_res_blocks=1,
         attention_resolutions=(8,),
         num_groups=8,
-        # Periods of 4 and 2 grey levels, which are 1/128 apart.
-        fourier_exponents=(6, 7),
+        # Periods of 2 grey levels and 1, which are 1/128 apart.
+        fourier_exponents=(7, 8),
     )
     config.decoder.update(name="categorical", scaling="midpoints")
     config.train.update(

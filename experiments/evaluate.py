@@ -195,7 +195,7 @@ def check(config: ConfigDict) -> None:
     problem = settings.build(config)
     devices.check_batch("config.evaluate.batch_size", config.evaluate.batch_size)
     settings.pick(data.SPLITS, config.evaluate.split, "config.evaluate.split")
-    settings.describe_data(config, config.evaluate.split)
+    settings.check_split(config, config.evaluate.split)
     settings.pick(CHECKPOINTS, config.evaluate.checkpoint, "config.evaluate.checkpoint")
     settings.check_positive(config, "evaluate.chunk_size", "evaluate.replicates")
     settings.check_labels(config)

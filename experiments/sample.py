@@ -12,6 +12,7 @@ from diffusion.forward import diffuse
 from diffusion.sampling import Samples
 from experiments.harness import (
     analytic,
+    data,
     devices,
     edits,
     pictures,
@@ -140,7 +141,7 @@ def identity(config: ConfigDict, workdir: epath.PathLike, step: int) -> str:
 def check(config: ConfigDict) -> None:
     """Raises ConfigError for settings or data that `sample` can't use; compiles nothing."""
     problem = settings.build(config)
-    settings.describe_data(config, "test")  # the strip of the forward process
+    settings.check_split(config, "test")  # the strip of the forward process
     devices.check_batch("config.sample.batch_size", config.sample.batch_size)
     settings.check_positive(
         config, "sample.num_samples", "sample.strip_rows", "sample.strip_columns"
@@ -175,7 +176,7 @@ def _save_reverse_strip(
 def _save_forward_strip(path: epath.Path, config: ConfigDict, problem: Problem) -> None:
     """Test images and their x_t, all along one line of noise."""
     rows = config.sample.strip_rows
-    images = settings.load_data(config, "test").images[:rows]
+    images = settings.load_data(config, "test", data.first(rows)).images
     x_0 = problem.quantization.to_data(images)
     eps = jax.random.normal(stream(config.seed, "sample"), x_0.shape)
     times = strip_levels(problem.levels.num_timesteps, config.sample.strip_columns)[::-1]

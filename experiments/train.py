@@ -13,6 +13,7 @@ from experiments.harness import devices, lock, sampler_settings, settings, speed
 from experiments.harness import workdir as workdirs
 from experiments.harness.checkpoints import Checkpoints, is_new
 from experiments.harness.errors import ConfigError
+from experiments.harness.feed import require_same_data
 from experiments.harness.loader import is_streamed
 from experiments.harness.loop import Trainer
 from experiments.harness.loss import init_history
@@ -57,6 +58,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
     source = settings.describe_data(config, "train")
     workdirs.check(config, workdir)
     workdirs.check_data(config, workdir, source)
+    require_same_data(source)
     load, starts = initial_params(config, problem, optimizer, workdir), is_new(workdir)
     workdirs.make(workdir)
     with (
@@ -107,7 +109,7 @@ def check(config: ConfigDict) -> None:
     is_share, remedy = (lambda x: 0 <= x <= 1), "it must be in [0, 1]"
     settings.check_setting(config, "train.label_dropout", is_share, remedy)
     workdirs.check_names(config, "train.allow_changes")
-    settings.describe_data(config, "validation")
+    settings.check_split(config, "validation")
     source = settings.describe_data(config, "train")
     is_streamed(config.data, source)  # raises, for settings of no meaning
     num_examples = source.num_examples

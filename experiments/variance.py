@@ -114,7 +114,7 @@ def check(config: ConfigDict) -> None:
     """Raises ConfigError for settings that this experiment can't use; compiles nothing."""
     problem = settings.build(config)
     settings.pick(data.SPLITS, config.variance.split, "config.variance.split")
-    settings.describe_data(config, config.variance.split)
+    settings.check_split(config, config.variance.split)
     settings.pick(CHECKPOINTS, config.variance.checkpoint, "config.variance.checkpoint")
     settings.check_labels(config)
     devices.check_batch("config.evaluate.batch_size", config.evaluate.batch_size)
@@ -132,8 +132,7 @@ def _trained(config: ConfigDict, workdir: epath.PathLike) -> Subject:
     problem = settings.build(config)
     params, step = load_ema(workdir, config.variance.checkpoint, abstract_params(problem))
     split, n = config.variance.split, config.variance.examples
-    dataset = settings.load_measured(config, split)
-    dataset = dataset._replace(**dataset.examples(slice(n))._asdict())
+    dataset = settings.load_measured(config, split, data.first(n))
     name = f"{config.data.name}, {split}, step {step}, T = {problem.levels.num_timesteps}"
     name += "" if dataset.labels is None else ", given labels"
     control, learned = fit_control(config, problem), problem.learned(params)

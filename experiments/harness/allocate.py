@@ -156,7 +156,7 @@ class Estimator:
 
 def fit_control(config: ConfigDict, problem: Problem) -> GaussianControl:
     """The control variate of the training data."""
-    images = settings.load_data(config, "train").images[:CONTROL_EXAMPLES]
+    images = settings.load_data(config, "train", data.some(CONTROL_EXAMPLES)).images
     x_0 = np.asarray(problem.quantization.to_data(images))
     return GaussianControl.fit(x_0, problem.quantization.spacing**2 / 12)
 

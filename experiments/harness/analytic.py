@@ -142,8 +142,8 @@ def _measure(
     # A schedule of a single level has no others.
     num_levels = config.analytic.levels if len(problem.schedule.knots) > 1 else 1
     log_snr = problem.schedule.levels(num_levels).log_snr[1:]
-    dataset = settings.load_measured(config, "train")
-    mesh, n = devices.mesh(), min(config.analytic.examples, len(dataset.images))
+    dataset = settings.load_measured(config, "train", data.some(config.analytic.examples))
+    mesh, n = devices.mesh(), len(dataset.images)
     squared_errors = _make_squared_errors(config, problem, mesh)
     params = devices.place(params, devices.replicated(mesh))
     total = np.zeros((num_levels, *problem.image_shape))

@@ -22,9 +22,19 @@ from experiments.harness.datasets.arrays import npz
 from experiments.harness.datasets.embedded import digits, photos
 from experiments.harness.datasets.folder import folder
 from experiments.harness.datasets.idx import idx
-from experiments.harness.datasets.source import DEFAULTS, SPLITS, Options, Source
+from experiments.harness.datasets.source import (
+    DEFAULTS,
+    SPLITS,
+    Options,
+    Source,
+    permutation,
+    read_each,
+)
 from experiments.harness.datasets.tfds import tfds
 from experiments.harness.errors import ConfigError
+
+# From how many examples there are to the places of those that are wanted.
+Choose = Callable[[int], Int[np.ndarray, "m"]]
 
 
 class Examples(NamedTuple):
@@ -60,6 +70,8 @@ class Dataset(NamedTuple):
         """The examples at these places."""
         return Examples(self.images[index], None if self.labels is None else self.labels[index])
 
+
+_SOME = (2**64 - 1, 0)  # no seed of a run is so large
 
 # Sets that come with their own splits.
 DATASETS: dict[str, Callable[[str], Source]] = {"digits": digits, "photos": photos}
@@ -111,15 +123,56 @@ def load(
     data_dir: str | None = None,
     splits: Mapping[str, str] | ConfigDict = SPLITS,
     options: Options = DEFAULTS,
+    choose: Choose | None = None,
 ) -> Dataset:
-    """Decodes a split into memory. Arguments and errors are those of `describe`.
+    """Decodes a split into memory. Other arguments and errors are those of `describe`.
+
+    Args:
+      choose: the places of the examples that are wanted, given how many there are; None: all. The
+        others are not decoded, where a set comes as single images.
 
     Raises:
-      ConfigError: also if the images vary in size, or a file of the set is damaged.
+      ConfigError: also if the images vary in size, a file of the set is damaged, or a label is none
+        of the training split's.
     """
     source = describe(name, split, data_dir=data_dir, splits=splits, options=options)
-    images, labels = source.read()
+    if choose is None:
+        images, labels = source.read()
+    else:
+        images, labels = _read_some(source, choose(source.num_examples), f"{name} {split}")
+    if source.num_classes and labels.max(initial=-1) >= source.num_classes:
+        raise ConfigError(
+            f"config.data.name = {name!r}: {split} has the label {labels.max()}; the labels of "
+            f"train end at {source.num_classes - 1}"
+        )
     return Dataset(images, labels, source.num_levels, name, split)
+
+
+def _read_some(
+    source: Source, places: Int[np.ndarray, "m"], description: str
+) -> tuple[np.ndarray, np.ndarray | None]:
+    if source.get is None:
+        images, labels = source.read()
+        return images[places], None if labels is None else labels[places]
+
+    def get(number):
+        return source.get(int(places[number]))
+
+    labelled = source.num_classes > 0
+    return read_each(get, len(places), source.image_shape, description, labelled)
+
+
+def first(limit: int) -> Choose:
+    """For `load`: the first examples, at most so many."""
+    return lambda num_examples: np.arange(min(limit, num_examples))
+
+
+def some(limit: int) -> Choose:
+    """For `load`: at most so many examples, which stand for all.
+
+    Always the same, from anywhere in the set: files are often sorted by class. In rising order.
+    """
+    return lambda num_examples: np.sort(permutation(_SOME, num_examples)[:limit])
 
 
 # Order.
@@ -150,13 +203,7 @@ def batch_indices(
 
 @functools.lru_cache(maxsize=4)
 def _epoch_order(seed: int, epoch: int, num_examples: int) -> Int32[np.ndarray, "num_examples"]:
-    """An epoch's permutation, from a counter-based generator with key (seed, epoch).
-
-    It ranks the generator's raw words: numpy promises these for good, but not what its
-    `permutation` makes of them (NEP 19), and a run may be resumed under another numpy.
-    """
-    words = np.random.Philox(key=np.array([seed % 2**64, epoch], np.uint64))
-    order = np.argsort(words.random_raw(num_examples), kind="stable").astype(np.int32)
+    order = permutation((seed % 2**64, epoch), num_examples).astype(np.int32)
     order.flags.writeable = False  # every caller shares the cached array
     return order
 

@@ -28,8 +28,8 @@ def inpaint(trained: Trained) -> None:
     """Test images of which a part is kept, and samples of the rest: inpaint.png and inpaint.npz."""
     config, problem = trained.config, trained.problem
     of = config.sample.inpaint
-    dataset = settings.load_data(config, "test")
-    known = np.asarray(problem.quantization.to_data(dataset.images[: config.sample.strip_rows]))
+    dataset = settings.load_data(config, "test", data.first(config.sample.strip_rows))
+    known = np.asarray(problem.quantization.to_data(dataset.images))
     mask = known_part(config, problem)
     n, each = len(known), of.num_samples
 
@@ -94,7 +94,7 @@ def interpolate(trained: Trained) -> None:
     """
     config, problem = trained.config, trained.problem
     of, rows = config.sample.interpolate, config.sample.strip_rows
-    images = settings.load_data(config, "test").images[: 2 * rows]
+    images = settings.load_data(config, "test", data.first(2 * rows)).images
     x_0 = np.asarray(problem.quantization.to_data(images))
     x_0_a, x_0_b = x_0[: len(x_0) // 2], x_0[len(x_0) - len(x_0) // 2 :]
     levels = trained.levels(of.num_timesteps)

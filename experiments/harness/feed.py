@@ -1,6 +1,7 @@
 """What each call of the training step is given beside the state."""
 
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,9 +12,25 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from experiments.harness import data, devices, settings
+from experiments.harness.errors import ConfigError
 from experiments.harness.loader import Batches, Stream, is_streamed
 
 Given = tuple[data.Examples, Any]
+
+
+def require_same_data(source: data.Source) -> None:
+    """Raises ConfigError, in every process, if they have found different training sets.
+
+    A batch would be one of each process's own set.
+    """
+    found = (source.num_examples, source.image_shape, source.fingerprint)
+    told = zlib.crc32(repr(found).encode()) >> 1  # in 31 bits
+    if devices.in_any(told != devices.of_first(told)):
+        raise ConfigError(
+            f"process {jax.process_index()} has found {source.num_examples} training images of "
+            f"shape {source.image_shape}, and the processes do not all have the same ones; give "
+            "each of them the same files in config.data.data_dir"
+        )
 
 
 class Feed:

@@ -71,7 +71,7 @@ def check(config: ConfigDict, section: str) -> None:
     settings.check_positive(config, "evaluate.chunk_size")
     settings.check_labels(config)
     settings.pick(data.SPLITS, of.split, f"config.{section}.split")
-    settings.describe_data(config, of.split)
+    settings.check_split(config, of.split)
     settings.pick(CHECKPOINTS, of.checkpoint, f"config.{section}.checkpoint")
     remedy = "it must be at least 2: their spread is the error"
     settings.check_setting(config, f"{section}.draws", lambda n: n >= 2, remedy)

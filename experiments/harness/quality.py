@@ -92,7 +92,7 @@ def quality(
     """The quality of samples, as grey levels: every one of them counts once."""
     moments, some = _measure(against.features, images, config.quality.max_pairs)
     kernel = kernel_distance(against.some, some)
-    # Of all samples where the error is worked out from the first of them.
+    # Of all samples where the error is worked out from some of them.
     frechet_se = frechet_mc_se(against.moments, some) * np.sqrt(len(some) / len(images))
     shares = precision_recall(against.some, some, config.quality.neighbors)
     return Quality(
@@ -126,11 +126,14 @@ def of_samples(trained: Trained) -> dict[str, Any]:
 def _measure(
     features: Features, images: np.ndarray, limit: int
 ) -> tuple[Moments, Float[np.ndarray, "n f"]]:
-    """Moments over all images, and the features of the first ones."""
-    moments, some = None, []
+    """Moments over all images, and the features of some that stand for them."""
+    moments, some, seen = None, [], 0
+    chosen = np.zeros(len(images), bool)
+    chosen[data.some(limit)(len(images))] = True
     for batch in batches_of(features, images):
         moments = (moments or Moments.empty(batch.shape[1])).update(batch)
-        some.append(batch[: max(limit - sum(map(len, some)), 0)])
+        some.append(batch[chosen[seen : seen + len(batch)]])
+        seen += len(batch)
     return moments, np.concatenate(some)
 
 
@@ -139,7 +142,7 @@ def check(config: ConfigDict, problem: Problem) -> None:
     sampler_settings.check(config, problem)
     settings.pick(FEATURES, name_of(config), "config.quality.features")
     settings.pick(data.SPLITS, config.quality.split, "config.quality.split")
-    num_examples = settings.describe_data(config, config.quality.split).num_examples
+    num_examples = settings.check_split(config, config.quality.split).num_examples
     remedy = "the standard errors need at least 100"
     settings.check_setting(config, "quality.num_samples", lambda n: n >= 100, remedy)
     settings.check_setting(config, "quality.max_pairs", lambda n: n >= 100, remedy)

@@ -100,13 +100,19 @@ def pick(registry: Mapping[str, Any] | Sequence[str], name: str, setting: str) -
     raise ConfigError(f"{setting} = {name!r} is unknown; known: {', '.join(registry)}{hint}")
 
 
-def load_data(config: ConfigDict, split: str) -> data.Dataset:
+def load_data(config: ConfigDict, split: str, choose: data.Choose | None = None) -> data.Dataset:
     """A split of the config's data set, decoded; with labels where the model is given them.
+
+    Args:
+      config: the config.
+      split: train, validation or test.
+      choose: `data.first` or `data.some` of its examples; None: all.
 
     Raises:
       ConfigError: also if a class-conditional model meets an example without a label.
     """
-    return with_labels(config, data.load(**_data_arguments(config), split=split), split)
+    examples = data.load(**_data_arguments(config), split=split, choose=choose)
+    return with_labels(config, examples, split)
 
 
 def with_labels(config: ConfigDict, examples: Labelled, split: str) -> Labelled:
@@ -122,9 +128,11 @@ def with_labels(config: ConfigDict, examples: Labelled, split: str) -> Labelled:
     return examples
 
 
-def load_measured(config: ConfigDict, split: str) -> data.Dataset:
-    """A split as it is measured: with labels unless `evaluate.labels` withholds them."""
-    dataset = load_data(config, split)
+def load_measured(
+    config: ConfigDict, split: str, choose: data.Choose | None = None
+) -> data.Dataset:
+    """A split, or some of it, as it is measured: with labels unless `evaluate.labels` withholds."""
+    dataset = load_data(config, split, choose)
     return dataset if config.evaluate.labels else dataset._replace(labels=None)
 
 
@@ -148,6 +156,25 @@ def _unlabelled(config: ConfigDict, split: str) -> str:
 def describe_data(config: ConfigDict, split: str) -> data.Source:
     """A split of the config's data set, found but not decoded."""
     return data.describe(**_data_arguments(config), split=split)
+
+
+def check_split(config: ConfigDict, split: str) -> data.Source:
+    """A split that is to be measured with the model, found but not decoded.
+
+    Raises:
+      ConfigError: also if its images are not of the training split's kind.
+    """
+    train, found = describe_data(config, "train"), describe_data(config, split)
+    for name, what in (("image_shape", "images of shape"), ("num_levels", "grey levels:")):
+        here, there = getattr(found, name), getattr(train, name)
+        if here != there:
+            raise ConfigError(
+                f"config.data.name = {config.data.name!r}: {split} has {what} {here}, train "
+                f"{there}; the model is made for those of train"
+            )
+    if config.model.class_conditional and not found.num_classes:
+        raise ConfigError(_unlabelled(config, split))
+    return found
 
 
 def _data_arguments(config: ConfigDict) -> dict[str, Any]:

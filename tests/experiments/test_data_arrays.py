@@ -6,9 +6,11 @@ import struct
 import numpy as np
 import pytest
 
+from experiments import all as main_job
 from experiments.harness.data import describe, load
 from experiments.harness.datasets.source import Options
 from experiments.harness.errors import ConfigError
+from tests.experiments import tiny
 
 SPLITS = ("train", "validation", "test")
 
@@ -53,6 +55,36 @@ def test_npz_folder_is_read_as_it_was_written(write, shape, tmp_path):
 def test_npz_without_labels(tmp_path):
     np.savez(tmp_path / "test.npz", images=random_set(0, 3, 4, 4)[0])
     assert load_both("npz", tmp_path, "test")[0].num_examples == 3
+
+
+def test_a_label_that_train_does_not_have_is_refused(tmp_path):
+    for split, labels in (("train", [0, 1, 2, 1]), ("test", [0, 3, 2, 1])):
+        np.savez(tmp_path / f"{split}.npz", images=random_set(0, 4, 2, 2)[0], labels=labels)
+    with pytest.raises(ConfigError, match="test has the label 3; the labels of train end at 2"):
+        load("npz", "test", data_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("shape", "labelled", "message"),
+    [
+        ((8, 8), True, "test has images of shape (8, 8, 1), train (8, 8, 3)"),
+        ((4, 4, 3), True, "test has images of shape (4, 4, 3), train (8, 8, 3)"),
+        ((8, 8, 3), False, "not every example of npz, test, has a label"),
+    ],
+)
+def test_a_split_that_does_not_fit_the_model_is_found_before_training(
+    shape, labelled, message, tmp_path
+):
+    images, labels = random_set(0, 14, 8, 8, 3)
+    for split in ("train", "validation"):
+        np.savez(tmp_path / f"{split}.npz", images=images, labels=labels)
+    arrays = {"images": random_set(1, 14, *shape)[0]} | ({"labels": labels} if labelled else {})
+    np.savez(tmp_path / "test.npz", **arrays)
+    config = tiny.config(data__name="npz", data__data_dir=str(tmp_path), train__batch_size=8)
+    config.model.class_conditional = True
+    with pytest.raises(ConfigError) as error:
+        main_job.check(config)
+    assert message in one_line(error)
 
 
 def test_one_npz_file_is_split_by_seed(tmp_path):

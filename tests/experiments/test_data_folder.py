@@ -1,12 +1,14 @@
 """Folders of image files: pixels, splits and classes against what was written, and its errors."""
 
+import errno
+import os
 import pickle
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from experiments.harness.data import describe, load
+from experiments.harness.data import describe, first, load, some
 from experiments.harness.datasets.images import UnusableImage, decode
 from experiments.harness.datasets.source import Options
 from experiments.harness.errors import ConfigError
@@ -114,6 +116,18 @@ def test_16_bits_are_refused(colour, tmp_path):
     assert str(path) in one_line(error)
     assert "more than 8 bits" in one_line(error)
     assert "convert it" in one_line(error)
+
+
+def test_a_netpbm_file_says_how_deep_it_is(tmp_path):
+    pixels = random_image(0, 2, 2)
+    for largest, dtype in ((255, ">u1"), (65535, ">u2")):
+        header = f"P6 # 3 colours\n2 2\n{largest}\n".encode()
+        (tmp_path / "a.ppm").write_bytes(header + pixels.astype(dtype).tobytes())
+        if largest == 255:
+            np.testing.assert_array_equal(decode(tmp_path / "a.ppm", 2, 3), pixels)
+        else:
+            with pytest.raises(UnusableImage, match="more than 8 bits"):
+                decode(tmp_path / "a.ppm", 2, 3)
 
 
 def test_float_image_is_refused(tmp_path):
@@ -283,11 +297,68 @@ def test_damaged_images_are_skipped_and_counted_if_asked(split_folder, capsys):
     assert "dog/0.png" in line
 
 
-def test_skipping_is_of_damaged_files_alone(tmp_path):
+def test_what_cannot_be_used_is_found_where_damaged_files_are_sought(tmp_path):
+    """Before training, and not at the step that first needs it."""
     save(tmp_path / "test" / "whole.png", random_image(0, 2, 2))
     (tmp_path / "test" / "deep.png").write_bytes(png_of_16_bits(colour=True))
+    options = Options(image_size=2, skip_corrupt=True)
     with pytest.raises(ConfigError, match=r"deep.png: it has more than 8 bits"):
-        load_folder(tmp_path, "test", image_size=2, skip_corrupt=True)
+        describe("folder", "test", data_dir=str(tmp_path), options=options)
+
+
+def test_linked_folders_are_classes_and_a_link_upwards_is_no_loop(tmp_path):
+    pixels = {name: random_image(seed, 2, 2) for seed, name in enumerate(("cat", "dog"))}
+    for name, image in pixels.items():
+        save(tmp_path / "all" / name / "0.png", image)
+        (tmp_path / "some" / "test").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "some" / "test" / name).symlink_to(tmp_path / "all" / name)
+    (tmp_path / "all" / "cat" / "up").symlink_to(tmp_path / "all")
+    (tmp_path / "some" / "test" / "again").symlink_to(tmp_path / "some" / "test")
+    described, loaded = load_folder(tmp_path / "some", "test", image_size=2)
+    assert described.num_classes == 2
+    np.testing.assert_array_equal(loaded.images, [pixels["cat"], pixels["dog"]])
+    np.testing.assert_array_equal(loaded.labels, [0, 1])
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    def walk(root, onerror, followlinks):
+        onerror(PermissionError(errno.EACCES, "Permission denied", f"{root}/closed"))
+        return iter(())
+
+    save(tmp_path / "test" / "a.png", random_image(0, 2, 2))
+    monkeypatch.setattr(os, "walk", walk)
+    with pytest.raises(ConfigError, match=r"closed cannot be listed \(Permission denied\)"):
+        load_folder(tmp_path, "test", image_size=2)
+
+
+def test_some_are_decoded_and_the_others_need_not_be_whole(tmp_path):
+    images = [random_image(seed, 2, 2) for seed in range(40)]
+    for number, image in enumerate(images):
+        save(tmp_path / "train" / f"class_{number // 10}" / f"{number:02}.png", image)
+    save(tmp_path / "validation" / "class_0" / "0.png", images[0])
+    arguments = {"data_dir": str(tmp_path), "options": Options(image_size=2)}
+    chosen = load("folder", "test", splits={"test": "train"}, choose=some(12), **arguments)
+    whole = load("folder", "test", splits={"test": "train"}, **arguments)
+    places = some(12)(40)
+    assert len(set(places)) == 12
+    np.testing.assert_array_equal(places, np.sort(places))
+    np.testing.assert_array_equal(chosen.images, whole.images[places])
+    np.testing.assert_array_equal(chosen.labels, whole.labels[places])
+    # Sorted by class as they lie, and yet of every class.
+    assert set(chosen.labels) == set(whole.labels)
+    for number in set(range(40)) - {0, 1, 2}:
+        (tmp_path / "train" / f"class_{number // 10}" / f"{number:02}.png").write_bytes(b"no")
+    few = load("folder", "test", splits={"test": "train"}, choose=first(3), **arguments)
+    np.testing.assert_array_equal(few.images, images[:3])
+
+
+def test_another_file_is_another_set(tmp_path):
+    for name in ("a.png", "b.png"):
+        save(tmp_path / name[0] / "test" / name, random_image(0, 2, 2))
+    save(tmp_path / "c" / "test" / "a.png", random_image(1, 2, 2))
+    a, b, c = (load_folder(tmp_path / of, "test", image_size=2)[0].fingerprint for of in "abc")
+    assert a != b
+    assert a == c
 
 
 def test_missing_folder_or_split(tmp_path, split_folder):
@@ -312,6 +383,7 @@ def test_missing_folder_or_split(tmp_path, split_folder):
         ({"channels": 4}, "channels = 4"),
         ({"held_out": 0.5}, "held_out = 0.5"),
         ({"held_out": 0.01}, "held_out = 0.01"),
+        ({"split_seed": -1}, "split_seed = -1"),
     ],
 )
 def test_settings_that_have_no_meaning(options, setting, tmp_path):

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from experiments.harness import devices, settings, steps
-from experiments.harness.feed import Feed
+from experiments.harness.errors import ConfigError
+from experiments.harness.feed import Feed, require_same_data
 from experiments.train import train
 from tests.experiments import tiny
 
@@ -23,6 +24,19 @@ def images_of(config, first, calls):
             images = np.asarray(examples.images)
             found.append(images if indices is None else images[indices])
     return feed, found
+
+
+def test_processes_with_other_images_are_refused(monkeypatch):
+    """As this one finds itself among others: it is told the first process's, and theirs alike."""
+    source = settings.describe_data(tiny.config(), "train")
+    require_same_data(source)
+    told = []
+    monkeypatch.setattr(devices, "of_first", lambda number: told.append(number) or told[0])
+    require_same_data(source)
+    for other in (source._replace(num_examples=999), source._replace(fingerprint=1)):
+        with pytest.raises(ConfigError, match=r"do not all have the same ones; give each"):
+            require_same_data(other)
+    assert all(0 <= number < 2**31 for number in told)
 
 
 def test_streamed_batches_are_those_that_lie_on_the_devices():

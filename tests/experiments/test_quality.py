@@ -49,6 +49,15 @@ def test_the_reference_is_of_every_training_image(workdir):
     assert expected.trace() / len(expected) == pytest.approx(1, rel=1e-2)
 
 
+def test_what_is_compared_stands_for_the_whole_split(workdir, tmp_path):
+    """From anywhere in it, and not the first images: files are often sorted by class."""
+    whole = quality.reference(config(), workdir)
+    part = quality.reference(config(quality__max_pairs=200), tiny.copy(workdir, tmp_path))
+    places = data.some(200)(len(whole.some))
+    assert places[-1] > 900
+    np.testing.assert_array_equal(part.some, whole.some[places])
+
+
 def test_the_classifiers_features_tell_digits_apart(workdir):
     """Nearest class means of the training images, on the test images, in its features."""
     reference = quality.reference(config(), workdir)

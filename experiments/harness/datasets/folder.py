@@ -2,6 +2,7 @@
 
 import functools
 import os
+import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -65,12 +66,16 @@ class Images:
             ) from error
 
     def can_be_read(self, index: int) -> bool:
-        """Whether an image is undamaged. One that is whole but cannot be used counts as such."""
+        """Whether an image is undamaged.
+
+        Raises:
+          ConfigError: if it is whole, but cannot be used.
+        """
         try:
-            decode(self.root / self.names[index], self.size, self.channels)
-        except UnusableImage:
-            return True
-        except CORRUPT:
+            self(index)
+        except ConfigError as error:
+            if isinstance(error.__cause__, UnusableImage):
+                raise
             return False
         return True
 
@@ -115,12 +120,14 @@ def folder(
         names = tuple(names[i] for i in kept)
     if options.skip_corrupt:
         names = _undamaged(where, names, options)
-    labels = tuple(classes.index(_class_of(name)) for name in names) if classes else None
+    number = {name: i for i, name in enumerate(classes)}
+    labels = tuple(number[_class_of(name)] for name in names) if classes else None
     get = Images(where, names, labels, options.image_size, options.channels)
     shape = (options.image_size, options.image_size, options.channels)
     description = f"{root.name} {split}"
     read = functools.partial(read_each, get, len(names), shape, description, labels is not None)
-    return Source(len(names), shape, 256, read, len(classes), get)
+    fingerprint = zlib.crc32("\n".join(names).encode(errors="surrogateescape"))
+    return Source(len(names), shape, 256, read, len(classes), get, fingerprint)
 
 
 def _existing(data_dir: Directory) -> Path:
@@ -135,10 +142,22 @@ def _existing(data_dir: Directory) -> Path:
 
 @functools.lru_cache(maxsize=8)
 def _image_files(root: Path) -> tuple[str, ...]:
-    """Names below a folder of all its images, sorted; hidden files and folders are none."""
+    """Names below a folder of all its images, sorted; hidden files and folders are none.
+
+    Links are followed, but for those back to a folder that they are in.
+
+    Raises:
+      ConfigError: if a folder cannot be listed.
+    """
     names = []
-    for parent, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    for parent, folders, files in os.walk(root, onerror=_cannot_be_listed, followlinks=True):
+        real = Path(parent).resolve()
+        around = (real, *real.parents)
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".") and (real / name).resolve() not in around
+        ]
         inside = Path(parent).relative_to(root)
         names += [
             (inside / name).as_posix()
@@ -146,6 +165,10 @@ def _image_files(root: Path) -> tuple[str, ...]:
             if name.lower().endswith(SUFFIXES) and not name.startswith(".")
         ]
     return tuple(sorted(names))
+
+
+def _cannot_be_listed(error: OSError) -> None:
+    raise ConfigError(f"{error.filename} cannot be listed ({error.strerror})") from error
 
 
 def _class_of(name: str) -> str:

@@ -1,5 +1,6 @@
 """An image file decoded to pixels of one size."""
 
+import re
 import struct
 from pathlib import Path
 
@@ -80,4 +81,14 @@ def _is_16_bit(path: Path, image: object) -> bool:
             return file.read(25)[24] > 8  # the header's bit depth
     if image.format == "TIFF":
         return max(image.tag_v2.get(_BITS_PER_SAMPLE, (8,))) > 8
+    if image.format == "PPM":
+        return _ppm_max(path) > 255
     return False
+
+
+def _ppm_max(path: Path) -> int:
+    """The largest value that the header of a netpbm file says; 1 where it has only bits."""
+    with open(path, "rb") as file:
+        header = re.sub(rb"#[^\n]*", b" ", file.read(4096))
+    magic, _, _, largest = header.split(maxsplit=4)[:4]
+    return 1 if magic in (b"P1", b"P4") else int(largest)

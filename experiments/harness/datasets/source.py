@@ -31,6 +31,7 @@ class Source(NamedTuple):
       num_classes: that a label can name; 0 where the set has no labels.
       get: decodes one image [h, w, c] and its label or None, given its place; it can be pickled.
         None where a set comes as whole arrays.
+      fingerprint: of which files there are, where they are the user's own; else 0.
     """
 
     num_examples: int
@@ -39,6 +40,7 @@ class Source(NamedTuple):
     read: Callable[[], tuple[np.ndarray, np.ndarray | None]]
     num_classes: int = 0
     get: Callable[[int], tuple[np.ndarray, int | None]] | None = None
+    fingerprint: int = 0
 
     @property
     def num_bytes(self) -> int:
@@ -144,6 +146,8 @@ def part_of(
     Raises:
       ConfigError: if a part would be empty.
     """
+    if not 0 <= options.split_seed < 2**64:
+        raise ConfigError(f"config.data.split_seed = {options.split_seed}; it must be in [0, 2⁶⁴)")
     if not 0 < options.held_out < 0.5:
         raise ConfigError(f"config.data.held_out = {options.held_out}; it must be between 0 and ½")
     held = round(options.held_out * num_examples)
@@ -152,9 +156,17 @@ def part_of(
             f"config.data.held_out = {options.held_out} of the {num_examples} images in {place} "
             f"leaves {split} empty; use more images, or a larger share"
         )
-    # Ranks of raw words, which numpy promises to keep (NEP 19).
-    words = np.random.Philox(key=np.array([options.split_seed, 0], np.uint64))
-    order = np.argsort(words.random_raw(num_examples), kind="stable")
+    order = permutation((options.split_seed, 0), num_examples)
     bounds = {"validation": (0, held), "test": (held, 2 * held)}
     bounds["train"] = (2 * held if with_test else held, num_examples)
     return np.sort(order[slice(*bounds[split])])
+
+
+def permutation(key: tuple[int, int], n: int) -> Int[np.ndarray, "n"]:
+    """Of 0 … n − 1, from a counter-based generator with this key of two 64-bit words.
+
+    It ranks the generator's raw words: numpy promises these for good, but not what its
+    `permutation` makes of them (NEP 19), and a run may be resumed under another numpy.
+    """
+    words = np.random.Philox(key=np.array(key, np.uint64))
+    return np.argsort(words.random_raw(n), kind="stable")
