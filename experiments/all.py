@@ -38,7 +38,10 @@ def _evaluation(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any] |
     path = epath.Path(workdir) / evaluate.RESULT_FILE
     if not path.exists():
         return None
-    recorded = json.loads(path.read_text())
+    try:
+        recorded = json.loads(path.read_text())
+    except ValueError:  # damaged
+        return None
     step = _step(workdir, config.evaluate.checkpoint)
     wanted = evaluate.identity(config, settings.build(config), step, workdir)
     return recorded if all(recorded.get(k) == v for k, v in wanted.items()) else None

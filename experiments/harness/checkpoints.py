@@ -75,6 +75,7 @@ class Checkpoints:
         for step, wrong in broken.items():
             self._move_aside(step, wrong)
         self._manager = stored.open_manager(self._directory, keep_last)
+        self._clear_up()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -234,12 +235,7 @@ class Checkpoints:
         with self._writing(self._last_saved):
             self._is_saving = False
             self._manager.wait_until_finished()
-            if not devices.is_first():
-                return
-            _remove(self._directory / stored.REMOVED)
-            interrupted = self._workdir / _INTERRUPTED
-            if max(stored.complete_steps(interrupted), default=math.inf) <= self._last_saved:
-                _remove(interrupted)
+            self._clear_up()
 
     def close(self) -> None:
         """Waits for the save under way, then releases threads and files."""
@@ -248,6 +244,22 @@ class Checkpoints:
         finally:
             if self._manager is not None:
                 self._manager.close()
+
+    def _clear_up(self) -> None:
+        """Deletes what was removed, and what a signal made a run save if it has got further since.
+
+        The latter too goes by its name first, so that a reader finds it whole or not at all.
+        """
+        if not devices.is_first():
+            return
+        removed, interrupted = self._directory / stored.REMOVED, self._workdir / _INTERRUPTED
+        _remove(removed)
+        places = (interrupted, self._directory)
+        latest, own = (max(stored.complete_steps(place), default=-1) for place in places)
+        if interrupted.exists() and latest <= own:
+            removed.mkdir()
+            interrupted.rename(removed / _INTERRUPTED)
+            _remove(removed)
 
     def _restore(self, step: int, like: Any, part: str | None) -> Any:
         was_there, steps = step in self._seen, self.steps()
@@ -339,7 +351,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            places = {self._directory, directory}
+            places = (self._directory, self._workdir / _INTERRUPTED)
             complete = {s for place in places for s in stored.complete_steps(place)}
             earlier = complete - {step}
             kept = f"those up to step {max(earlier)} are intact" if earlier else "there is no other"

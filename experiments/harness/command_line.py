@@ -7,7 +7,6 @@ import importlib.util
 import os
 import re
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -64,19 +63,19 @@ def run(
     except Interrupted as interrupted:
         status = _fail(interrupted, interrupted.status)
         # Where all processes leave together they do so in order.
-        return status if interrupted.by_all else _leave_alone(status)
+        return status if interrupted.by_all else devices.leave_alone(status)
     except KeyboardInterrupt:
         message = "interrupted; the same command goes on from the last checkpoint"
-        return _leave_alone(_fail(message, status=130))
+        return devices.leave_alone(_fail(message, status=130))
     except ConfigError as error:
-        return _leave_alone(_fail(error, status=2))
+        return devices.leave_alone(_fail(error, status=2))
     except RunError as error:
-        return _leave_alone(_fail(error, status=1))
+        return devices.leave_alone(_fail(error, status=1))
     except OSError as error:
         if error.errno not in _NO_SPACE:
             _end_others()
             raise
-        return _leave_alone(
+        return devices.leave_alone(
             _fail(
                 f"workdir={workdir} cannot be written ({error.strerror}); every complete "
                 "checkpoint is intact; make room, and the same command goes on",
@@ -109,25 +108,11 @@ def _run(
     return 0
 
 
-def _leave_alone(status: int) -> int:
-    """The status; but one of several processes ends here and now, and so ends the others.
-
-    In good order it would wait for them at the end, while they wait for it in the middle.
-    """
-    if devices.is_one_of_several():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # With the first one all others end: those that fail of the same shall say so before.
-        time.sleep(2.0 if devices.is_first() else 0.0)
-        os._exit(status)
-    return status
-
-
 def _end_others() -> None:
-    """As `_leave_alone`, of an error that is nobody's but ours: with its traceback."""
+    """As `devices.leave_alone`, of an error that is nobody's but ours: with its traceback."""
     if devices.is_one_of_several():
         traceback.print_exc()
-        _leave_alone(1)
+        devices.leave_alone(1)
 
 
 @contextmanager

@@ -6,6 +6,9 @@ Every process runs the same program on the same host values: `place` and `gather
 and out.
 """
 
+import os
+import sys
+import time
 from collections import deque
 from typing import Any
 
@@ -86,6 +89,27 @@ def wait_for_all(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def leave_alone(status: int) -> int:
+    """The status; but one of several processes ends here and now, and so ends the others.
+
+    In good order it would wait for them at the end, while they wait for it in the middle.
+    """
+    if is_one_of_several():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # With the first one all others end: those that fail of the same shall say so before.
+        time.sleep(2.0 if is_first() else 0.0)
+        os._exit(status)
+    return status
+
+
+def end_all(message: str) -> None:
+    """Where several processes run together, says an error and ends them all; else does nothing."""
+    if is_one_of_several():
+        print(f"error: {message}", file=sys.stderr)
+        leave_alone(1)
+
+
 def in_any(flag: bool) -> bool:
     """Whether a flag is set in any process, so that all of them do the same about it."""
     if jax.process_count() == 1:
@@ -147,6 +171,14 @@ def mesh(config: ConfigDict | None = None) -> Mesh:
             f"config.devices.fsdp = {fsdp}; it must divide the number of devices, {len(found)}"
         )
     return Mesh(np.array(found).reshape(-1, fsdp), AXES)
+
+
+def cpu_mesh() -> Mesh | None:
+    """One CPU, which most machines have beside their accelerators; None where JAX sees none."""
+    try:
+        return Mesh(np.array(jax.local_devices(backend="cpu")[:1]).reshape(1, 1), AXES)
+    except RuntimeError:
+        return None
 
 
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:

@@ -31,7 +31,7 @@ def describe(
         batch, grads = make_gradients(config, problem, mesh)(state, examples, indices)
         quartile = quartile_of(batch.time)
         sums = jnp.zeros(4).at[quartile].add(batch.unweighted)
-        means = sums / jnp.maximum(jnp.zeros(4).at[quartile].add(1.0), 1)
+        means = sums / jnp.zeros(4).at[quartile].add(1.0)  # NaN of none
         modules = {
             name if part == "network" else f"{part}/{name}": optax.tree.norm(module)
             for part, tree in grads.items()

@@ -118,7 +118,7 @@ class Trainer:
         given = self.feed.next()
         compiled = Compiled(step, state, *given)
         self.train_step, self.compiling = compiled.call, {"compile_seconds": compiled.seconds}
-        self.speed = Speed.of(self.config, self.model_flops(compiled, state, given))
+        self.speed = Speed.of(self.config, self.model_flops(compiled.flops, state, given))
         self.profile.before(0, state)
         state = self.train_step(state, *given)
         bar.set_postfix_str("")
@@ -128,20 +128,22 @@ class Trainer:
             self.feed.read_waited()
         return state
 
-    def model_flops(self, compiled: Compiled, state: TrainState, given: Any) -> float | None:
+    def model_flops(self, counted: float | None, state: TrainState, given: Any) -> float | None:
         """Operations of a step of the model: none is counted again that is only repeated.
 
-        Neither rematerialisation nor a loop over the parts of a batch changes what a step is.
+        Neither rematerialisation nor a loop over the parts of a batch changes what a step is. Where
+        the devices do not count, it is counted for a CPU.
         """
         of = self.config
-        if not of.model.remat and of.train.accumulate == 1:
-            return compiled.flops
-        plain = of.copy_and_resolve_references()
+        if counted and not of.model.remat and of.train.accumulate == 1:
+            return counted
+        plain, mesh = of.copy_and_resolve_references(), devices.cpu_mesh()
         plain.model.remat, plain.train.accumulate = False, 1
-        step = steps.make_train_step(
-            plain, self.problem, self.optimizer, self.mesh, self.feed.streamed
-        )
-        return flops(step.lower(state, *given))
+        if mesh is None:
+            return None
+        step = steps.make_train_step(plain, self.problem, self.optimizer, mesh, self.feed.streamed)
+        like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (state, *given))
+        return flops(step.lower(*like))
 
     def do_what_is_due(self, state: TrainState, step: int, bar: tqdm) -> None:
         """What belongs to the state after so many steps; raises Interrupted before or within it."""
@@ -197,7 +199,10 @@ class Trainer:
         step, window = int(state.step), jax.device_get(state.window)
         num_steps = int(window.steps) or np.nan  # all may have been skipped
         loss = float(window.loss / num_steps)
-        by_quartile = window.quartile_loss / np.maximum(window.quartile_count, 1)
+        seen = window.quartile_count > 0
+        by_quartile = np.where(
+            seen, window.quartile_loss / np.maximum(window.quartile_count, 1), np.nan
+        )
         may_skip = self.config.train.skip_nonfinite > 0
         speed = self.speed.values(*self.clock.read(), self.feed.read_waited())
         self.log.write(
@@ -219,8 +224,12 @@ class Trainer:
         step, n = int(state.step), self.config.sample.batch_size
         params = self.averaged(state)
         levels = self.problem.learned(params).schedule.levels(self.config.train.sample_timesteps)
-        with self.may_be_given_up():
-            made = self.preview(params, levels, n).x_0
+        try:
+            with self.may_be_given_up():
+                made = self.preview(params, levels, n).x_0
+        except RunError as error:  # of the sampler, on a network that may be new: training goes on
+            tqdm.write(f"step {step}: no picture of samples ({error})")
+            return
         grid = pictures.grid(to_bytes(self.problem, made))
         pictures.save_png(self.workdir / "samples" / f"step_{step:08d}.png", grid)
         self.log.image("samples", step, grid)

@@ -58,14 +58,13 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
     return None
 
 
-def flops(program: jax.stages.Lowered | jax.stages.Compiled) -> float | None:
-    """Floating-point operations of a program by the compiler's own count; None where it has none.
+def flops(program: jax.stages.Lowered) -> float | None:
+    """Floating-point operations of a program, over all devices, by the compiler's own count.
 
-    Of a lowered program they are of all devices, of a compiled one of each. What a loop repeats is
-    counted once: for a training step lower it without accumulation and rematerialisation.
+    None where it has none: most accelerators count compiled programs alone, and those without what
+    they call of libraries, which is nearly all. What a loop repeats is counted once.
     """
     costs = program.cost_analysis()
-    costs = costs[0] if isinstance(costs, list) and costs else costs
     return float(costs["flops"]) if costs and costs.get("flops", 0) > 0 else None
 
 
@@ -204,5 +203,3 @@ class Compiled:
         self.call = lowered.compile()
         self.seconds = time.monotonic() - began
         self.flops = flops(lowered)
-        if self.flops is None and (each := flops(self.call)) is not None:
-            self.flops = each * jax.device_count()

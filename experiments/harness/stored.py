@@ -27,9 +27,14 @@ def open_manager(directory: epath.Path, keep_last: int) -> Any:
 
     class Handler(ocp.PyTreeCheckpointHandler):
         def finalize(self, directory: epath.Path) -> None:
-            super().finalize(directory)
-            if devices.is_first():
-                checksums.write(epath.Path(directory))
+            try:
+                super().finalize(directory)
+                if devices.is_first():
+                    checksums.write(epath.Path(directory))
+            except Exception as error:
+                # In one process the next save tells; several would wait for one another for ever.
+                devices.end_all(f"{directory} could not be written ({error})")
+                raise
 
     logging.getLogger("absl").addFilter(_is_news)
     policies = ocp.checkpoint_managers

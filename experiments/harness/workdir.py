@@ -99,8 +99,18 @@ def record_data(workdir: epath.PathLike, source: Source) -> None:
 
 
 def _recorded_data(workdir: epath.PathLike) -> dict[str, Any] | None:
-    path = epath.Path(workdir) / DATA_FILE
-    return json.loads(path.read_text()) if path.exists() else None
+    return _read_json(epath.Path(workdir) / DATA_FILE)
+
+
+def _read_json(path: epath.Path) -> dict[str, Any] | None:
+    """What a file of the work directory holds; None if it does not exist."""
+    try:
+        return json.loads(path.read_text()) if path.exists() else None
+    except ValueError as error:
+        raise ConfigError(
+            f"{path} is damaged ({error}); put it back as it was, or remove it: then nothing tells "
+            "whether this run goes on as it began"
+        ) from error
 
 
 def _described(source: Source) -> dict[str, Any]:
@@ -119,8 +129,7 @@ def check_names(config: ConfigDict, setting: str) -> None:
 
 def recorded_config(workdir: epath.PathLike) -> dict[str, Any] | None:
     """The config that a work directory was trained with, as nested dictionaries; None if new."""
-    path = epath.Path(workdir) / CONFIG_FILE
-    return json.loads(path.read_text()) if path.exists() else None
+    return _read_json(epath.Path(workdir) / CONFIG_FILE)
 
 
 def make(workdir: epath.PathLike) -> None:

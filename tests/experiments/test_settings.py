@@ -242,6 +242,22 @@ def test_harmless_settings_may_change_and_others_may_not(tmp_path):
     assert {"train.batch_size", "train.init_from", "train.objective", "train.ema_decay"} <= refused
 
 
+def test_a_damaged_record_is_a_line(tmp_path):
+    config, source = tiny.config(), settings.describe_data(tiny.config(), "train")
+    tiny.untrained(tmp_path, config)
+    workdirs.record(config, tmp_path)
+    workdirs.record_data(tmp_path, source)
+    for name, check in (
+        ("data.json", lambda: workdirs.check_data(config, tmp_path, source)),
+        ("config.json", lambda: workdirs.check(config, tmp_path)),
+    ):
+        check()
+        (tmp_path / name).write_text((tmp_path / name).read_text()[:-5])
+        with pytest.raises(ConfigError, match=f"{name} is damaged") as error:
+            check()
+        assert "\n" not in str(error.value)
+
+
 def test_a_directory_is_found_out_before_anything_is_made(tmp_path):
     (tmp_path / "file").write_text("kept")
     for beneath in ("file", "file/run", "file/run/deeper"):

@@ -1,12 +1,14 @@
 """What a run says of its speed, and the trace of its steps."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.harness import speed
+from experiments.harness import devices, loop, speed
 from experiments.harness.errors import ConfigError
-from tests.experiments import tiny
+from tests.experiments import processes, tiny
 
 
 @pytest.mark.parametrize(
@@ -34,6 +36,23 @@ def test_a_matrix_product_has_two_operations_for_each_term():
     assert compiled.flops == 2 * m * k * n
     assert compiled.seconds > 0
     assert compiled.call(jnp.ones((m, k)), jnp.ones((k, n)))[0, 0] == k
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_is_counted_for_a_cpu_where_the_devices_do_not_count(accumulate):
+    """Whole, and each part of its batch once."""
+    whole = processes.Training(tiny.config(), devices.mesh())
+    given = whole.batch(0)
+    expected = speed.flops(whole.compiled.lower(whole.state, *given))
+    # The convolution and its gradient, 8×8 pixels, 3×3 taps, three channels in and one out.
+    assert expected > 2 * 16 * 64 * 9
+    trainer = types.SimpleNamespace(
+        config=tiny.config(train__accumulate=accumulate),
+        problem=whole.problem,
+        optimizer=whole.optimizer,
+        feed=types.SimpleNamespace(streamed=False),
+    )
+    assert loop.Trainer.model_flops(trainer, None, whole.state, given) == expected
 
 
 def test_rates_of_a_stretch_of_steps():

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from diffusion.objectives import OBJECTIVES, Objective, vlb
-from experiments.harness import checksums, command_line, data, lock, settings
+from experiments.harness import checksums, command_line, data, devices, lock, sampling, settings
 from experiments.harness import workdir as workdirs
 from experiments.harness.checkpoints import Checkpoints
 from experiments.harness.errors import ConfigError, RunError
@@ -87,6 +88,75 @@ def test_a_full_disk_stops_the_run_with_a_line(uninterrupted, tmp_path, monkeypa
     ]
     assert tiny.saved_steps(tmp_path) == [4]
     assert_ends_as(uninterrupted, tmp_path)
+
+
+def test_what_a_signal_made_it_save_outlives_a_save_that_fails(
+    uninterrupted, tmp_path, monkeypatch, capfd
+):
+    """It is all that there is until the run has a checkpoint of its own."""
+
+    def fail(item):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(item))
+
+    with monkeypatch.context() as patch:
+        send = tiny.Interruption(
+            2, data.batch_indices, lambda: os.kill(os.getpid(), signal.SIGTERM)
+        )
+        patch.setattr(data, "batch_indices", send)
+        assert command_line.run("train", uninterrupted[0], str(tmp_path)) == 143
+    with monkeypatch.context() as patch:
+        patch.setattr(checksums, "write", fail)
+        assert command_line.run("train", uninterrupted[0], str(tmp_path)) == 1
+    assert "those up to step 3 are intact" in last_line(capfd.readouterr().err)
+    assert tiny.saved_steps(tmp_path) == [3]
+    assert_ends_as(uninterrupted, tmp_path)
+
+
+def test_what_a_signal_made_it_save_goes_when_it_is_behind(three, tmp_path):
+    """And with it what a kill left of such a save; but not what is ahead, nor for a reader."""
+    workdir = tiny.copy(three[0], tmp_path)
+    own, interrupted = workdir / "checkpoints", workdir / "interrupted"
+    shutil.copytree(own / "2", interrupted / "4")
+    shutil.copytree(own / "2", interrupted / "9.orbax-checkpoint-tmp")
+    with Checkpoints(workdir):
+        assert tiny.saved_steps(workdir) == [1, 2, 3, 4]
+    (interrupted / "4").rename(interrupted / "3")
+    assert tiny.saved_steps(workdir) == [1, 2, 3]
+    assert interrupted.exists()
+    with Checkpoints(workdir) as checkpoints:
+        assert not checkpoints.was_interrupted(3)
+    assert not interrupted.exists()
+    assert tiny.saved_steps(workdir) == [1, 2, 3]
+
+
+def test_one_of_several_that_cannot_write_says_so_and_ends(three, tmp_path, monkeypatch, capfd):
+    """It and the others would wait for one another in the next save."""
+
+    def fail(item):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    workdir, exits = tiny.copy(three[0], tmp_path), []
+    monkeypatch.setattr(checksums, "write", fail)
+    with Checkpoints(workdir) as checkpoints, monkeypatch.context() as patch:
+        patch.setattr(devices, "is_one_of_several", lambda: True)
+        patch.setattr(os, "_exit", exits.append)
+        checkpoints.save(4, three[1][3])
+        with pytest.raises(RunError):
+            checkpoints.wait()
+    assert exits == [1]
+    assert "could not be written ([Errno 28] No space left on device)" in capfd.readouterr().err
+
+
+def test_samples_that_fail_stop_no_training(uninterrupted, tmp_path, monkeypatch, capfd):
+    def fail(*args):
+        raise RunError("4 of 4 samples are not finite")
+
+    config, whole, expected = uninterrupted
+    monkeypatch.setattr(sampling.Drawer, "__call__", fail)
+    tiny.assert_bit_equal(train(config, tmp_path), expected)
+    assert tiny.metrics(tmp_path) == tiny.metrics(whole)
+    assert "step 6: no picture of samples (4 of 4" in capfd.readouterr().out
+    assert not (tmp_path / "samples").exists()
 
 
 def test_a_failed_save_removes_no_earlier_checkpoint(three, tmp_path, monkeypatch):

@@ -337,3 +337,12 @@ def test_a_warm_start_from_another_architecture_is_named(source, tmp_path):
     with pytest.raises(ConfigError, match=r"config\.train\.init_from=.* another architecture"):
         train(tiny.config("unet", train__init_from=str(directory)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_quarter_of_the_timesteps_that_had_none_has_no_loss(tmp_path):
+    """At T = 2 the first and the third: null in the log, and not 0."""
+    shortest = {"schedule__num_timesteps": 2, "train__num_steps": 2, "train__sample_timesteps": 2}
+    train(tiny.config(**shortest), tmp_path)
+    line = next(line for line in tiny.metrics(tmp_path) if "loss" in line)
+    known = [line[f"loss_quartile_{i}"] is not None for i in (1, 2, 3, 4)]
+    assert known == [False, True, False, True]
