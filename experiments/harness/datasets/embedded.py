@@ -5,7 +5,7 @@ import importlib.util
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int64, UInt8
+from jaxtyping import Int32, Int64, UInt8
 
 from experiments.harness.datasets.source import Source, read_each
 from experiments.harness.errors import ConfigError
@@ -23,15 +23,23 @@ def digits(split: str) -> Source:
     Raises:
       ConfigError: for a split that it does not have.
     """
-    from sklearn.datasets import load_digits
-
     check_split("digits", split, _DIGITS)
-    shipped = load_digits()
-    images = shipped.images[_DIGITS[split], :, :, None].astype(np.uint8)
-    labels = shipped.target[_DIGITS[split]].astype(np.int32)
+    images, labels = (of[_DIGITS[split]] for of in _shipped_digits())
     return Source(
         len(images), images.shape[1:], num_levels=17, read=lambda: (images, labels), num_classes=10
     )
+
+
+@functools.cache
+def _shipped_digits() -> tuple[UInt8[np.ndarray, "1797 8 8 1"], Int32[np.ndarray, "1797"]]:
+    """All of them, read once: it is a text file."""
+    from sklearn.datasets import load_digits
+
+    shipped = load_digits()
+    arrays = shipped.images[..., None].astype(np.uint8), shipped.target.astype(np.int32)
+    for array in arrays:
+        array.flags.writeable = False
+    return arrays
 
 
 CROP = 32
