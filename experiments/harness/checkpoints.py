@@ -1,6 +1,5 @@
 """Train states on disk: saved while training goes on, restored bit for bit or not at all."""
 
-import errno
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -12,7 +11,7 @@ from etils import epath
 from tqdm import tqdm
 
 from experiments.harness import checksums, devices, restoring, stored
-from experiments.harness.errors import ConfigError, RunError
+from experiments.harness.errors import ConfigError, RunError, in_short
 
 CHECKPOINTS = ("best", "latest")
 _SUBDIRECTORY = "checkpoints"
@@ -301,7 +300,7 @@ class Checkpoints:
                 raise self._removed(step) from error
             if checksums.are_written(path) or isinstance(error, RuntimeError | MemoryError):
                 raise  # not for what is in the files
-            raise DamagedError(f"it can't be read: {_short(error)}") from error
+            raise DamagedError(f"it can't be read: {in_short(error)}") from error
 
     def _path(self, step: int) -> epath.Path:
         own, interrupted = (self._workdir / d / str(step) for d in (_SUBDIRECTORY, _INTERRUPTED))
@@ -357,7 +356,7 @@ class Checkpoints:
             kept = f"those up to step {max(earlier)} are intact" if earlier else "there is no other"
             raise RunError(
                 f"{self._name}: the checkpoint at step {step} could not be written to "
-                f"{directory} ({_short(error)}); {kept}; once it can, the same command goes "
+                f"{directory} ({in_short(error)}); {kept}; once it can, the same command goes "
                 "on from there"
             ) from error
 
@@ -395,11 +394,3 @@ def is_new(workdir: epath.PathLike) -> bool:
 def _remove(directory: epath.Path) -> None:
     if directory.exists():
         directory.rmtree()
-
-
-def _short(error: Exception) -> str:
-    """An error in a few words."""
-    text = " ".join(str(error).split())
-    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text:
-        return "no space left on the device"
-    return f"{type(error).__name__}: {text[:150]}" if text else type(error).__name__

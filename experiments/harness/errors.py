@@ -1,4 +1,6 @@
-"""The one exception that a user's mistake raises."""
+"""The errors that a user is told in one line."""
+
+import errno
 
 
 class ConfigError(ValueError):
@@ -15,3 +17,11 @@ class RunError(RuntimeError):
     The message is one line that says what happened, where, and what is left; `main.py` prints it
     without a traceback and exits with status 1.
     """
+
+
+def in_short(error: Exception) -> str:
+    """An error in a few words."""
+    text = " ".join(str(error).split())
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text:
+        return "no space left on the device"
+    return f"{type(error).__name__}: {text[:150]}" if text else type(error).__name__

@@ -9,6 +9,7 @@ from typing import Any
 from etils import epath
 
 from experiments.harness import checksums, devices
+from experiments.harness.errors import in_short
 
 ITEM = "default"  # the part of a checkpoint that is the state
 METRIC = "validation"
@@ -33,7 +34,7 @@ def open_manager(directory: epath.Path, keep_last: int) -> Any:
                     checksums.write(epath.Path(directory))
             except Exception as error:
                 # In one process the next save tells; several would wait for one another for ever.
-                devices.end_all(f"{directory} could not be written ({error})")
+                devices.end_all(f"{directory} could not be written ({in_short(error)})")
                 raise
 
     logging.getLogger("absl").addFilter(_is_news)
