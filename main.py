@@ -11,7 +11,8 @@ import functools
 from absl import app, flags
 from ml_collections import config_flags
 
-from experiments.harness import command_line, devices
+from experiments.harness import command_line
+from experiments.harness.processes import distributed
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -40,7 +41,7 @@ _DISTRIBUTED = flags.DEFINE_bool(
 def main(argv: list[str]) -> int:
     """Runs the chosen experiment; the exit status."""
     join = functools.partial(
-        devices.initialize,
+        distributed.initialize,
         _COORDINATOR.value,
         _NUM_PROCESSES.value,
         _PROCESS_ID.value,

@@ -20,13 +20,16 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from experiments.harness import settings, steps
-from experiments.harness import workdir as workdirs
-from experiments.harness.checkpoints import Checkpoints
-from experiments.harness.loop import Trainer
-from experiments.harness.loss import init_history
-from experiments.harness.metrics import MetricsLog
-from experiments.harness.state import init_params, init_state, make_optimizer
+from experiments.harness.setup.definition import define_model
+from experiments.harness.setup.params import init_params
+from experiments.harness.training.loop import Trainer
+from experiments.harness.training.loss import init_history
+from experiments.harness.training.optimizer import make_optimizer
+from experiments.harness.training.state import init_state
+from experiments.harness.training.step import state_shardings
+from experiments.harness.workdir import record
+from experiments.harness.workdir.checkpoints import Checkpoints
+from experiments.harness.workdir.metrics import MetricsLog
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py", "What is trained.")
 _STEPS = flags.DEFINE_integer("steps", 100, "Steps between two lines of the log.")
@@ -61,10 +64,10 @@ class Paired(MetricsLog):
         trainer, of = self.trainer, self.trainer.config
         given = jax.block_until_ready(jax.device_put(trainer.feed.of_step(0)))
         if self._state is None:  # of its own: the step takes over what it is given
-            problem, optimizer = trainer.problem, trainer.optimizer
-            params = init_params(problem, of.seed)
-            self._state = init_state(params, optimizer, init_history(of, problem))
-            shardings = steps.state_shardings(problem, optimizer, trainer.mesh)
+            definition, optimizer = trainer.definition, trainer.optimizer
+            params = init_params(definition, of.seed)
+            self._state = init_state(params, optimizer, init_history(of, definition))
+            shardings = state_shardings(definition, optimizer, trainer.mesh)
             self._state = jax.device_put(self._state, shardings)
         began = time.monotonic()
         for _ in range(_STEPS.value):
@@ -81,18 +84,18 @@ def main(argv: list[str]) -> None:
     num_steps = _STEPS.value * _PAIRS.value
     config.train.update(num_steps=num_steps, log_every=_STEPS.value)
     config.train.update(checkpoint_every=num_steps, sample_every=num_steps)
-    problem = settings.build(config)
+    definition = define_model(config)
     optimizer = make_optimizer(config.train, learns_schedule=config.schedule.name == "learned")
     device = jax.devices()[0]
     print(f"{device.device_kind}, jax {jax.__version__}, batches of {config.train.batch_size}\n")
     print("| trainer, images/s | bare step, images/s | ratio | waiting for data |")
     print("| --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as workdir, Checkpoints(workdir) as checkpoints:
-        workdirs.record(config, workdir)
+        record.record(config, workdir)
         with Paired(workdir) as log:
-            log.trainer = Trainer(config, workdir, problem, optimizer, checkpoints, log)
-            history = init_history(config, problem)
-            log.trainer.run(init_state(init_params(problem, config.seed), optimizer, history))
+            log.trainer = Trainer(config, workdir, definition, optimizer, checkpoints, log)
+            history = init_history(config, definition)
+            log.trainer.run(init_state(init_params(definition, config.seed), optimizer, history))
     ratios = [rate / bare for rate, _, bare in log.found]
     waits = [waited for _, waited, _ in log.found]
     print(

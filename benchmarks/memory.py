@@ -25,10 +25,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from configs import cifar10
-from experiments.harness import devices, settings, steps
-from experiments.harness.data import Examples
-from experiments.harness.loss import init_history, make_loss
-from experiments.harness.state import abstract_params, make_optimizer
+from experiments.harness import devices
+from experiments.harness.data.splits import Examples
+from experiments.harness.setup.definition import define_model
+from experiments.harness.setup.params import abstract_params
+from experiments.harness.training import step
+from experiments.harness.training.loss import init_history, make_loss
+from experiments.harness.training.optimizer import make_optimizer
 
 _BATCH = flags.DEFINE_integer("batch", 128, "Examples in a batch.")
 _TOPOLOGY = flags.DEFINE_string("topology", "", "TPUs to compile for; empty: the first device.")
@@ -76,13 +79,13 @@ def _device() -> jax.Device:
 def _memory(dtype: str, remat: bool, device: jax.Device) -> tuple[int, int]:
     """Bytes that a step has at once at most, and those of the state."""
     config = _config(dtype, remat)
-    problem, optimizer = settings.build(config), make_optimizer(config.train)
+    definition, optimizer = define_model(config), make_optimizer(config.train)
     mesh = Mesh(np.array([[device]]), devices.AXES)
-    state = steps.abstract_state(config, problem, optimizer, mesh)
-    images = (config.train.batch_size, *problem.image_shape)
+    state = step.abstract_state(config, definition, optimizer, mesh)
+    images = (config.train.batch_size, *definition.image_shape)
     batch = devices.split_batch(mesh)
     examples = Examples(jax.ShapeDtypeStruct(images, jnp.uint8, sharding=batch), None)
-    train_step = steps.make_train_step(config, problem, optimizer, mesh, streamed=True)
+    train_step = step.make_train_step(config, definition, optimizer, mesh, streamed=True)
     options = CPU_OPTIONS if device.platform == "cpu" else None
     lowered = train_step.lower(state, examples, None)
     plan = lowered.compile(compiler_options=options).memory_analysis()
@@ -93,16 +96,18 @@ def _memory(dtype: str, remat: bool, device: jax.Device) -> tuple[int, int]:
 
 def kept(config: ConfigDict) -> int:
     """Bytes that a forward pass keeps for the gradient, parameters included."""
-    problem = settings.build(config)
-    problem = problem._replace(network=steps.trained_network(config, problem.network))
-    loss_fn = make_loss(config, problem)
-    x_0 = jax.ShapeDtypeStruct((config.train.batch_size, *problem.image_shape), jnp.float32)
-    key, history = jax.eval_shape(lambda: (jax.random.key(0), init_history(config, problem)))
+    definition = define_model(config)
+    definition = definition._replace(network=step.trained_network(config, definition.network))
+    loss_fn = make_loss(config, definition)
+    x_0 = jax.ShapeDtypeStruct((config.train.batch_size, *definition.image_shape), jnp.float32)
+    key, history = jax.eval_shape(lambda: (jax.random.key(0), init_history(config, definition)))
 
     def pullback(params, x_0, key, history):
         return jax.vjp(lambda params: loss_fn(params, x_0, key, history, None)[0], params)[1]
 
-    leaves = jax.tree.leaves(jax.eval_shape(pullback, abstract_params(problem), x_0, key, history))
+    leaves = jax.tree.leaves(
+        jax.eval_shape(pullback, abstract_params(definition), x_0, key, history)
+    )
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 

@@ -27,12 +27,11 @@ from ml_collections import ConfigDict
 
 from benchmarks.diffusers_unet import ddpm_cifar10
 from configs import digits
-from diffusion.samplers import SAMPLERS
+from diffusion.samplers.registry import SAMPLERS
 from diffusion.schedules import linear_beta
-from experiments.harness import settings
-from experiments.harness.sampling import Drawer
-from experiments.harness.settings import Problem
-from experiments.harness.state import init_params
+from experiments.harness.sampling.draw import Drawer
+from experiments.harness.setup.definition import ModelDefinition, define_model
+from experiments.harness.setup.params import init_params
 from models.diffusers_weights import params_from_unet2d
 from models.unet import UNet, ddpm_timestep
 
@@ -60,27 +59,27 @@ class Free(nn.Module):
 def main(argv: list[str]) -> None:
     """Times, and prints a table."""
     del argv
-    config, problem = _problem()
+    config, definition = _problem()
     theirs = _their_network() if _DIFFUSERS.value else None
-    params = _params(problem) if theirs is None else _weights_of(theirs, problem)
-    levels = problem.schedule.levels(_STEPS.value)
+    params = _params(definition) if theirs is None else _weights_of(theirs, definition)
+    levels = definition.schedule.levels(_STEPS.value)
     names = _OURS.value or [name for name in SAMPLERS if name not in ADAPTIVE]
-    free = problem._replace(network=Free())
+    free = definition._replace(network=Free())
 
     runs, evaluations = {}, {}
     for name in names:
         config.sample.sampler = name
         chosen = config.copy_and_resolve_references()
         for label, of, weights in (
-            (name, problem, params),
+            (name, definition, params),
             (f"{name} alone", free, init_params(free, 0)),
         ):
             run = functools.partial(Drawer(chosen, of), weights, levels, _BATCH.value)
             evaluations[name] = int(run().evaluations[0])  # compiles, too
             runs[label] = run
-    shape = (_BATCH.value, *problem.image_shape)
+    shape = (_BATCH.value, *definition.image_shape)
     for count in sorted(set(evaluations.values())):
-        runs[f"bare {count}"] = _bare(problem, params, shape, float(levels.log_snr[-1]), count)
+        runs[f"bare {count}"] = _bare(definition, params, shape, float(levels.log_snr[-1]), count)
     if theirs is not None:
         runs |= _their_runs(theirs, shape)
 
@@ -93,35 +92,35 @@ def main(argv: list[str]) -> None:
     _report(seconds, evaluations)
 
 
-def _problem() -> tuple[ConfigDict, Problem]:
+def _problem() -> tuple[ConfigDict, ModelDefinition]:
     """The digits'; for DDPM's network alone no CIFAR-10 is needed."""
     config = digits.get_config()
     config.sample.batch_size = _BATCH.value
-    problem = settings.build(config)
+    definition = define_model(config)
     if _NETWORK.value == "digits":
-        return config, problem
+        return config, definition
     schedule = linear_beta()
     network = UNet(timestep_of=ddpm_timestep(schedule.knots))
     changed = {"network": network, "image_shape": (32, 32, 3), "parameterization": "eps"}
-    return config, problem._replace(schedule=schedule, **changed)
+    return config, definition._replace(schedule=schedule, **changed)
 
 
-def _params(problem: Problem) -> Any:
+def _params(definition: ModelDefinition) -> Any:
     """Random weights, all of them other than zero."""
-    leaves, tree = jax.tree.flatten(init_params(problem, 0))
+    leaves, tree = jax.tree.flatten(init_params(definition, 0))
     keys = jax.random.split(jax.random.key(1), len(leaves))
     moved = (a + 0.02 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys, strict=True))
     return jax.tree.unflatten(tree, list(moved))
 
 
 def _bare(
-    problem: Problem, params: Any, shape: tuple[int, ...], log_snr: float, count: int
+    definition: ModelDefinition, params: Any, shape: tuple[int, ...], log_snr: float, count: int
 ) -> Callable[[], Any]:
     """So many evaluations of the network, each of what the one before made."""
 
     @jax.jit
     def loop(params, x, at):
-        denoiser = problem.reverse(params).denoiser
+        denoiser = definition.reverse(params).denoiser
         return jax.lax.fori_loop(0, count, lambda i, x: denoiser(x, at), x)
 
     arguments = params, jnp.ones(shape), jnp.full(shape[0], log_snr, jnp.float32)
@@ -140,10 +139,10 @@ def _their_network() -> Any:
     return ddpm_cifar10().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _weights_of(unet: Any, problem: Problem) -> Any:
+def _weights_of(unet: Any, definition: ModelDefinition) -> Any:
     """The same weights as parameters of ours."""
     weights = {name: value.cpu().numpy() for name, value in unet.state_dict().items()}
-    return {"network": params_from_unet2d(weights, problem.network, problem.image_shape)}
+    return {"network": params_from_unet2d(weights, definition.network, definition.image_shape)}
 
 
 def _their_runs(unet: Any, shape: tuple[int, ...]) -> dict[str, Callable[[], Any]]:

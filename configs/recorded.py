@@ -8,13 +8,13 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import base
-from experiments.harness import workdir as workdirs
+from experiments.harness.workdir import record
 
 
 def get_config(workdir: str) -> ConfigDict:
     """The settings in the work directory's config.json, over the defaults."""
     config = base.get_config()
-    config.update(_tuples(workdirs.recorded_config(workdir)))
+    config.update(_tuples(record.recorded_config(workdir)))
     return config
 
 

@@ -8,8 +8,9 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from experiments import evaluate, sample, train
-from experiments.harness import devices, settings
-from experiments.harness.checkpoints import Checkpoints
+from experiments.harness.processes import distributed
+from experiments.harness.setup.definition import define_model
+from experiments.harness.workdir.checkpoints import Checkpoints
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
@@ -43,7 +44,7 @@ def _evaluation(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any] |
     except ValueError:  # damaged
         return None
     step = _step(workdir, config.evaluate.checkpoint)
-    wanted = evaluate.identity(config, settings.build(config), step, workdir)
+    wanted = evaluate.identity(config, define_model(config), step, workdir)
     return recorded if all(recorded.get(k) == v for k, v in wanted.items()) else None
 
 
@@ -60,4 +61,4 @@ def _is_sampled(config: ConfigDict, workdir: epath.PathLike) -> bool:
 def _step(workdir: epath.PathLike, which: str) -> int:
     """The step of the best or the latest checkpoint."""
     with Checkpoints(workdir, read_only=True) as checkpoints:
-        return devices.of_first(checkpoints.choose(which))
+        return distributed.of_first(checkpoints.choose(which))

@@ -3,35 +3,29 @@
 import time
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from diffusion.bound import Bound
-from diffusion.estimate import bits_per_dim, estimate, noise_variance, replicate_timesteps
-from experiments.harness import (
-    analytic,
-    data,
-    devices,
-    estimates,
-    measure,
-    pictures,
-    quality,
-    settings,
-)
-from experiments.harness import workdir as workdirs
-from experiments.harness.allocate import Estimator
-from experiments.harness.checkpoints import CHECKPOINTS
+from diffusion.statistics.standard_errors import bits_per_dim
+from experiments.harness import checks, devices
+from experiments.harness.data import splits
+from experiments.harness.data.sources import source
 from experiments.harness.errors import ConfigError
-from experiments.harness.estimates import ESTIMATES, allocate, allocated_summary
-from experiments.harness.metrics import append_jsonl, write_json, write_npz
-from experiments.harness.progress import progress
-from experiments.harness.sampler_settings import decides
-from experiments.harness.sampling import Trained
-from experiments.harness.settings import Problem
-from experiments.harness.state import abstract_params
-from experiments.harness.weights import load_ema
+from experiments.harness.evaluation import estimates
+from experiments.harness.evaluation.allocate import Estimator
+from experiments.harness.evaluation.estimates import ESTIMATES, allocate, allocated_summary
+from experiments.harness.evaluation.full_bound import full_bound, summary
+from experiments.harness.pictures import plots
+from experiments.harness.sampling import quality
+from experiments.harness.sampling.sampler import decides
+from experiments.harness.setup import analytic
+from experiments.harness.setup.definition import ModelDefinition, define_model
+from experiments.harness.setup.params import abstract_params
+from experiments.harness.setup.trained import Trained, load_ema
+from experiments.harness.workdir import record
+from experiments.harness.workdir.checkpoints import CHECKPOINTS
+from experiments.harness.workdir.files import append_jsonl, write_json, write_npz
 
 RESULT_FILE = "evaluation.json"
 
@@ -60,38 +54,44 @@ def evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
       ConfigError: for a setting or a checkpoint that does not fit.
     """
     check(config)
-    workdirs.check_network(config, workdir)
-    problem = settings.build(config)
-    params, step = load_ema(workdir, config.evaluate.checkpoint, abstract_params(problem))
-    problem = problem.learned(params)
-    workdirs.check_writable(workdir)
-    problem = analytic.choose(
-        config, config.evaluate.variance, "config.evaluate.variance", problem, params, step, workdir
+    record.check_network(config, workdir)
+    definition = define_model(config)
+    params, step = load_ema(workdir, config.evaluate.checkpoint, abstract_params(definition))
+    definition = definition.learned(params)
+    record.check_writable(workdir)
+    definition = analytic.choose(
+        config,
+        config.evaluate.variance,
+        "config.evaluate.variance",
+        definition,
+        params,
+        step,
+        workdir,
     )
     if "quality" in config.evaluate.also:
         sampled = _sampled(config, params, step, workdir)
         sampled.levels(config.sample.num_timesteps)  # if there are none, better said now
-    dataset = settings.load_measured(config, config.evaluate.split)
+    dataset = splits.load_measured(config, config.evaluate.split)
     start = time.monotonic()
     bound = _allocated if config.evaluate.target else _full
-    result, curves = bound(config, problem, params, dataset)
-    result |= {"num_examples": len(dataset.images), **identity(config, problem, step, workdir)}
+    result, curves = bound(config, definition, params, dataset)
+    result |= {"num_examples": len(dataset.images), **identity(config, definition, step, workdir)}
     for name in config.evaluate.also:
         if name != "quality":
-            result[name] = ESTIMATES[name](config, problem, params, dataset)
+            result[name] = ESTIMATES[name](config, definition, params, dataset)
     if "quality" in config.evaluate.also:
         result["quality"] = quality.of_samples(sampled)
     result["seconds"] = round(time.monotonic() - start, 1)
-    _write(epath.Path(workdir), result, curves, problem)
+    _write(epath.Path(workdir), result, curves, definition)
     return result
 
 
 def _sampled(config: ConfigDict, params: Any, step: int, workdir: epath.PathLike) -> Trained:
     """These weights as `sample` would draw from them."""
-    problem, of = settings.build(config).learned(params), config.sample
+    definition, of = define_model(config).learned(params), config.sample
     setting = "config.sample.variance"
-    problem = analytic.choose(config, of.variance, setting, problem, params, step, workdir)
-    return Trained(config, epath.Path(workdir), problem, params, step)
+    definition = analytic.choose(config, of.variance, setting, definition, params, step, workdir)
+    return Trained(config, epath.Path(workdir), definition, params, step)
 
 
 class Curves(NamedTuple):
@@ -111,11 +111,11 @@ class Curves(NamedTuple):
 
 
 def _full(
-    config: ConfigDict, problem: Problem, params: Any, dataset: data.Dataset
+    config: ConfigDict, definition: ModelDefinition, params: Any, dataset: splits.Dataset
 ) -> tuple[dict[str, Any], Curves]:
     """The full sum over t."""
-    terms, noise_variances = full_bound(config, problem, params, dataset)
-    kl = bits_per_dim(terms.kl, int(np.prod(problem.image_shape)))
+    terms, noise_variances = full_bound(config, definition, params, dataset)
+    kl = bits_per_dim(terms.kl, int(np.prod(definition.image_shape)))
     n, num_timesteps = terms.eps_error.shape
     replicates = min(config.evaluate.replicates, num_timesteps - 1)
     curves = Curves(
@@ -124,16 +124,16 @@ def _full(
         kl_se=kl.std(axis=0, ddof=1) / np.sqrt(n) if n > 1 else None,
         eps_error=terms.eps_error.mean(axis=0),
     )
-    summed = summary(terms, noise_variances, problem)
+    summed = summary(terms, noise_variances, definition)
     return summed | {"network_evaluations": n * (num_timesteps + replicates + 1)}, curves
 
 
 def _allocated(
-    config: ConfigDict, problem: Problem, params: Any, dataset: data.Dataset
+    config: ConfigDict, definition: ModelDefinition, params: Any, dataset: splits.Dataset
 ) -> tuple[dict[str, Any], Curves]:
     """A few timesteps per example, to the target; the curves are constant on bins of t."""
-    found = allocate(config, Estimator(config, problem, params, dataset))
-    num_terms = problem.levels.num_timesteps - 1
+    found = allocate(config, Estimator(config, definition, params, dataset))
+    num_terms = definition.levels.num_timesteps - 1
     bins = len(found.rate)
     of_t = ((np.arange(num_terms) + 0.5) * bins / max(num_terms, 1)).astype(int)
     error, rate = found.eps_error[of_t], found.rate[of_t]
@@ -141,21 +141,24 @@ def _allocated(
     kl = rate * found.diffusion.mean() / rate.sum() if rate.any() else rate
     curves = Curves(
         total=found.total,
-        kl=bits_per_dim(kl, int(np.prod(problem.image_shape))),
+        kl=bits_per_dim(kl, int(np.prod(definition.image_shape))),
         kl_se=None,
         eps_error=np.concatenate([error[:1] if num_terms else found.eps_error[:1], error]),
     )
-    return allocated_summary(found, problem), curves
+    return allocated_summary(found, definition), curves
 
 
 def identity(
-    config: ConfigDict, problem: Problem, step: int, workdir: epath.PathLike | None = None
+    config: ConfigDict,
+    definition: ModelDefinition,
+    step: int,
+    workdir: epath.PathLike | None = None,
 ) -> dict[str, Any]:
     """What an evaluation is of: two with the same identity have the same numbers.
 
     Args:
       config: the config.
-      problem: the mathematics it names.
+      definition: the mathematics it names.
       step: the step that the weights are of.
       workdir: holds the levels that samples step through, where their quality is asked for.
     """
@@ -176,15 +179,15 @@ def identity(
     if not config.evaluate.target and "continuous" not in config.evaluate.also:
         del told["evaluate"]["pilot"], told["evaluate"]["max_evaluations"]
     del told["evaluate"]["batch_size"], told["evaluate"]["chunk_size"]
-    told = workdirs.flatten(told)
+    told = record.flatten(told)
     if "quality" in config.evaluate.also:
-        told |= workdirs.flatten({"quality": config.quality.to_dict()})
-        told |= workdirs.flatten({"samples": decides(config, workdir)})
+        told |= record.flatten({"quality": config.quality.to_dict()})
+        told |= record.flatten({"samples": decides(config, workdir)})
     return {
         "split": config.evaluate.split,
         "checkpoint": config.evaluate.checkpoint,
         "step": step,
-        "num_timesteps": problem.levels.num_timesteps,
+        "num_timesteps": definition.levels.num_timesteps,
         "seed": config.seed,
         "settings": told,
     }
@@ -192,80 +195,26 @@ def identity(
 
 def check(config: ConfigDict) -> None:
     """Raises ConfigError for settings or data that `evaluate` can't use; compiles nothing."""
-    problem = settings.build(config)
+    definition = define_model(config)
     devices.check_batch("config.evaluate.batch_size", config.evaluate.batch_size)
-    settings.pick(data.SPLITS, config.evaluate.split, "config.evaluate.split")
-    settings.check_split(config, config.evaluate.split)
-    settings.pick(CHECKPOINTS, config.evaluate.checkpoint, "config.evaluate.checkpoint")
-    settings.check_positive(config, "evaluate.chunk_size", "evaluate.replicates")
-    settings.check_labels(config)
+    checks.pick(source.SPLITS, config.evaluate.split, "config.evaluate.split")
+    splits.check_split(config, config.evaluate.split)
+    checks.pick(CHECKPOINTS, config.evaluate.checkpoint, "config.evaluate.checkpoint")
+    checks.check_positive(config, "evaluate.chunk_size", "evaluate.replicates")
+    splits.check_labels(config)
     analytic.check(config, config.evaluate.variance, "config.evaluate.variance")
     estimates.check(config)
     if "quality" in config.evaluate.also:
-        quality.check(config, problem)
+        quality.check(config, definition)
         analytic.check(config, config.sample.variance, "config.sample.variance")
     if "k_sample" in config.evaluate.also:
         num_timesteps = config.evaluate.k_sample.num_timesteps
         try:
-            problem.schedule.levels(num_timesteps)
+            definition.schedule.levels(num_timesteps)
         except ValueError as error:
             raise ConfigError(
                 f"config.evaluate.k_sample.num_timesteps = {num_timesteps}: {error}"
             ) from error
-
-
-def full_bound(
-    config: ConfigDict, problem: Problem, params: Any, dataset: data.Dataset
-) -> tuple[Bound, np.ndarray]:
-    """The bound's terms of every example, and the variance of each total's Monte-Carlo noise.
-
-    Returns:
-      A Bound of float64 arrays in nats, [n, …], and the variances, [n] in nats².
-    """
-    mesh = devices.mesh()
-    first = measure.make_bound(config, problem, mesh)
-    second = measure.make_terms_at(config, problem, mesh, draw=1)
-    num_timesteps, batch_size = problem.levels.num_timesteps, config.evaluate.batch_size
-    params = devices.place(params, devices.replicated(mesh))
-    n = len(dataset.images)
-    terms, variances, seen = [], [], 0
-    evaluations = num_timesteps + min(config.evaluate.replicates, num_timesteps - 1) + 1
-    with progress(n * evaluations, "evaluate", "eval", unit_scale=True) as bar:
-        for index, mask in data.padded_batches(n, batch_size):
-            examples = dataset.examples(index)
-            t = replicate_timesteps(index, num_timesteps, config.evaluate.replicates)
-            once = jax.device_get(first(params, problem.levels, examples, index))
-            again = jax.device_get(second(params, problem.levels, examples, index, t))
-            variance = _noise_variance(once, again, t, num_timesteps)
-            terms.append(jax.tree.map(lambda a, mask=mask: np.asarray(a, np.float64)[mask], once))
-            variances.append(variance[mask])
-            seen += int(mask.sum())
-            bar.update(int(mask.sum()) * evaluations)
-    if seen != n:
-        raise AssertionError(f"{seen} examples evaluated of {n}")
-    return jax.tree.map(lambda *parts: np.concatenate(parts), *terms), np.concatenate(variances)
-
-
-def _noise_variance(once: Bound, again: Bound, t: np.ndarray, num_timesteps: int) -> np.ndarray:
-    """Variance of each example's total, from two draws of some of its terms."""
-    first = np.take_along_axis(once.kl, t - 2, axis=1)
-    of_sum = noise_variance(first, again.kl, num_timesteps - 1)
-    return of_sum + noise_variance(once.reconstruction[:, None], again.reconstruction[:, None], 1)
-
-
-def summary(terms: Bound, noise_variances: np.ndarray, problem: Problem) -> dict[str, float]:
-    """The bound in bits/dim with both standard errors, and its three parts."""
-    num_dims = int(np.prod(problem.image_shape))
-    total = estimate(terms.total, noise_variances, num_dims)
-    parts = Bound(*(bits_per_dim(a, num_dims).mean(axis=0) for a in terms))
-    return {
-        "bits_per_dim": total.mean,
-        "bits_per_dim_se": total.se,
-        "bits_per_dim_mc_se": total.mc_se,
-        "prior": float(parts.prior),
-        "diffusion": float(parts.kl.sum()),
-        "reconstruction": float(parts.reconstruction),
-    }
 
 
 def result_line(result: dict[str, Any]) -> str:
@@ -315,13 +264,13 @@ def _detail(name: str, of: dict[str, Any]) -> str:
     return details[name]() + ")"
 
 
-def _write(workdir: epath.Path, result: dict, curves: Curves, problem: Problem) -> None:
+def _write(workdir: epath.Path, result: dict, curves: Curves, definition: ModelDefinition) -> None:
     """evaluation.json, its line in the history, the arrays and the plots."""
-    num_dims = int(np.prod(problem.image_shape))
-    log_snr = problem.levels.log_snr[1:]
+    num_dims = int(np.prod(definition.image_shape))
+    log_snr = definition.levels.log_snr[1:]
     # ‖x_0 − x̂_0‖² = ‖ε − ε̂‖²/SNR, then from data units to grey levels.
     squared = curves.eps_error * np.exp(-log_snr) / num_dims
-    rmse = np.sqrt(squared) / problem.quantization.spacing
+    rmse = np.sqrt(squared) / definition.quantization.spacing
     arrays = {
         "t": np.arange(1, len(log_snr) + 1),
         "log_snr": log_snr,
@@ -333,18 +282,18 @@ def _write(workdir: epath.Path, result: dict, curves: Curves, problem: Problem) 
         arrays["kl_se"] = curves.kl_se
     write_npz(workdir / "evaluation.npz", **arrays)
     parts = {"kl": curves.kl, "prior": result["prior"]}
-    pictures.plot_kl_per_timestep(
+    plots.plot_kl_per_timestep(
         workdir / "kl_per_timestep.png",
         **parts,
         log_snr=log_snr,
         reconstruction=result["reconstruction"],
         kl_se=curves.kl_se,
     )
-    pictures.plot_rate_distortion(
+    plots.plot_rate_distortion(
         workdir / "rate_distortion.png",
         **parts,
         rmse=rmse,
-        max_value=problem.quantization.num_levels - 1,
+        max_value=definition.quantization.num_levels - 1,
     )
     append_jsonl(workdir / "evaluations.jsonl", result)
     write_json(workdir / RESULT_FILE, result)

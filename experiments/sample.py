@@ -9,25 +9,19 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from diffusion.forward import diffuse
-from diffusion.sampling import Samples
-from experiments.harness import (
-    analytic,
-    data,
-    devices,
-    edits,
-    pictures,
-    sampler_settings,
-    settings,
-    sweep,
-)
-from experiments.harness import workdir as workdirs
-from experiments.harness.checkpoints import CHECKPOINTS
-from experiments.harness.metrics import write_npz
-from experiments.harness.sampling import Drawer, Trained, to_bytes
+from diffusion.samplers.base import Samples
+from experiments.harness import checks, devices
+from experiments.harness.data import splits
+from experiments.harness.pictures.images import grid, save_png, strip
+from experiments.harness.sampling import edits, sampler, sweep
+from experiments.harness.sampling.draw import Drawer, to_bytes
 from experiments.harness.seeds import stream
-from experiments.harness.settings import Problem
-from experiments.harness.state import abstract_params
-from experiments.harness.weights import load_ema
+from experiments.harness.setup import analytic
+from experiments.harness.setup.definition import ModelDefinition, define_model
+from experiments.harness.setup.trained import load
+from experiments.harness.workdir.checkpoints import CHECKPOINTS
+from experiments.harness.workdir.files import write_npz
+from experiments.harness.workdir.record import flatten
 
 EXTRAS = {
     "inpaint": edits.inpaint,
@@ -72,17 +66,19 @@ def sample(config: ConfigDict, workdir: epath.PathLike) -> np.ndarray:
     """
     check(config)
     trained = load(config, workdir)
-    problem, of = trained.problem, config.sample
+    for num_timesteps in sampler.needed_levels(config, trained.definition):
+        trained.levels(num_timesteps)  # raises, where some are missing
+    definition, of = trained.definition, config.sample
     levels = trained.levels(of.num_timesteps)
     record = strip_levels(levels.num_timesteps, of.strip_columns)
-    drawer = Drawer(config, problem)
+    drawer = Drawer(config, definition)
     parts = drawer(trained.params, levels, of.num_samples, record, of.strip_rows)
-    samples = np.asarray(problem.quantization.to_level(parts.x_0), np.uint8)
+    samples = np.asarray(definition.quantization.to_level(parts.x_0), np.uint8)
     directory = trained.workdir / "samples"
     directory.mkdir(parents=True, exist_ok=True)
-    pictures.save_png(directory / "samples.png", pictures.grid(to_bytes(problem, parts.x_0)))
-    _save_reverse_strip(directory / "reverse.png", problem, parts, record, of.strip_rows)
-    _save_forward_strip(directory / "forward.png", config, problem)
+    save_png(directory / "samples.png", grid(to_bytes(definition, parts.x_0)))
+    _save_reverse_strip(directory / "reverse.png", definition, parts, record, of.strip_rows)
+    _save_forward_strip(directory / "forward.png", config, definition)
     for name in of.also:
         EXTRAS[name](trained)
     labels = drawer.given(np.arange(of.num_samples)).labels
@@ -100,27 +96,6 @@ def sample(config: ConfigDict, workdir: epath.PathLike) -> np.ndarray:
     return samples
 
 
-def load(config: ConfigDict, workdir: epath.PathLike) -> Trained:
-    """What a work directory holds, ready to sample from.
-
-    Raises:
-      ConfigError: if it holds no such model, or can't be written to.
-    """
-    workdirs.check_network(config, workdir)
-    problem = settings.build(config)
-    params, step = load_ema(workdir, config.sample.checkpoint, abstract_params(problem))
-    problem = problem.learned(params)
-    workdirs.check_writable(workdir)
-    setting = "config.sample.variance"
-    problem = analytic.choose(
-        config, config.sample.variance, setting, problem, params, step, workdir
-    )
-    trained = Trained(config, epath.Path(workdir), problem, params, step)
-    for num_timesteps in sampler_settings.needed_levels(config, problem):
-        trained.levels(num_timesteps)
-    return trained
-
-
 def identity(config: ConfigDict, workdir: epath.PathLike, step: int) -> str:
     """What samples are of, as JSON: two with the same identity are the same samples and pictures.
 
@@ -134,24 +109,22 @@ def identity(config: ConfigDict, workdir: epath.PathLike, step: int) -> str:
     told |= {name: of[name] for name in of["also"] if name in of}
     if {"sweep", "guidance"} & set(of["also"]):
         told["quality"] = config.quality.to_dict()
-    told = sampler_settings.decides(config, workdir) | workdirs.flatten(told, "of.")
+    told = sampler.decides(config, workdir) | flatten(told, "of.")
     return json.dumps({"step": step, **told}, sort_keys=True)
 
 
 def check(config: ConfigDict) -> None:
     """Raises ConfigError for settings or data that `sample` can't use; compiles nothing."""
-    problem = settings.build(config)
-    settings.check_split(config, "test")  # the strip of the forward process
+    definition = define_model(config)
+    splits.check_split(config, "test")  # the strip of the forward process
     devices.check_batch("config.sample.batch_size", config.sample.batch_size)
-    settings.check_positive(
-        config, "sample.num_samples", "sample.strip_rows", "sample.strip_columns"
-    )
-    settings.pick(CHECKPOINTS, config.sample.checkpoint, "config.sample.checkpoint")
+    checks.check_positive(config, "sample.num_samples", "sample.strip_rows", "sample.strip_columns")
+    checks.pick(CHECKPOINTS, config.sample.checkpoint, "config.sample.checkpoint")
     analytic.check(config, config.sample.variance, "config.sample.variance")
-    sampler_settings.check(config, problem)
+    sampler.check(config, definition)
     for name in config.sample.also:
-        settings.pick(EXTRAS, name, "config.sample.also")
-        CHECKS[name](config, problem)
+        checks.pick(EXTRAS, name, "config.sample.also")
+        CHECKS[name](config, definition)
 
 
 def strip_levels(num_timesteps: int, columns: int) -> tuple[int, ...]:
@@ -162,7 +135,11 @@ def strip_levels(num_timesteps: int, columns: int) -> tuple[int, ...]:
 
 
 def _save_reverse_strip(
-    path: epath.Path, problem: Problem, parts: Samples, record: tuple[int, ...], rows: int
+    path: epath.Path,
+    definition: ModelDefinition,
+    parts: Samples,
+    record: tuple[int, ...],
+    rows: int,
 ) -> None:
     """For each sample a row of x_t, and under it a row of the x̂_0 seen from there."""
     x_0 = parts.x_0[:rows]
@@ -170,19 +147,19 @@ def _save_reverse_strip(
     both = np.stack(frames, axis=2)  # [k, n, 2, ...]
     both = both.reshape(len(both), -1, *both.shape[3:])
     captions = [f"t = {t}" for t in record] + ["sample"]
-    pictures.save_png(path, pictures.strip(to_bytes(problem, both), captions))
+    save_png(path, strip(to_bytes(definition, both), captions))
 
 
-def _save_forward_strip(path: epath.Path, config: ConfigDict, problem: Problem) -> None:
+def _save_forward_strip(path: epath.Path, config: ConfigDict, definition: ModelDefinition) -> None:
     """Test images and their x_t, all along one line of noise."""
     rows = config.sample.strip_rows
-    images = settings.load_data(config, "test", data.first(rows)).images
-    x_0 = problem.quantization.to_data(images)
+    images = splits.load_data(config, "test", splits.first(rows)).images
+    x_0 = definition.quantization.to_data(images)
     eps = jax.random.normal(stream(config.seed, "sample"), x_0.shape)
-    times = strip_levels(problem.levels.num_timesteps, config.sample.strip_columns)[::-1]
+    times = strip_levels(definition.levels.num_timesteps, config.sample.strip_columns)[::-1]
     frames = [x_0]
     for t in times:
-        log_snr = problem.levels.step(jnp.full(len(x_0), t)).log_snr
+        log_snr = definition.levels.step(jnp.full(len(x_0), t)).log_snr
         frames.append(diffuse(x_0, log_snr, eps))
     captions = ["data"] + [f"t = {t}" for t in times]
-    pictures.save_png(path, pictures.strip(to_bytes(problem, np.stack(frames)), captions))
+    save_png(path, strip(to_bytes(definition, np.stack(frames)), captions))

@@ -9,12 +9,15 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from diffusion.variances import VARIANCES
-from experiments.harness import analytic, paired, settings
-from experiments.harness import workdir as workdirs
-from experiments.harness.metrics import write_json
-from experiments.harness.paired import Choice, Entry
-from experiments.harness.state import abstract_params
-from experiments.harness.weights import load_ema
+from experiments.harness.data import splits
+from experiments.harness.evaluation import paired
+from experiments.harness.evaluation.paired import Choice, Entry
+from experiments.harness.setup import analytic
+from experiments.harness.setup.definition import define_model
+from experiments.harness.setup.params import abstract_params
+from experiments.harness.setup.trained import load_ema
+from experiments.harness.workdir import record
+from experiments.harness.workdir.files import write_json
 
 REFERENCE = "beta_tilde"  # what the others are compared with
 
@@ -41,24 +44,24 @@ def sigma(config: ConfigDict, workdir: epath.PathLike) -> list[Entry]:
       ConfigError: for a setting or a checkpoint that does not fit.
     """
     check(config)
-    workdirs.check_network(config, workdir)
-    problem = settings.build(config)
-    params, step = load_ema(workdir, config.sigma.checkpoint, abstract_params(problem))
-    problem = problem.learned(params)
-    workdirs.check_writable(workdir)
+    record.check_network(config, workdir)
+    definition = define_model(config)
+    params, step = load_ema(workdir, config.sigma.checkpoint, abstract_params(definition))
+    definition = definition.learned(params)
+    record.check_writable(workdir)
     variances = {}
     for name in _names(config):
-        chosen = analytic.choose(config, name, "config.sigma", problem, params, step, workdir)
+        chosen = analytic.choose(config, name, "config.sigma", definition, params, step, workdir)
         variances[name] = chosen.variance
-    dataset = settings.load_measured(config, config.sigma.split)
+    dataset = splits.load_measured(config, config.sigma.split)
     choices = {
-        (num_timesteps, name): Choice(problem.schedule.levels(num_timesteps), variance)
+        (num_timesteps, name): Choice(definition.schedule.levels(num_timesteps), variance)
         for num_timesteps in config.sigma.num_timesteps
         for name, variance in variances.items()
     }
     draws = config.sigma.draws
-    totals = paired.measure_totals(config, problem, params, dataset, choices, draws)
-    entries = paired.summarize(totals, REFERENCE, int(np.prod(problem.image_shape)))
+    totals = paired.measure_totals(config, definition, params, dataset, choices, draws)
+    entries = paired.summarize(totals, REFERENCE, int(np.prod(definition.image_shape)))
     result = {
         "split": config.sigma.split,
         "checkpoint": config.sigma.checkpoint,

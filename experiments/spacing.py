@@ -12,13 +12,16 @@ from ml_collections import ConfigDict
 
 from diffusion.schedules import Levels
 from diffusion.spacing import SPACINGS
-from experiments.harness import analytic, optimal_steps, paired, settings
-from experiments.harness import workdir as workdirs
-from experiments.harness.metrics import write_json
-from experiments.harness.paired import Choice, Entry
-from experiments.harness.settings import Problem
-from experiments.harness.state import abstract_params
-from experiments.harness.weights import load_ema
+from experiments.harness import checks
+from experiments.harness.data import splits
+from experiments.harness.evaluation import paired
+from experiments.harness.evaluation.paired import Choice, Entry
+from experiments.harness.setup import analytic, optimal_steps
+from experiments.harness.setup.definition import ModelDefinition, define_model
+from experiments.harness.setup.params import abstract_params
+from experiments.harness.setup.trained import load_ema
+from experiments.harness.workdir import record
+from experiments.harness.workdir.files import write_json
 
 REFERENCE = "uniform"  # what the others are compared with
 OPTIMAL = "bound_optimal"
@@ -47,15 +50,15 @@ def spacing(config: ConfigDict, workdir: epath.PathLike) -> list[Entry]:
       ConfigError: for a setting or a checkpoint that does not fit.
     """
     check(config)
-    workdirs.check_network(config, workdir)
-    problem = settings.build(config)
-    params, step = load_ema(workdir, config.spacing.checkpoint, abstract_params(problem))
-    problem = problem.learned(params)
-    workdirs.check_writable(workdir)
+    record.check_network(config, workdir)
+    definition = define_model(config)
+    params, step = load_ema(workdir, config.spacing.checkpoint, abstract_params(definition))
+    definition = definition.learned(params)
+    record.check_writable(workdir)
     name = config.spacing.variance
-    problem = analytic.choose(config, name, _SETTING, problem, params, step, workdir)
-    dataset = settings.load_measured(config, config.spacing.split)
-    optimal = _optimal(config, problem, params, step, workdir)
+    definition = analytic.choose(config, name, _SETTING, definition, params, step, workdir)
+    dataset = splits.load_measured(config, config.spacing.split)
+    optimal = _optimal(config, definition, params, step, workdir)
     result = {
         "split": config.spacing.split,
         "checkpoint": config.spacing.checkpoint,
@@ -70,16 +73,16 @@ def spacing(config: ConfigDict, workdir: epath.PathLike) -> list[Entry]:
     path = epath.Path(workdir) / optimal_steps.FILE
     write_json(path, result)
     choices = {
-        (num_timesteps, name): Choice(levels, problem.variance)
+        (num_timesteps, name): Choice(levels, definition.variance)
         for num_timesteps in config.spacing.num_timesteps
         for name, levels in {
-            **{name: of(problem.schedule, num_timesteps) for name, of in SPACINGS.items()},
+            **{name: of(definition.schedule, num_timesteps) for name, of in SPACINGS.items()},
             OPTIMAL: optimal[num_timesteps],
         }.items()
     }
     draws = config.spacing.draws
-    totals = paired.measure_totals(config, problem, params, dataset, choices, draws)
-    entries = paired.summarize(totals, REFERENCE, int(np.prod(problem.image_shape)))
+    totals = paired.measure_totals(config, definition, params, dataset, choices, draws)
+    entries = paired.summarize(totals, REFERENCE, int(np.prod(definition.image_shape)))
     paired.write(workdir, "spacing", entries, "spacing", REFERENCE)
     write_json(path, result | {"entries": paired.rows(entries, "spacing")})
     return entries
@@ -91,24 +94,24 @@ def check(config: ConfigDict) -> None:
     analytic.check(config, config.spacing.variance, _SETTING)
     most = max(config.spacing.num_timesteps)
     remedy = f"it must be a whole number, and at least {most}, the most levels to choose"
-    settings.check_setting(
+    checks.check_setting(
         config, "spacing.candidates", lambda n: isinstance(n, int) and n >= most, remedy
     )
 
 
 def _optimal(
-    config: ConfigDict, problem: Problem, params: Any, step: int, workdir: epath.PathLike
+    config: ConfigDict, definition: ModelDefinition, params: Any, step: int, workdir: epath.PathLike
 ) -> dict[int, Levels]:
-    """The best levels of the schedule for the problem's Σ_θ, by their number."""
-    variance = problem.variance
+    """The best levels of the schedule for the model's Σ_θ, by their number."""
+    variance = definition.variance
     if variance.is_learned:
         # Mean errors do not tell its KL; this is the Σ_θ that it is trained to be.
         name = "analytic_diagonal"
-        chosen = analytic.choose(config, name, _SETTING, problem, params, step, workdir)
+        chosen = analytic.choose(config, name, _SETTING, definition, params, step, workdir)
         variance = chosen.variance
     return optimal_steps.find(
-        problem.schedule.levels(config.spacing.candidates),
-        *analytic.measured_errors(config, problem, params, step, workdir),
+        definition.schedule.levels(config.spacing.candidates),
+        *analytic.measured_errors(config, definition, params, step, workdir),
         variance,
         tuple(config.spacing.num_timesteps),
     )

@@ -9,23 +9,25 @@ from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from experiments.harness import devices, lock, sampler_settings, settings, speed, steps
-from experiments.harness import workdir as workdirs
-from experiments.harness.checkpoints import Checkpoints, is_new
+from experiments.harness import checks, devices
+from experiments.harness.data import splits
+from experiments.harness.data.feed import require_same_data
+from experiments.harness.data.stream import is_streamed
 from experiments.harness.errors import ConfigError
-from experiments.harness.feed import require_same_data
-from experiments.harness.loader import is_streamed
-from experiments.harness.loop import Trainer
-from experiments.harness.loss import init_history
-from experiments.harness.metrics import MetricsLog
-from experiments.harness.settings import Problem
-from experiments.harness.state import (
-    TrainState,
-    init_params,
-    init_state,
-    make_optimizer,
-)
-from experiments.harness.weights import load_ema
+from experiments.harness.sampling import sampler
+from experiments.harness.setup.definition import ModelDefinition, define_model
+from experiments.harness.setup.params import init_params
+from experiments.harness.setup.trained import load_ema
+from experiments.harness.training import speed
+from experiments.harness.training import step as steps
+from experiments.harness.training.loop import Trainer
+from experiments.harness.training.loss import init_history, make_objective
+from experiments.harness.training.optimizer import make_optimizer
+from experiments.harness.training.state import TrainState, init_state
+from experiments.harness.training.step import abstract_state, state_shardings
+from experiments.harness.workdir import lock, record
+from experiments.harness.workdir.checkpoints import Checkpoints, is_new
+from experiments.harness.workdir.metrics import MetricsLog
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
@@ -54,42 +56,43 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
       Interrupted: where signals are listened to, by a first one; the state is saved.
     """
     check(config)
-    problem, optimizer = settings.build(config), _optimizer(config)
-    source = settings.describe_data(config, "train")
-    workdirs.check(config, workdir)
-    workdirs.check_data(config, workdir, source)
+    definition, optimizer = define_model(config), _optimizer(config)
+    source = splits.describe_data(config, "train")
+    record.check(config, workdir)
+    record.check_data(config, workdir, source)
     require_same_data(source)
-    load, starts = initial_params(config, problem, optimizer, workdir), is_new(workdir)
-    workdirs.make(workdir)
+    load, starts = initial_params(config, definition, optimizer, workdir), is_new(workdir)
+    record.make(workdir)
     with (
         lock.held(workdir),
         Checkpoints(workdir, keep_last=config.train.keep_checkpoints) as checkpoints,
     ):
         if starts:
-            workdirs.forget_results(workdir)
-        state = restore_or_start(config, problem, optimizer, checkpoints, load)
+            record.forget_results(workdir)
+        state = restore_or_start(config, definition, optimizer, checkpoints, load)
         step = int(state.step)
-        workdirs.record(config, workdir, None if starts else step)
-        workdirs.record_data(workdir, source)
+        record.record(config, workdir, None if starts else step)
+        record.record_data(workdir, source)
         is_open = step > 0 and checkpoints.was_interrupted(step)
         if step >= config.train.num_steps and not is_open:
             return state
         # What is due after the step that a signal came in is done once more, and logged anew.
         with MetricsLog(workdir, step - is_open if step else None) as log:
-            trainer = Trainer(config, workdir, problem, optimizer, checkpoints, log)
+            trainer = Trainer(config, workdir, definition, optimizer, checkpoints, log)
             return trainer.run(state, is_open)
 
 
 def check(config: ConfigDict) -> None:
     """Raises ConfigError for settings or data that `train` can't use; compiles nothing."""
-    problem = settings.build(config)
-    sampler_settings.check(config, problem)
+    definition = define_model(config)
+    sampler.check(config, definition)
+    make_objective(config)
     _optimizer(config)
-    steps.check(config, problem)
+    steps.check(config, definition)
     speed.check(config)
     for section in ("evaluate", "sample"):
         devices.check_batch(f"config.{section}.batch_size", config[section].batch_size)
-    settings.check_positive(
+    checks.check_positive(
         config,
         "train.num_steps",
         "train.log_every",
@@ -101,16 +104,14 @@ def check(config: ConfigDict) -> None:
     )
     rates = ("learning_rate", "schedule_learning_rate")
     for name in (*rates, "warmup_steps", "gradient_clip", "weight_decay", "skip_nonfinite"):
-        settings.check_setting(config, f"train.{name}", lambda x: x >= 0, "it must not be negative")
+        checks.check_setting(config, f"train.{name}", lambda x: x >= 0, "it must not be negative")
     for name in ("ema_decay", "beta2"):
-        settings.check_setting(
-            config, f"train.{name}", lambda x: 0 <= x < 1, "it must be in [0, 1)"
-        )
+        checks.check_setting(config, f"train.{name}", lambda x: 0 <= x < 1, "it must be in [0, 1)")
     is_share, remedy = (lambda x: 0 <= x <= 1), "it must be in [0, 1]"
-    settings.check_setting(config, "train.label_dropout", is_share, remedy)
-    workdirs.check_names(config, "train.allow_changes")
-    settings.check_split(config, "validation")
-    source = settings.describe_data(config, "train")
+    checks.check_setting(config, "train.label_dropout", is_share, remedy)
+    record.check_names(config, "train.allow_changes")
+    splits.check_split(config, "validation")
+    source = splits.describe_data(config, "train")
     is_streamed(config.data, source)  # raises, for settings of no meaning
     num_examples = source.num_examples
     if config.train.batch_size > num_examples:
@@ -126,7 +127,7 @@ def _optimizer(config: ConfigDict) -> optax.GradientTransformation:
 
 def initial_params(
     config: ConfigDict,
-    problem: Problem,
+    definition: ModelDefinition,
     optimizer: optax.GradientTransformation,
     workdir: epath.PathLike,
 ) -> Callable[[], Any] | None:
@@ -134,7 +135,7 @@ def initial_params(
     source = config.train.init_from
     if not source:
         return None
-    like = steps.abstract_state(config, problem, optimizer, devices.mesh(config)).params
+    like = abstract_state(config, definition, optimizer, devices.mesh(config)).params
 
     def load():
         return load_ema(source, "best", like, setting="config.train.init_from")[0]
@@ -147,7 +148,7 @@ def initial_params(
 
 def restore_or_start(
     config: ConfigDict,
-    problem: Problem,
+    definition: ModelDefinition,
     optimizer: optax.GradientTransformation,
     checkpoints: Checkpoints,
     load: Callable[[], Any] | None,
@@ -155,7 +156,7 @@ def restore_or_start(
     """The state of the latest checkpoint that is good, or of step 0, laid out on the devices."""
     mesh = devices.mesh(config)
     if checkpoints.latest_step() is not None:
-        like = steps.abstract_state(config, problem, optimizer, mesh)
+        like = abstract_state(config, definition, optimizer, mesh)
         state = checkpoints.first_good("latest", lambda step: checkpoints.restore(step, like))
         if state is not None:
             step, several = int(state.step), config.train.steps_per_dispatch
@@ -168,12 +169,12 @@ def restore_or_start(
                 tqdm.write(f"resuming from step {step} of {config.train.num_steps}")
             return state
         tqdm.write("no checkpoint is left: starting anew")
-    return first_state(config, problem, optimizer, load)
+    return first_state(config, definition, optimizer, load)
 
 
 def first_state(
     config: ConfigDict,
-    problem: Problem,
+    definition: ModelDefinition,
     optimizer: optax.GradientTransformation,
     load: Callable[[], Any] | None = None,
 ) -> TrainState:
@@ -181,15 +182,17 @@ def first_state(
 
     Args:
       config: the config.
-      problem: the mathematics it names.
+      definition: the mathematics it names.
       optimizer: whose state it has.
       load: makes the parameters, on the devices; None for random ones.
     """
-    shardings = steps.state_shardings(problem, optimizer, devices.mesh(config))
+    shardings = state_shardings(definition, optimizer, devices.mesh(config))
 
     def start(params):
-        return init_state(params, optimizer, init_history(config, problem))
+        return init_state(params, optimizer, init_history(config, definition))
 
     if load is None:
-        return jax.jit(lambda: start(init_params(problem, config.seed)), out_shardings=shardings)()
+        return jax.jit(
+            lambda: start(init_params(definition, config.seed)), out_shardings=shardings
+        )()
     return jax.jit(start, out_shardings=shardings)(load())

@@ -11,21 +11,26 @@ from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from diffusion.control import GaussianControl
-from diffusion.estimate import bits_per_dim
-from diffusion.exact import NormalData
+from diffusion.exact.distributions import NormalData
 from diffusion.schedules import linear_log_snr
+from diffusion.statistics.control import GaussianControl
+from diffusion.statistics.standard_errors import bits_per_dim
 from diffusion.timesteps import Proposal
 from diffusion.variances import beta_tilde
-from experiments.harness import data, devices, estimates, measure, pictures, settings
-from experiments.harness import workdir as workdirs
-from experiments.harness.allocate import Estimator, allocated_bound, fit_control
-from experiments.harness.checkpoints import CHECKPOINTS
-from experiments.harness.metrics import write_json
+from experiments.harness import checks, devices
+from experiments.harness.data import splits
+from experiments.harness.data.order import padded_batches
+from experiments.harness.data.sources import source
+from experiments.harness.evaluation import estimates, programs
+from experiments.harness.evaluation.allocate import Estimator, allocated_bound, fit_control
+from experiments.harness.pictures import plots
 from experiments.harness.seeds import stream
-from experiments.harness.settings import Problem
-from experiments.harness.state import abstract_params
-from experiments.harness.weights import load_ema
+from experiments.harness.setup.definition import ModelDefinition, define_model
+from experiments.harness.setup.params import abstract_params
+from experiments.harness.setup.trained import load_ema
+from experiments.harness.workdir import record
+from experiments.harness.workdir.checkpoints import CHECKPOINTS
+from experiments.harness.workdir.files import write_json
 
 GOAL = 0.001  # bits/dim: the error whose cost is told
 
@@ -57,7 +62,7 @@ class Subject(NamedTuple):
 
     Attributes:
       name: for people.
-      problem: the mathematics; its schedule, if learned, the learned one.
+      definition: the mathematics; its schedule, if learned, the learned one.
       straight: the same with a straight line for a schedule that is learned, between the ends
         that it started from; None where the schedule is not learned.
       params: the networks' parameters.
@@ -67,10 +72,10 @@ class Subject(NamedTuple):
     """
 
     name: str
-    problem: Problem
-    straight: Problem | None
+    definition: ModelDefinition
+    straight: ModelDefinition | None
     params: Any
-    dataset: data.Dataset
+    dataset: splits.Dataset
     control: GaussianControl
     truth: float | None
 
@@ -88,9 +93,9 @@ def variance(config: ConfigDict, workdir: epath.PathLike) -> dict[str, list[Row]
       ConfigError: for a setting or a checkpoint that does not fit.
     """
     check(config)
-    workdirs.check_network(config, workdir)
+    record.check_network(config, workdir)
     trained = _trained(config, workdir)
-    workdirs.check_writable(workdir)
+    record.check_writable(workdir)
     tables = {}
     for subject in (gaussian(config), trained):
         tqdm.write(f"{subject.name}: {len(subject.dataset.images)} examples")
@@ -98,7 +103,7 @@ def variance(config: ConfigDict, workdir: epath.PathLike) -> dict[str, list[Row]
     directory = epath.Path(workdir)
     text = "\n\n".join(to_markdown(name, rows) for name, rows in tables.items()) + "\n"
     (directory / "variance.md").write_text(text)
-    pictures.plot_costs(
+    plots.plot_costs(
         directory / "variance.png",
         {name: {row.estimator: row.needed for row in rows} for name, rows in tables.items()},
         goal=GOAL,
@@ -112,31 +117,31 @@ def variance(config: ConfigDict, workdir: epath.PathLike) -> dict[str, list[Row]
 
 def check(config: ConfigDict) -> None:
     """Raises ConfigError for settings that this experiment can't use; compiles nothing."""
-    problem = settings.build(config)
-    settings.pick(data.SPLITS, config.variance.split, "config.variance.split")
-    settings.check_split(config, config.variance.split)
-    settings.pick(CHECKPOINTS, config.variance.checkpoint, "config.variance.checkpoint")
-    settings.check_labels(config)
+    definition = define_model(config)
+    checks.pick(source.SPLITS, config.variance.split, "config.variance.split")
+    splits.check_split(config, config.variance.split)
+    checks.pick(CHECKPOINTS, config.variance.checkpoint, "config.variance.checkpoint")
+    splits.check_labels(config)
     devices.check_batch("config.evaluate.batch_size", config.evaluate.batch_size)
     names = ("evaluate.chunk_size", "evaluate.pilot", "variance.num_samples")
-    settings.check_positive(config, *names)
+    checks.check_positive(config, *names)
     at_least_two = "it must be at least 2"
     for name in ("variance.draws", "variance.examples", "variance.num_timesteps"):
-        settings.check_setting(config, name, lambda n: n >= 2, at_least_two)
-    enough = problem.levels.num_timesteps >= 2
-    settings.check_setting(config, "schedule.num_timesteps", lambda _: enough, at_least_two)
+        checks.check_setting(config, name, lambda n: n >= 2, at_least_two)
+    enough = definition.levels.num_timesteps >= 2
+    checks.check_setting(config, "schedule.num_timesteps", lambda _: enough, at_least_two)
 
 
 def _trained(config: ConfigDict, workdir: epath.PathLike) -> Subject:
     """The work directory's model on examples of a split."""
-    problem = settings.build(config)
-    params, step = load_ema(workdir, config.variance.checkpoint, abstract_params(problem))
+    definition = define_model(config)
+    params, step = load_ema(workdir, config.variance.checkpoint, abstract_params(definition))
     split, n = config.variance.split, config.variance.examples
-    dataset = settings.load_measured(config, split, data.first(n))
-    name = f"{config.data.name}, {split}, step {step}, T = {problem.levels.num_timesteps}"
+    dataset = splits.load_measured(config, split, splits.first(n))
+    name = f"{config.data.name}, {split}, step {step}, T = {definition.levels.num_timesteps}"
     name += "" if dataset.labels is None else ", given labels"
-    control, learned = fit_control(config, problem), problem.learned(params)
-    straight = None if problem.noise_schedule is None else problem
+    control, learned = fit_control(config, definition), definition.learned(params)
+    straight = None if definition.noise_schedule is None else definition
     return Subject(name, learned, straight, params, dataset, control, None)
 
 
@@ -165,7 +170,7 @@ def gaussian(config: ConfigDict) -> Subject:
     variances, n = np.array([4.0, 1.0, 0.25, 0.01]), config.variance.examples
     distribution = NormalData(np.zeros(4, np.float32), np.diag(variances).astype(np.float32))
     schedule = linear_log_snr(10.0, -10.0)
-    problem = Problem(
+    definition = ModelDefinition(
         schedule=schedule,
         levels=schedule.levels(config.variance.num_timesteps),
         noise_schedule=None,
@@ -181,14 +186,14 @@ def gaussian(config: ConfigDict) -> Subject:
     control = GaussianControl.fit(np.asarray(distribution.sample(jax.random.key(0), 500)), 1e-3)
     name = f"Gaussian, d = 4, T = {config.variance.num_timesteps}"
     truth = float(bits_per_dim(truth, 4))
-    dataset = data.Dataset(x_0, None, 0, name, "")
-    return Subject(name, problem, None, {"network": {}}, dataset, control, truth)
+    dataset = splits.Dataset(x_0, None, 0, name, "")
+    return Subject(name, definition, None, {"network": {}}, dataset, control, truth)
 
 
 def measure_all(config: ConfigDict, subject: Subject) -> list[Row]:
     """Every estimator on one subject."""
-    at_t = Draws(config, subject, subject.problem, continuous=False)
-    at_infinity = Draws(config, subject, subject.problem, continuous=True)
+    at_t = Draws(config, subject, subject.definition, continuous=False)
+    at_infinity = Draws(config, subject, subject.definition, continuous=True)
     rows = [
         *of_trajectories(config, subject),
         one_log_ratio(config, subject, at_t),
@@ -207,10 +212,10 @@ def measure_all(config: ConfigDict, subject: Subject) -> list[Row]:
 
 def of_trajectories(config: ConfigDict, subject: Subject) -> list[Row]:
     """(13.10) along whole trajectories, one at a time and K at a time."""
-    k, num_timesteps = config.variance.num_samples, subject.problem.levels.num_timesteps
+    k, num_timesteps = config.variance.num_samples, subject.definition.levels.num_timesteps
     totals = estimates.trajectories(
         config,
-        subject.problem,
+        subject.definition,
         subject.params,
         subject.dataset,
         num_timesteps,
@@ -226,11 +231,13 @@ def of_trajectories(config: ConfigDict, subject: Subject) -> list[Row]:
 class Draws:
     """Estimators of one subject's bound at T, or at infinity, from draws of its integrand."""
 
-    def __init__(self, config: ConfigDict, subject: Subject, problem: Problem, continuous: bool):
+    def __init__(
+        self, config: ConfigDict, subject: Subject, definition: ModelDefinition, continuous: bool
+    ):
         self.config, self.subject = config, subject
         self.target, self.prefix = ("∞", "T → ∞: ") if continuous else ("T", "")
         self.estimator = Estimator(
-            config, problem, subject.params, subject.dataset, continuous, subject.control
+            config, definition, subject.params, subject.dataset, continuous, subject.control
         )
         self.shape = (len(subject.dataset.images), config.variance.draws)
         self.rng = np.random.default_rng([config.seed, continuous])
@@ -240,7 +247,7 @@ class Draws:
 
     def full_sum(self) -> Row:
         """(13.26) with every t, twice."""
-        num_terms = self.subject.problem.levels.num_timesteps - 1
+        num_terms = self.subject.definition.levels.num_timesteps - 1
         time = np.broadcast_to((np.arange(num_terms) + 0.5) / num_terms, (self.shape[0], num_terms))
         totals = np.stack(
             [self.estimator.rates(time, draw).value.mean(axis=1) for draw in (50, 51)]
@@ -297,13 +304,13 @@ class Draws:
 def one_log_ratio(config: ConfigDict, subject: Subject, draws: Draws) -> Row:
     """(13.10) at one uniform t: T − 1 times its log-ratio; the ends are those of (13.26)."""
     mesh = devices.mesh()
-    run = measure.make_log_ratios(config, subject.problem, mesh)
+    run = programs.make_log_ratios(config, subject.definition, mesh)
     n, num_draws = draws.shape
     time = draws.rng.random(draws.shape)
     slot = np.broadcast_to(np.arange(num_draws), time.shape)
     values = np.zeros(time.shape)
-    for index, mask in data.padded_batches(n, config.evaluate.batch_size):
-        points = measure.Points.at(subject.problem, time[index], slot[index], continuous=False)
+    for index, mask in padded_batches(n, config.evaluate.batch_size):
+        points = programs.Points.at(subject.definition, time[index], slot[index], continuous=False)
         examples, draw = subject.dataset.examples(index), np.full(len(index), 70)
         found = np.asarray(run(draws.estimator.params, examples, index, points, draw), np.float64)
         values[index[mask]] = found[mask]
@@ -316,8 +323,8 @@ def _telescoped(subject: Subject) -> np.ndarray:
 
     Both are Gaussians of dimension d, so it is d/2 log(σ_T²/σ_1²) for all.
     """
-    sigma2 = subject.problem.levels.sigma2
-    num_dims = np.prod(subject.problem.image_shape)
+    sigma2 = subject.definition.levels.sigma2
+    num_dims = np.prod(subject.definition.image_shape)
     return np.full(len(subject.dataset.images), 0.5 * num_dims * np.log(sigma2[-1] / sigma2[1]))
 
 
@@ -344,7 +351,7 @@ def _summary(
     num_estimates: int,
 ) -> Row:
     """A row from the mean and the variance of one estimate in nats, of which so many were made."""
-    num_dims = int(np.prod(subject.problem.image_shape))
+    num_dims = int(np.prod(subject.definition.image_shape))
     one = bits_per_dim(1.0, num_dims)
     variance = float(variance * one**2)
     return Row(

@@ -8,6 +8,10 @@ import pathlib
 import sys
 from collections.abc import Iterator
 
+import jax
+import jaxtyping
+import pytest
+
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 # Bounds are computed with full-precision matrix products; a GPU's default is TensorFloat-32.
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
@@ -18,11 +22,6 @@ os.environ.setdefault(
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-
-import jax
-import jaxtyping
-import pytest
-
 jaxtyping.install_import_hook(["diffusion", "models", "experiments"], "beartype.beartype")
 
 

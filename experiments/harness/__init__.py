@@ -1,1 +1,1 @@
-"""What experiments share: data, state, steps, checkpoints, devices, metrics and pictures."""
+"""What experiments share, in rooms; imports between them run one way (docs/architecture.md)."""

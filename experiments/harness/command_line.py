@@ -15,10 +15,10 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments.harness import devices, signals
-from experiments.harness import workdir as workdirs
 from experiments.harness.errors import ConfigError, RunError
-from experiments.harness.signals import Interrupted
+from experiments.harness.processes import distributed, signals
+from experiments.harness.processes.signals import Interrupted
+from experiments.harness.workdir import record
 
 EXPERIMENTS = ("all", "train", "evaluate", "sample", "variance", "sigma", "spacing")
 TOGETHER = ("all", "train", "evaluate", "sample")  # that several processes can run together
@@ -63,19 +63,19 @@ def run(
     except Interrupted as interrupted:
         status = _fail(interrupted, interrupted.status)
         # Where all processes leave together they do so in order.
-        return status if interrupted.by_all else devices.leave_alone(status)
+        return status if interrupted.by_all else distributed.leave_alone(status)
     except KeyboardInterrupt:
         message = "interrupted; the same command goes on from the last checkpoint"
-        return devices.leave_alone(_fail(message, status=130))
+        return distributed.leave_alone(_fail(message, status=130))
     except ConfigError as error:
-        return devices.leave_alone(_fail(error, status=2))
+        return distributed.leave_alone(_fail(error, status=2))
     except RunError as error:
-        return devices.leave_alone(_fail(error, status=1))
+        return distributed.leave_alone(_fail(error, status=1))
     except OSError as error:
         if error.errno not in _NO_SPACE:
             _end_others()
             raise
-        return devices.leave_alone(
+        return distributed.leave_alone(
             _fail(
                 f"workdir={workdir} cannot be written ({error.strerror}); every complete "
                 "checkpoint is intact; make room, and the same command goes on",
@@ -99,7 +99,7 @@ def _run(
         raise ConfigError(f"{leftover[0]!r} is no flag; flags begin with --, as in --workdir=…")
     join()
     if experiment not in TOGETHER:
-        devices.require_one_process(f"--experiment={experiment}")
+        distributed.require_one_process(f"--experiment={experiment}")
     module.check(config.lock())
     if not workdir:
         raise ConfigError("--workdir is missing; name a directory, as in --workdir=runs/digits")
@@ -110,15 +110,15 @@ def _run(
 
 def _end_others() -> None:
     """As `devices.leave_alone`, of an error that is nobody's but ours: with its traceback."""
-    if devices.is_one_of_several():
+    if distributed.is_one_of_several():
         traceback.print_exc()
-        devices.leave_alone(1)
+        distributed.leave_alone(1)
 
 
 @contextmanager
 def _told_once() -> Iterator[None]:
     """In the body only the first of several processes prints; errors are everyone's."""
-    if devices.is_first():
+    if distributed.is_first():
         yield
         return
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
@@ -135,7 +135,7 @@ def _default_config(argv: list[str]) -> str:
     """The work directory's own config where it holds a run, else the digits."""
     workdir = _flag_value(argv, "workdir")
     try:
-        has_run = bool(workdir) and workdirs.recorded_config(workdir) is not None
+        has_run = bool(workdir) and record.recorded_config(workdir) is not None
     except (OSError, ValueError):
         has_run = False
     return f"{_ROOT}/configs/recorded.py:{workdir}" if has_run else f"{_ROOT}/configs/digits.py"
@@ -169,7 +169,7 @@ def _misspelt_override(argv: list[str], config: str) -> str | None:
         tree = module.get_config(*([argument] if argument else [])).to_dict()
     except Exception:  # the config file itself is wrong: the first error says how
         return None
-    names = set(workdirs.flatten(tree))
+    names = set(record.flatten(tree))
     sections = {name.rsplit(".", 1)[0] for name in names if "." in name}
     for argument in argv:
         match = re.match(r"--?(?:no)?config\.([^=]+)", argument)

@@ -3,19 +3,20 @@
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion import exact, reverse
+from diffusion import reverse
+from diffusion.exact import distributions
 
 _RNG = np.random.default_rng(0)
 _FACTOR = _RNG.normal(size=(3, 3))
-NORMAL = exact.NormalData(np.array([0.5, -1.0, 2.0]), _FACTOR @ _FACTOR.T + 0.1 * np.eye(3))
-DISCRETE = exact.DiscreteData(_RNG.integers(-4, 5, (6, 3)) / 4)
+NORMAL = distributions.NormalData(np.array([0.5, -1.0, 2.0]), _FACTOR @ _FACTOR.T + 0.1 * np.eye(3))
+DISCRETE = distributions.DiscreteData(_RNG.integers(-4, 5, (6, 3)) / 4)
 
 
-def mixture(num_components: int, num_dims: int) -> exact.MixtureData:
+def mixture(num_components: int, num_dims: int) -> distributions.MixtureData:
     """Components a few standard deviations apart, each stretched its own way, of std 0.4 and up."""
     rng = np.random.default_rng(num_dims)
     factors = 0.3 * rng.normal(size=(num_components, num_dims, num_dims))
-    return exact.MixtureData(
+    return distributions.MixtureData(
         rng.dirichlet(np.full(num_components, 5.0)),
         rng.uniform(-1.5, 1.5, (num_components, num_dims)),
         factors @ factors.swapaxes(1, 2) + 0.16 * np.eye(num_dims),
@@ -40,9 +41,9 @@ def imperfect(variance: str = "beta_tilde") -> reverse.Reverse:
     return reverse.Reverse(denoiser, "x_0", variance)
 
 
-def testbed() -> exact.NormalData:
+def testbed() -> distributions.NormalData:
     """x ~ N(0, diag(4, 1, ¼, 1/100)), the exact testbed of equations.md."""
-    return exact.NormalData(
+    return distributions.NormalData(
         np.zeros(4, np.float32), np.diag([4.0, 1.0, 0.25, 0.01]).astype(np.float32)
     )
 

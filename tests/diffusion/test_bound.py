@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion import bound, decoders, exact, forward, reverse, schedules
+from diffusion import bound, decoders, forward, reverse, schedules
+from diffusion.exact import distributions
 from diffusion.gaussian import Gaussian
 from diffusion.reverse import Reverse
 from tests.diffusion import oracles, problems
@@ -16,9 +17,6 @@ from tests.diffusion.oracles import needs_long_double
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 BOTH = ["beta_tilde", "beta"]
-
-
-# Gaussian data: the exact testbed
 
 
 @pytest.mark.parametrize("name", ["eps", "x_0"])
@@ -51,7 +49,7 @@ def test_gap_on_gaussian_data_is_the_published_table(num_steps, gap, name):
 
 def test_optimal_denoiser_minimises_every_term(float64):
     """Moving x̂_0 by δ costs exactly ½ (SNR_s − SNR_t) δ² per dimension: errors are orthogonal."""
-    data = exact.NormalData(np.array([0.3, -1.0]), np.array([[1.0, 0.4], [0.4, 0.3]]))
+    data = distributions.NormalData(np.array([0.3, -1.0]), np.array([[1.0, 0.4], [0.4, 0.3]]))
     levels, delta = schedules.linear_log_snr(6.0, -6.0).levels(12), 0.05
     points = oracles.sigma_points(4)
     x_0 = data.mean + points[:, :2] @ np.linalg.cholesky(data.covariance).T
@@ -67,9 +65,6 @@ def test_optimal_denoiser_minimises_every_term(float64):
     cost = 0.5 * (snr[:-1] - snr[1:]) * delta**2 * 2
     for sign in (-1, 1):
         np.testing.assert_allclose(mean_kl(sign * delta) - mean_kl(0.0), cost, rtol=1e-8)
-
-
-# One step
 
 
 @pytest.mark.parametrize("variance", BOTH)
@@ -155,9 +150,6 @@ def test_a_million_steps_are_as_exact_as_ten(name, variance):
     assert np.all(gradient > 0)
 
 
-# The ends
-
-
 def test_prior_is_the_published_value_and_a_kl(float64):
     levels = schedules.linear_beta().levels(1000)
     for second_moment, bits in ((0.25, 7.279e-6), (0.33, 9.608e-6)):
@@ -237,9 +229,6 @@ def test_gradients_through_the_whole_bound_are_finite(num_timesteps):
     np.testing.assert_allclose(gradient, quotient, rtol=2e-4, atol=1e-4)
 
 
-# The estimator does not depend on how it is computed
-
-
 def test_chunks_and_batches_change_nothing():
     levels = schedules.cosine(50).levels(14)
     quantization = decoders.Quantization(17)
@@ -263,13 +252,10 @@ def test_chunks_and_batches_change_nothing():
         np.testing.assert_array_equal(other, part)
 
 
-# A discrete distribution: −log p = log K
-
-
 def test_bound_closes_in_on_the_entropy_of_discrete_data_from_above():
     """K = 8 vectors of d = 4 integers, the optimal denoiser, λ from +10 to −10, both decoders."""
     quantization, rng = decoders.Quantization(17), np.random.default_rng(9)
-    data = exact.DiscreteData(np.float32(quantization.values[rng.integers(0, 17, (8, 4))]))
+    data = distributions.DiscreteData(np.float32(quantization.values[rng.integers(0, 17, (8, 4))]))
     index = np.arange(400)
     x_0 = data.points[index % 8]
     model = problems.predicting(data, "v")

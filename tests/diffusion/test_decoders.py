@@ -23,9 +23,6 @@ by_quantization = pytest.mark.parametrize(
 )
 
 
-# Grey levels and data
-
-
 def test_scalings_are_the_published_ones():
     k = np.arange(256)
     np.testing.assert_allclose(Quantization(256).values, k / 127.5 - 1, atol=1e-15)
@@ -59,9 +56,6 @@ def test_bytes_become_data():
     data = Quantization(256).to_data(np.array([[0, 255]], np.uint8))
     np.testing.assert_array_equal(data, [[-1.0, 1.0]])
     assert data.dtype == jnp.float32
-
-
-# Probabilities
 
 
 STDS = np.array([1e-3, 7e-3, 0.03, 0.2, 1.0, 10.0], np.float32)
@@ -236,9 +230,6 @@ def test_edge_bins_are_open_in_value_and_gradient(num_levels):
     mirrored = value_and_gradient(-last, -mean)
     np.testing.assert_allclose(mirrored[0], value, rtol=1e-6)
     np.testing.assert_allclose(mirrored[1], -gradient, rtol=1e-6)
-
-
-# The decoders on a schedule
 
 
 def test_floor_of_the_reconstruction_with_a_perfect_mean():

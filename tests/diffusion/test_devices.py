@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion import bound, decoders, objectives, samplers, sampling, schedules
+from diffusion import bound, decoders, objectives, schedules
 from diffusion.reverse import Reverse
+from diffusion.samplers import base, ddpm
 
 QUANTIZATION = decoders.Quantization(17)
 DECODER = decoders.categorical(QUANTIZATION)
@@ -38,8 +39,8 @@ def test_bound_objectives_and_sampler_under_pmap():
     noise = rng.normal(size=(num_devices, 5, 3, 2, 2, 1)).astype(np.float32)
 
     def everything(x_0, noise):
-        sampler = samplers.ancestral(model(0.4))
-        x = sampling.sample(sampler, LEVELS, lambda t: noise[t[0]], 3).x_0
+        sampler = ddpm.ancestral(model(0.4))
+        x = base.sample(sampler, LEVELS, lambda t: noise[t[0]], 3).x_0
         return *measured(0.4, x_0, noise), x
 
     alone = jax.jit(everything)

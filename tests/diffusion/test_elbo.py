@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion import bound, decoders, exact, forward, schedules
+from diffusion import bound, decoders, forward, schedules
+from diffusion.exact import distributions
 from diffusion.gaussian import Gaussian
 from tests.diffusion import oracles, problems
 
@@ -59,7 +60,9 @@ def test_trajectory_estimate_has_the_bounds_mean(variance, float64):
 
 def test_sampled_trajectories_have_the_bounds_mean_within_standard_error():
     n, levels = 20_000, schedules.linear_log_snr(4.0, -5.0).levels(5)
-    data = exact.NormalData(np.array([0.2, -0.3], np.float32), np.diag([1.0, 0.2]).astype("f4"))
+    data = distributions.NormalData(
+        np.array([0.2, -0.3], np.float32), np.diag([1.0, 0.2]).astype("f4")
+    )
     model, decoder = problems.predicting(data, "eps"), decoders.gaussian(0.02)
 
     rng = np.random.default_rng(0)

@@ -25,9 +25,6 @@ def transition_and_marginal(step):
     return forward.transition(one, step), forward.marginal(one, step.log_snr)
 
 
-# Fact 1
-
-
 @pytest.mark.parametrize(
     ("schedule", "num_timesteps"),
     [
@@ -86,9 +83,6 @@ def test_sampled_trajectories_have_the_moments_of_the_marginal():
     # Standard errors of a normal sample's mean and variance; 5 levels, fixed seed, 4.5 of them.
     assert np.all(np.abs(path.mean(1) - mean) < 4.5 * np.sqrt(variance / n))
     assert np.all(np.abs(path.var(1) - variance) < 4.5 * variance * np.sqrt(2 / n))
-
-
-# Fact 2
 
 
 @needs_long_double
@@ -209,9 +203,6 @@ def test_any_shape_of_numpy_arrays_goes_through(shape):
     for image, pixels in zip(everything(x_0, x_t, step), flat, strict=True):
         assert image.shape == shape
         np.testing.assert_allclose(image, pixels.reshape(shape), rtol=1e-6, atol=1e-7)
-
-
-# Noise
 
 
 def test_noise_is_a_function_of_seed_example_time_and_draw_only():

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion import bound, decoders, objectives, reverse, schedules
+from diffusion import bound, decoders, forward, objectives, reverse, schedules
 from diffusion.reverse import Reverse
 from tests.diffusion import problems
 
@@ -78,7 +78,7 @@ def test_simple_is_the_mean_squared_error_of_eps_and_the_kl_without_its_weight(n
     def losses(t):
         noise = problems.tabulated(TABLE, np.arange(3))
         eps, step = noise(t), LEVELS.step(t)
-        x_t = bound.diffuse(X_0, step.log_snr, eps)
+        x_t = forward.diffuse(X_0, step.log_snr, eps)
         return (
             objectives.simple().discrete(model, decode, X_0, eps, t, LEVELS).term,
             bound.step_terms(model, X_0, eps, step).kl,
@@ -137,8 +137,6 @@ def test_objectives_take_a_batch_of_one_in_any_shape(name):
         assert np.isfinite(total(loss)[0])
 
 
-# Weightings
-
 LOG_SNR = np.linspace(-20, 20, 41).astype(np.float32)
 
 
@@ -194,9 +192,6 @@ def test_a_sigmoid_far_to_the_right_is_the_bound():
         rtol=1e-6,
     )
     assert np.all(objectives.sigmoid().discrete(*args[:4], np.ones(3, int), LEVELS).term == 0)
-
-
-# The bound in continuous time, and a learned variance
 
 
 def test_continuous_vlb_is_the_limit_of_the_discrete_one(float64):

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion import exact, forward, reverse, schedules
+from diffusion import forward, reverse, schedules
+from diffusion.exact import distributions
 from diffusion.reverse import PARAMETERIZATIONS, Reverse
 from diffusion.schedules import Step
 from diffusion.variances import VARIANCES
@@ -120,9 +121,6 @@ def test_condition_and_arguments_reach_the_denoiser():
     np.testing.assert_array_equal(error, np.ones((2, 3)))
 
 
-# The error, in whichever coordinates
-
-
 def wrong_by(delta, log_snr, name, x_0, eps):
     """A denoiser off by δ in ε, whatever it predicts: x̂_0 = x_0 − δ σ/α, and so on."""
     x_0_hat = x_0 - delta * np.exp(-np.float64(log_snr) / 2)[:, None]
@@ -164,18 +162,15 @@ def test_squared_error_does_not_cancel_at_high_snr_in_float32(name):
     np.testing.assert_allclose(error, np.abs(delta), rtol=1e-5, atol=4 * oracles.EPS32)
 
 
-# The score
-
-
 DATA = {
-    "normal": exact.NormalData(np.array([0.5, -1.0]), np.array([[2.0, 0.6], [0.6, 0.5]])),
-    "discrete": exact.DiscreteData(np.array([[1.0, 0.0], [-0.5, 0.25], [0.0, -1.0]])),
+    "normal": distributions.NormalData(np.array([0.5, -1.0]), np.array([[2.0, 0.6], [0.6, 0.5]])),
+    "discrete": distributions.DiscreteData(np.array([[1.0, 0.0], [-0.5, 0.25], [0.0, -1.0]])),
 }
 
 
 def log_marginal(data, x_t, alpha, variance):
     """log p(x_t) of one x_t, from the distribution of x_0."""
-    if isinstance(data, exact.NormalData):
+    if isinstance(data, distributions.NormalData):
         covariance = alpha**2 * data.covariance + variance * jnp.eye(2)
         return jax.scipy.stats.multivariate_normal.logpdf(x_t, alpha * data.mean, covariance)
     squared = jnp.sum((x_t - alpha * data.points) ** 2, axis=-1)
@@ -203,7 +198,7 @@ def test_ancestral_step_is_an_ode_step_then_a_langevin_step(variance, float64):
     noise variance is about β with a drift of about β s. What is left when η = β/2 is a
     probability-flow Euler step ½β(x + s). The remainder is of second order: slope 2 in log-log.
     """
-    data = exact.NormalData(np.array([0.7]), np.array([[0.3]]))
+    data = distributions.NormalData(np.array([0.7]), np.array([[0.3]]))
     beta = np.geomspace(1e-4, 1e-2, 9)
     log_snr = np.full(9, 0.4)
     sigma2 = 1 / (1 + np.exp(log_snr))

@@ -31,9 +31,6 @@ def sigmoid_betas(n: int, start: float, end: float, temperature: float) -> np.nd
     return np.minimum(1 - gamma[1:] / gamma[:-1], 0.999)
 
 
-# Constants and tables
-
-
 def test_constants_of_ddpm_schedule():
     levels = schedules.linear_beta().levels(1000)
     weight = 0.5 * np.expm1(levels.gap)
@@ -107,9 +104,6 @@ def test_every_schedule_falls_from_the_data_at_any_number_of_steps(name, num_tim
     assert np.all(error <= 10 * tolerance)
 
 
-# Respacing
-
-
 @pytest.mark.parametrize("schedule", [schedules.linear_beta(), schedules.cosine()])
 @pytest.mark.parametrize("num_timesteps", [2, 3, 10, 37, 250, 999, 1000])
 def test_fewer_steps_take_levels_of_the_table_and_keep_its_ends(schedule, num_timesteps):
@@ -155,9 +149,6 @@ def test_continuous_time_passes_through_the_levels():
     np.testing.assert_allclose(ends, [13.0, 8.5, -5.0], atol=1e-5)
 
 
-# Errors
-
-
 @pytest.mark.parametrize(
     ("betas", "message"),
     [
@@ -195,9 +186,6 @@ def test_other_bad_schedules_are_errors():
     for bad in ([np.nan, 0.0], [np.inf, 0.0], []):
         with pytest.raises(ValueError, match="finite"):
             Levels.from_log_snr(np.array(bad))
-
-
-# Steps in float32
 
 
 @jax.jit

@@ -32,9 +32,6 @@ def total(cost, indices):
     return cost[indices[:-1], indices[1:]].sum()
 
 
-# By a rule.
-
-
 @pytest.mark.parametrize("name", spacing.SPACINGS)
 @pytest.mark.parametrize("schedule", [LINE, TABLE, schedules.cosine(50)], ids=["line", "β", "cos"])
 def test_every_spacing_joins_the_ends_of_the_schedule(name, schedule):
@@ -102,9 +99,6 @@ def test_karras_needs_a_rho_that_has_levels(rho):
         spacing.karras(LINE, 10, rho)
 
 
-# What a step costs.
-
-
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("of", ["beta_tilde", "beta", "isotropic", "diagonal"])
 def test_the_cost_of_a_step_is_its_mean_kl(of):
@@ -167,9 +161,6 @@ def test_costs_of_what_has_none_are_an_error():
         spacing.pair_costs(log_snr, error, variances.learned_diagonal())
     with pytest.raises(ValueError, match="fall"):
         spacing.pair_costs(log_snr[::-1], error, variances.beta())
-
-
-# The best levels.
 
 
 @pytest.mark.parametrize("kind", ["uniform", "signed", "mostly infinite", "convex"])

@@ -67,9 +67,6 @@ def test_stratified_draws_stay_in_range_at_a_million_steps():
     assert len(np.unique((t - 1) // 10)) > 0.99 * 10**5
 
 
-# By importance
-
-
 def test_importance_draws_have_their_probabilities_and_weights():
     """A mean over uniform t is kept, whatever the probabilities."""
     probabilities = np.array([0.5, 0.2, 0.05, 0.25], np.float32)
@@ -117,9 +114,6 @@ def test_importance_lowers_the_variance_to_its_optimum():
     t, weight = by_importance(jnp.asarray(time), history.probabilities())
     second = np.mean((np.asarray(weight) * values[np.asarray(t) - 1]) ** 2)
     assert second == pytest.approx(values.sum() ** 2 / 16, rel=2e-3)
-
-
-# Allocations
 
 
 def test_proposal_draws_its_density_and_keeps_the_mean():

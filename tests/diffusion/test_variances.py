@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion import bound, exact, schedules, variances
+from diffusion import bound, schedules, variances
+from diffusion.exact import distributions
 from diffusion.reverse import Reverse
 from diffusion.schedules import Step
 from tests.diffusion import oracles, problems
@@ -31,7 +32,7 @@ def saying(data, extra):
 
 def gap_of(model, num_steps, dtype):
     """E[prior + ΣKL] − I(x; x_1) in nats, exact at sigma points."""
-    data = exact.NormalData(np.zeros(4), np.diag(TESTBED))
+    data = distributions.NormalData(np.zeros(4), np.diag(TESTBED))
     levels = schedules.linear_log_snr(10.0, -10.0).levels(num_steps + 1)
     points = oracles.sigma_points(8)
     x_0 = (points[:, :4] * np.sqrt(TESTBED)).astype(dtype)
@@ -45,9 +46,6 @@ def gap_of(model, num_steps, dtype):
 
     prior, kl = (np.asarray(term, np.float64) for term in terms(x_0, eps, t))
     return prior.mean() + kl.mean(0).sum() - data.mutual_information(levels.log_snr[1])
-
-
-# The testbed's rows
 
 
 @pytest.mark.parametrize(
@@ -65,7 +63,7 @@ def test_measured_isotropic_error_gives_the_best_isotropic_row(num_steps, gap):
 def test_matched_diagonals_leave_the_priors_gap_alone(num_steps, float64):
     """The row 5.43e-9: with each coordinate's own error the chain is exact but for p(x_T)."""
     levels = schedules.linear_log_snr(10.0, -10.0).levels(num_steps + 1).log_snr[1:]
-    data = exact.NormalData(np.zeros(4), np.diag(TESTBED))
+    data = distributions.NormalData(np.zeros(4), np.diag(TESTBED))
     measured = variances.of_measured_error(levels, optimal_error(levels))
     learned = saying(data, lambda l: jnp.log(jax.nn.sigmoid(l[:, None] + np.log(TESTBED))))
     for model in (
@@ -84,9 +82,6 @@ def test_no_isotropic_variance_does_better_than_the_measured_one(float64):
         return gap_of(Reverse(data.denoiser, "x_0", measured), 10, np.float64)
 
     assert gap(0.97) > gap(1.0) < gap(1.03)
-
-
-# Between fixed ones
 
 
 def test_learned_range_runs_from_beta_tilde_to_beta():
@@ -145,9 +140,6 @@ def test_measured_errors_of_images_broadcast():
     np.testing.assert_allclose(ratio, np.log1p(np.expm1(0.2) * error), rtol=1e-5)
     one = Reverse(model.denoiser, "eps", variances.of_measured_error(levels, error.mean((1, 2, 3))))
     assert one.log_variance_ratio(step, eps).shape == (3, 1, 1, 1)
-
-
-# Bad input, far ends
 
 
 def test_a_learned_variance_needs_a_denoiser_that_tells_it():

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.harness.checkpoints import Checkpoints
+from experiments.harness.workdir.checkpoints import Checkpoints
 from experiments.train import train
 from tests.experiments import tiny
 

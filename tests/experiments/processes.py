@@ -19,10 +19,21 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from experiments.harness import command_line, data, devices, loop, settings, steps
-from experiments.harness.checkpoints import Checkpoints
+from experiments.harness import command_line, devices
+from experiments.harness.data import feed, order, splits
 from experiments.harness.errors import ConfigError
-from experiments.harness.state import TrainState, init_params, init_state, make_optimizer
+from experiments.harness.processes import distributed
+from experiments.harness.setup.definition import MODELS, define_model
+from experiments.harness.setup.params import init_params
+from experiments.harness.training.optimizer import make_optimizer
+from experiments.harness.training.state import TrainState, init_state
+from experiments.harness.training.step import (
+    abstract_state,
+    make_gradients,
+    make_train_step,
+    state_shardings,
+)
+from experiments.harness.workdir.checkpoints import Checkpoints
 from tests.experiments import tiny
 
 NUM_STEPS = 50
@@ -46,7 +57,7 @@ class Dense(nn.Module):
         return y.reshape(len(x_t), *pixels, self.out_channels)
 
 
-settings.MODELS["dense"] = lambda config, schedule, out, classes: Dense(out)
+MODELS["dense"] = lambda config, schedule, out, classes: Dense(out)
 
 
 def config(**overrides: Any) -> ConfigDict:
@@ -60,21 +71,21 @@ class Training:
 
     def __init__(self, config: ConfigDict, mesh: Mesh, streamed: bool = False, dtype: Any = None):
         self.config, self.mesh, self.streamed = config, mesh, streamed
-        self.problem, self.optimizer = settings.build(config), make_optimizer(config.train)
-        self.dataset = settings.load_data(config, "train")
-        params = init_params(self.problem, config.seed)
+        self.definition, self.optimizer = define_model(config), make_optimizer(config.train)
+        self.dataset = splits.load_data(config, "train")
+        params = init_params(self.definition, config.seed)
         params = jax.tree.map(lambda a: np.asarray(a, dtype), params)
-        self.shardings = steps.state_shardings(self.problem, self.optimizer, mesh)
+        self.shardings = state_shardings(self.definition, self.optimizer, mesh)
         self.state = devices.place(init_state(params, self.optimizer), self.shardings)
-        self.compiled = steps.make_train_step(config, self.problem, self.optimizer, mesh, streamed)
+        self.compiled = make_train_step(config, self.definition, self.optimizer, mesh, streamed)
 
-    def batch(self, step: int) -> tuple[data.Examples, Any]:
+    def batch(self, step: int) -> tuple[splits.Examples, Any]:
         """What the step after so many, or several steps, are given beside the state."""
         several = self.config.train.steps_per_dispatch
         size = self.config.train.batch_size
         indices = np.stack(
             [
-                data.batch_indices(self.config.seed, step + i, len(self.dataset.images), size)
+                order.batch_indices(self.config.seed, step + i, len(self.dataset.images), size)
                 for i in range(several)
             ]
         )
@@ -93,7 +104,7 @@ class Training:
 
     def gradients(self) -> Any:
         """Of the step to come, on the host."""
-        compute = jax.jit(steps.make_gradients(self.config, self.problem, self.mesh))
+        compute = jax.jit(make_gradients(self.config, self.definition, self.mesh))
         return devices.gather(compute(self.state, *self.batch(int(self.state.step)))[1])
 
 
@@ -118,7 +129,7 @@ def main(out: str, cases: str, *processes: str) -> None:
     """Measures the cases, and writes the numbers."""
     if processes:
         coordinator, num_processes, process_id = processes
-        devices.initialize(coordinator, int(num_processes), int(process_id))
+        distributed.initialize(coordinator, int(num_processes), int(process_id))
     numbers: dict[str, np.ndarray] = {}
     for case in cases.split(","):
         kind, fsdp = case.split("_")
@@ -127,9 +138,9 @@ def main(out: str, cases: str, *processes: str) -> None:
     if not processes:
         one = Mesh(devices.mesh().devices[:1], devices.AXES)
         measured(False, one, numbers, "one")
-    if devices.is_first():
+    if distributed.is_first():
         np.savez(out, **numbers)
-    devices.wait_for_all("written")
+    distributed.wait_for_all("written")
 
 
 def resume(workdir: str, fsdp: int, num_steps: int) -> TrainState:
@@ -139,9 +150,7 @@ def resume(workdir: str, fsdp: int, num_steps: int) -> TrainState:
     with Checkpoints(workdir) as checkpoints:
         latest = checkpoints.latest_step()
         if latest is not None:
-            like = steps.abstract_state(
-                changed, training.problem, training.optimizer, training.mesh
-            )
+            like = abstract_state(changed, training.definition, training.optimizer, training.mesh)
             training.state = checkpoints.restore(latest, like)
         for _ in range(num_steps):
             training.step()
@@ -157,16 +166,16 @@ def job(workdir: str, what: str, *processes: str) -> int:
     coordinator, num_processes, process_id = processes
 
     def join():
-        devices.initialize(coordinator, int(num_processes), int(process_id))
+        distributed.initialize(coordinator, int(num_processes), int(process_id))
 
     def fail(*_):
         raise ConfigError("a.png cannot be read")
 
     if process_id == "0" and what == "fail":
-        loop.Feed.__init__ = fail
+        feed.Feed.__init__ = fail
     if process_id == "1" and what == "stop":
         raise_signal = functools.partial(signal.raise_signal, signal.SIGTERM)
-        loop.Feed.next = _before(loop.Feed.next, 5, raise_signal)
+        feed.Feed.next = _before(feed.Feed.next, 5, raise_signal)
     return command_line.run("all", job_config(), workdir, (), join)
 
 

@@ -8,9 +8,9 @@ import pytest
 
 from experiments import all as main_job
 from experiments import evaluate, sample
-from experiments.harness import settings
-from experiments.harness import workdir as workdirs
 from experiments.harness.errors import ConfigError
+from experiments.harness.setup.definition import define_model
+from experiments.harness.workdir import record
 from tests.experiments import tiny
 
 pytest_plugins = ["tests.experiments.tiny"]
@@ -54,8 +54,8 @@ def test_a_second_run_says_that_it_is_finished_and_does_nothing(finished, tmp_pa
 def test_how_a_run_is_computed_is_no_part_of_what_was_measured(how, tmp_path):
     """So that a finished run is finished with one more worker, or a trace."""
     one, other = tiny.config(), tiny.config(**how)
-    problem = settings.build(one)
-    assert evaluate.identity(one, problem, 3) == evaluate.identity(other, problem, 3)
+    definition = define_model(one)
+    assert evaluate.identity(one, definition, 3) == evaluate.identity(other, definition, 3)
     assert sample.identity(one, tmp_path, 3) == sample.identity(other, tmp_path, 3)
 
 
@@ -113,4 +113,4 @@ def test_nothing_is_trained_if_the_last_part_could_not_be_done(tmp_path):
     with pytest.raises(ConfigError, match=r"config\.sample\.strip_rows = 0"):
         main_job.run(tiny.config(sample__strip_rows=0), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    assert workdirs.recorded_config(tmp_path / "run") is None
+    assert record.recorded_config(tmp_path / "run") is None

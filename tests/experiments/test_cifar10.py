@@ -7,8 +7,8 @@ import pytest
 
 from configs import cifar10
 from experiments.evaluate import evaluate
-from experiments.harness import settings
-from experiments.harness.state import abstract_params, init_params
+from experiments.harness.setup.definition import define_model
+from experiments.harness.setup.params import abstract_params, init_params
 from experiments.train import train
 from tests.experiments import tiny
 from tests.mock_cifar10 import mock_tfds
@@ -39,22 +39,24 @@ def small():
 
 def test_at_full_width_it_is_the_network_of_ddpm():
     with mock_tfds(num_examples=4):
-        problem = settings.build(cifar10.get_config())
-    leaves = jax.tree.leaves(abstract_params(problem))
+        definition = define_model(cifar10.get_config())
+    leaves = jax.tree.leaves(abstract_params(definition))
     assert sum(leaf.size for leaf in leaves) == 35_746_307
-    assert problem.image_shape == (32, 32, 3)
-    assert problem.quantization.num_levels == 256
+    assert definition.image_shape == (32, 32, 3)
+    assert definition.quantization.num_levels == 256
     # β from 10⁻⁴ to 0.02, and what the network is fed at level t is t − 1.
-    np.testing.assert_allclose(problem.levels.beta[1:], np.linspace(1e-4, 0.02, 1000), rtol=1e-10)
-    log_snr = problem.levels.step(np.arange(1, 1001)).log_snr
-    np.testing.assert_array_equal(problem.network.timestep_of(log_snr), np.arange(1000))
+    np.testing.assert_allclose(
+        definition.levels.beta[1:], np.linspace(1e-4, 0.02, 1000), rtol=1e-10
+    )
+    log_snr = definition.levels.step(np.arange(1, 1001)).log_snr
+    np.testing.assert_array_equal(definition.network.timestep_of(log_snr), np.arange(1000))
 
 
 def test_it_trains_draws_and_evaluates(tmp_path):
     config = small()
     assert config.data.flip
     with mock_tfds(num_examples=8):
-        start = init_params(settings.build(config), config.seed)
+        start = init_params(define_model(config), config.seed)
         state = train(config, tmp_path)
         result = evaluate(config, tmp_path)
 

@@ -9,13 +9,31 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion.control import GaussianControl
+from diffusion.statistics.control import GaussianControl
 from experiments import variance
 from experiments.evaluate import check as check_evaluate
 from experiments.evaluate import evaluate, identity, result_line
-from experiments.harness import analytic, data, devices, measure, settings, steps
+from experiments.harness import devices
+from experiments.harness.data import order, splits
+from experiments.harness.data.sources import source
 from experiments.harness.errors import ConfigError
-from experiments.harness.state import init_params, init_state, make_optimizer
+from experiments.harness.evaluation.programs import (
+    Points,
+    make_bound,
+    make_ends,
+    make_log_ratios,
+    make_ode,
+    make_rates,
+    make_terms_at,
+    make_trajectory,
+)
+from experiments.harness.setup import analytic
+from experiments.harness.setup.definition import define_model
+from experiments.harness.setup.params import init_params
+from experiments.harness.training import step as steps
+from experiments.harness.training.optimizer import make_optimizer
+from experiments.harness.training.state import init_state
+from experiments.harness.training.step import make_train_step, withhold
 from experiments.train import check as check_train
 from experiments.train import train
 from tests.experiments import tiny
@@ -33,15 +51,15 @@ def conditional(**overrides):
 
 def stepped(config, labels=None, num_steps=3):
     """The state before and after some steps, the training labels replaced where some are given."""
-    mesh, problem = devices.mesh(), settings.build(config)
+    mesh, definition = devices.mesh(), define_model(config)
     optimizer = make_optimizer(config.train)
-    examples = settings.load_data(config, "train").examples(slice(None))
+    examples = splits.load_data(config, "train").examples(slice(None))
     examples = examples if labels is None else examples._replace(labels=labels)
-    before = jax.device_get(init_state(init_params(problem, config.seed), optimizer))
+    before = jax.device_get(init_state(init_params(definition, config.seed), optimizer))
     state = devices.place(before, devices.replicated(mesh))
-    run = steps.make_train_step(config, problem, optimizer, mesh)
+    run = make_train_step(config, definition, optimizer, mesh)
     for step in range(num_steps):
-        indices = data.batch_indices(config.seed, step, 1000, config.train.batch_size)
+        indices = order.batch_indices(config.seed, step, 1000, config.train.batch_size)
         state = run(state, examples, indices)
     return before, jax.device_get(state)
 
@@ -50,29 +68,26 @@ def label_rows(state):
     return state.params["network"]["label"]["embedding"]
 
 
-# Which examples have labels.
-
-
 def test_labels_are_loaded_where_the_model_is_given_them():
-    for split in data.SPLITS:
-        whole, told = data.load("digits", split), settings.load_data(conditional(), split)
-        assert settings.load_data(tiny.config(), split).labels is None
-        assert settings.load_measured(conditional(evaluate__labels=False), split).labels is None
+    for split in source.SPLITS:
+        whole, told = splits.load("digits", split), splits.load_data(conditional(), split)
+        assert splits.load_data(tiny.config(), split).labels is None
+        assert splits.load_measured(conditional(evaluate__labels=False), split).labels is None
         np.testing.assert_array_equal(told.labels, whole.labels)
         index = np.array([5, 0, 5])
         examples = told.examples(index)
         np.testing.assert_array_equal(examples.images, whole.images[index])
         np.testing.assert_array_equal(examples.labels, whole.labels[index])
-        assert np.isin(told.labels, np.arange(data.describe("digits", split).num_classes)).all()
+        assert np.isin(told.labels, np.arange(splits.describe("digits", split).num_classes)).all()
 
 
 def test_a_call_s_own_condition_goes_before_the_bound_labels():
     """And without either there is no label."""
-    problem, params = settings.build(conditional()), tiny.state_of(conditional()).params
+    definition, params = define_model(conditional()), tiny.state_of(conditional()).params
     x_t, log_snr = jax.random.normal(jax.random.key(0), (2, 8, 8, 1)), jnp.zeros(2)
 
     def of(condition, labels):
-        reverse = problem.reverse(params, labels=labels)
+        reverse = definition.reverse(params, labels=labels)
         return np.asarray(reverse.outputs(x_t, log_snr, condition).prediction)
 
     one, other = np.array([1, 2]), np.array([3, 4])
@@ -82,15 +97,12 @@ def test_a_call_s_own_condition_goes_before_the_bound_labels():
     assert (np.abs(of(one, None) - of(other, None)).max(axis=(1, 2, 3)) > 0).all()
 
 
-# Training.
-
-
 @pytest.mark.parametrize("probability", [0.1, 0.6])
 def test_labels_are_withheld_with_their_probability(probability):
     """Over 200 keys and 100 labels: the share is binomial, and the other labels stay."""
     labels = jnp.arange(100) % K
     keys = jax.random.split(jax.random.key(0), 200)
-    drop = jax.vmap(lambda key: steps.withhold(key, labels, probability, K))
+    drop = jax.vmap(lambda key: withhold(key, labels, probability, K))
     dropped = np.asarray(drop(keys))
     withheld = dropped == NONE
     se = np.sqrt(probability * (1 - probability) / withheld.size)
@@ -108,7 +120,7 @@ def test_labels_are_withheld_apart_from_a_step_s_other_random_numbers():
 
     def agree(key):
         of_others = jax.random.split(key)
-        withheld = steps.withhold(jax.random.fold_in(key, steps.LABELS), labels, 0.5, K) == NONE
+        withheld = withhold(jax.random.fold_in(key, steps.LABELS), labels, 0.5, K) == NONE
         return jnp.stack([withheld == jax.random.bernoulli(k, shape=(100,)) for k in of_others])
 
     agreement = jax.vmap(agree)(jax.random.split(jax.random.key(1), 100))
@@ -137,7 +149,7 @@ def test_with_all_withheld_nothing_is_learned_of_labels():
 def test_a_step_sees_the_labels_of_its_own_images():
     """With a single class in the batches, its embedding alone is trained."""
     config = conditional(train__label_dropout=0.0)
-    indices = data.batch_indices(config.seed, 0, 1000, config.train.batch_size)
+    indices = order.batch_indices(config.seed, 0, 1000, config.train.batch_size)
     labels = np.full(1000, 3, np.int32)
     labels[indices] = 7
     before, after = stepped(config, labels, num_steps=2)
@@ -148,9 +160,6 @@ def test_a_step_sees_the_labels_of_its_own_images():
 def test_an_unconditional_run_knows_nothing_of_withheld_labels():
     (_, one), (_, other) = (stepped(tiny.config(train__label_dropout=p)) for p in (0.1, 0.9))
     tiny.assert_bit_equal(one, other)
-
-
-# A whole run.
 
 
 @pytest.fixture(scope="module")
@@ -167,8 +176,8 @@ def test_a_run_goes_on_as_if_it_never_stopped(trained, tmp_path):
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        stop = tiny.Interruption(6, data.batch_indices, interrupt)
-        monkeypatch.setattr(data, "batch_indices", stop)
+        stop = tiny.Interruption(6, order.batch_indices, interrupt)
+        monkeypatch.setattr(order, "batch_indices", stop)
         with pytest.raises(KeyboardInterrupt):
             train(config, tmp_path)
     tiny.assert_bit_equal(train(config, tmp_path), expected)
@@ -190,19 +199,21 @@ def test_a_checkpoint_has_both_bounds(trained, tmp_path):
 
 
 def test_an_unconditional_result_is_the_same_whatever_is_said_of_labels():
-    problem = settings.build(tiny.config())
-    one, other = (identity(tiny.config(evaluate__labels=is_), problem, 1) for is_ in (True, False))
+    definition = define_model(tiny.config())
+    one, other = (
+        identity(tiny.config(evaluate__labels=is_), definition, 1) for is_ in (True, False)
+    )
     assert one == other
 
 
 def test_errors_are_measured_with_labels_and_without(trained, tmp_path):
     """What was measured one way is not taken for the other."""
     workdir = tiny.copy(trained[1], tmp_path)
-    problem, params = settings.build(trained[0]), trained[2].ema_params
+    definition, params = define_model(trained[0]), trained[2].ema_params
 
     def errors(is_given):
         config = conditional(evaluate__labels=is_given, analytic__levels=3, analytic__examples=64)
-        return analytic.measured_errors(config, problem, params, 12, workdir)[1]
+        return analytic.measured_errors(config, definition, params, 12, workdir)[1]
 
     given, withheld, again = errors(True), errors(False), errors(True)
     assert (given != withheld).mean() > 0.9
@@ -216,8 +227,6 @@ def test_the_network_is_read_as_it_was_trained(trained):
         evaluate(tiny.config(), trained[1])
 
 
-# Every compiled evaluation.
-
 B = 4
 LABELS = np.array([7, 0, NONE, 3], np.int32)
 
@@ -227,40 +236,40 @@ def programs():
     config = conditional(
         decoder__name="discretized_gaussian", evaluate__ode__num_steps=2, evaluate__chunk_size=3
     )
-    problem, mesh = settings.build(config), devices.mesh()
+    definition, mesh = define_model(config), devices.mesh()
     params = tiny.state_of(config, 0.3).ema_params
-    images = settings.load_data(config, "test").images[:B]
-    x_0 = np.asarray(problem.quantization.to_data(images))
-    index, draw, levels = np.arange(B, dtype=np.int32), np.zeros(B, np.int32), problem.levels
+    images = splits.load_data(config, "test").images[:B]
+    x_0 = np.asarray(definition.quantization.to_data(images))
+    index, draw, levels = np.arange(B, dtype=np.int32), np.zeros(B, np.int32), definition.levels
     time, slot = np.tile([0.1, 0.5, 0.6, 0.9], (B, 1)), np.tile(np.arange(4), (B, 1))
     t = np.tile(np.int32([2, 4, 7]), (B, 1))
 
     def points(continuous):
-        return measure.Points.at(problem, time, slot, continuous)
+        return Points.at(definition, time, slot, continuous)
 
     def rates(continuous):
         control = GaussianControl.fit(x_0, 0.01)
-        run = measure.make_rates(config, problem, mesh, continuous)
+        run = make_rates(config, definition, mesh, continuous)
         return lambda examples: (
             run(params, control, examples, index, points(continuous), draw).value
         )
 
     made = {
-        "bound": (measure.make_bound(config, problem, mesh), (), lambda found: found.total),
+        "bound": (make_bound(config, definition, mesh), (), lambda found: found.total),
         "terms_at": (
-            measure.make_terms_at(config, problem, mesh, 0),
+            make_terms_at(config, definition, mesh, 0),
             (t,),
             lambda found: found.kl,
         ),
-        "ends": (measure.make_ends(config, problem, mesh), (draw, slot), lambda found: found[1]),
+        "ends": (make_ends(config, definition, mesh), (draw, slot), lambda found: found[1]),
         "trajectory": (
-            measure.make_trajectory(config, problem, mesh),
+            make_trajectory(config, definition, mesh),
             (draw,),
             lambda found: found,
         ),
-        "ode": (measure.make_ode(config, problem, mesh), (draw,), lambda found: found.total),
+        "ode": (make_ode(config, definition, mesh), (draw,), lambda found: found.total),
     }
-    log_ratios = measure.make_log_ratios(config, problem, mesh)
+    log_ratios = make_log_ratios(config, definition, mesh)
     runs = {
         "rates": rates(False),
         "continuous_rates": rates(True),
@@ -271,7 +280,7 @@ def programs():
             program(params, levels, examples, index, *more)
         )
     return {
-        name: lambda labels, run=run: np.float64(run(data.Examples(images, labels)))
+        name: lambda labels, run=run: np.float64(run(splits.Examples(images, labels)))
         for name, run in runs.items()
     }
 
@@ -307,36 +316,33 @@ def test_what_estimators_cost_is_told_with_labels(trained, tmp_path):
     config = conditional(variance__examples=5)
     subject = variance._trained(config, trained[1])
     assert subject.name.endswith("given labels")
-    whole = data.load("digits", "test")
+    whole = splits.load("digits", "test")
     np.testing.assert_array_equal(subject.dataset.labels, whole.labels[:5])
     np.testing.assert_array_equal(subject.dataset.images, whole.images[:5])
-
-
-# What is refused.
 
 
 def without_labels(labels):
     images = np.zeros((1000, 8, 8, 1), np.uint8)
     num_classes = 0 if labels is None else K
-    return lambda split: data.Source(1000, (8, 8, 1), 17, lambda: (images, labels), num_classes)
+    return lambda split: source.Source(1000, (8, 8, 1), 17, lambda: (images, labels), num_classes)
 
 
 def test_a_set_without_labels_is_named(monkeypatch):
-    monkeypatch.setitem(data.DATASETS, "plain", without_labels(None))
-    settings.build(tiny.config(data__name="plain"))
+    monkeypatch.setitem(splits.DATASETS, "plain", without_labels(None))
+    define_model(tiny.config(data__name="plain"))
     message = r"config\.model\.class_conditional = True: .* of plain, train, .* use False"
     with pytest.raises(ConfigError, match=message):
-        settings.build(conditional(data__name="plain"))
+        define_model(conditional(data__name="plain"))
 
 
 def test_an_example_whose_label_is_missing_is_named(monkeypatch):
     """tensorflow-datasets has −1 for it, as in the test splits of some sets."""
-    monkeypatch.setitem(data.DATASETS, "hidden", without_labels(np.int32([3] * 999 + [-1])))
+    monkeypatch.setitem(splits.DATASETS, "hidden", without_labels(np.int32([3] * 999 + [-1])))
     config = conditional(data__name="hidden")
-    settings.build(config)
+    define_model(config)
     message = r"config\.model\.class_conditional = True: .* of hidden, test, .* use False"
     with pytest.raises(ConfigError, match=message):
-        settings.load_data(config, "test")
+        splits.load_data(config, "test")
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])

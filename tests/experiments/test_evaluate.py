@@ -10,9 +10,10 @@ import pytest
 from scipy import stats
 
 from experiments.evaluate import evaluate, result_line
-from experiments.harness import data
-from experiments.harness import workdir as workdirs
+from experiments.harness.data import splits
+from experiments.harness.data.sources.source import Source
 from experiments.harness.errors import ConfigError
+from experiments.harness.workdir import record
 from tests.experiments import tiny
 
 pytest_plugins = ["tests.experiments.tiny"]
@@ -32,9 +33,6 @@ def without_clock(result):
     return {name: value for name, value in result.items() if name != "seconds"}
 
 
-# Against a closed form.
-
-
 @pytest.mark.parametrize("variance", ["beta_tilde", "beta"])
 def test_a_model_that_always_guesses_zero_has_the_bound_on_paper(tmp_path, variance):
     """x̂_0 = 0, so that nothing is left of the noise: every term in float64, over all 447 digits.
@@ -52,7 +50,7 @@ def test_a_model_that_always_guesses_zero_has_the_bound_on_paper(tmp_path, varia
     tiny.save(tmp_path, {1: (state._replace(ema_params=zero), None)})
     result = evaluate(config, tmp_path)
 
-    images = data.load("digits", "test").images.astype(np.float64).reshape(447, NUM_DIMS)
+    images = splits.load("digits", "test").images.astype(np.float64).reshape(447, NUM_DIMS)
     x_0, half_bin = images / 8 - 1, 1 / 16
     log_snr = np.linspace(8, -5, 8)
     alpha_bar = 1 / (1 + np.exp(-log_snr))
@@ -92,9 +90,6 @@ def test_a_model_that_always_guesses_zero_has_the_bound_on_paper(tmp_path, varia
         # The error of the guess 0 is the digits' own root mean square, in grey levels around 8.
         rmse = np.sqrt(((images - 8) ** 2).mean())
         np.testing.assert_allclose(arrays["x_0_rmse"], np.full(8, rmse), rtol=1e-5)
-
-
-# What is written.
 
 
 def test_the_main_job_wrote_what_the_design_asks_for(finished):
@@ -162,9 +157,6 @@ def test_the_result_is_one_line(finished):
     assert "\n" not in line
 
 
-# The same numbers again.
-
-
 def test_a_second_evaluation_gives_identical_numbers(finished, tmp_path):
     workdir = tiny.copy(finished.workdir, tmp_path)
     first = json.loads((workdir / "evaluation.json").read_text())
@@ -180,9 +172,6 @@ def test_a_second_evaluation_gives_identical_numbers(finished, tmp_path):
         np.load(finished.workdir / "evaluation.npz") as b,
     ):
         assert all((a[name] == b[name]).all() for name in names)
-
-
-# Its standard errors.
 
 
 def test_another_seed_lands_within_the_monte_carlo_error(tmp_path):
@@ -202,8 +191,8 @@ def test_another_seed_lands_within_the_monte_carlo_error(tmp_path):
 def test_one_example_has_no_standard_error(tmp_path, monkeypatch):
     """Null in the file, and a word in the line."""
     images = np.arange(64, dtype=np.uint8).reshape(1, 8, 8, 1) % 17
-    source = data.Source(1, (8, 8, 1), 17, lambda: (images, None))
-    monkeypatch.setitem(data.DATASETS, "one", lambda split: source)
+    source = Source(1, (8, 8, 1), 17, lambda: (images, None))
+    monkeypatch.setitem(splits.DATASETS, "one", lambda split: source)
     config = tiny.config(data__name="one")
     result = evaluate(config, tiny.untrained(tmp_path, config))
     assert "± unknown" in result_line(result)
@@ -211,9 +200,6 @@ def test_one_example_has_no_standard_error(tmp_path, monkeypatch):
     assert written["bits_per_dim_se"] is None
     assert written["num_examples"] == 1
     assert "± unknown" in result_line(written)
-
-
-# Few timesteps.
 
 
 @pytest.mark.parametrize("num_timesteps", [1, 2])
@@ -225,9 +211,6 @@ def test_the_shortest_chains_are_written_and_drawn(num_timesteps, tmp_path):
         assert arrays["kl"].shape == arrays["kl_se"].shape == (num_timesteps - 1,)
     assert (tmp_path / "kl_per_timestep.png").exists()
     assert (tmp_path / "rate_distortion.png").exists()
-
-
-# Which weights.
 
 
 def test_the_best_or_the_latest_weights_are_measured(tmp_path):
@@ -243,7 +226,7 @@ def test_the_best_or_the_latest_weights_are_measured(tmp_path):
 def test_a_checkpoint_can_be_measured_otherwise_than_it_was_trained(tmp_path):
     """At any T, on any schedule, with any Σ and decoder; what it predicts is its own."""
     workdir = tiny.untrained(tmp_path, tiny.config())
-    workdirs.record(tiny.config(), workdir)
+    record.record(tiny.config(), workdir)
     result = evaluate(
         tiny.config(
             schedule__name="cosine",

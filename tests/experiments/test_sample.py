@@ -6,12 +6,13 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from diffusion import samplers, sampling
 from diffusion.forward import example_noise
-from experiments.harness import data, settings
+from diffusion.samplers import base, ddpm
+from experiments.harness.data import splits
 from experiments.harness.errors import ConfigError
-from experiments.harness.sampling import START, STRETCH, Drawer, stretches
+from experiments.harness.sampling.draw import START, STRETCH, Drawer, stretches
 from experiments.harness.seeds import STREAMS, stream
+from experiments.harness.setup.definition import define_model
 from experiments.sample import sample, strip_levels
 from tests.experiments import tiny
 
@@ -54,12 +55,9 @@ def workdir(tmp_path_factory, quick_compiles):
 
 
 def draw(config, params, n, num_timesteps=8, record=()):
-    problem = settings.build(config)
-    levels = problem.schedule.levels(num_timesteps)
-    return Drawer(config, problem)(params, levels, n, record, config.sample.strip_rows)
-
-
-# What the main job leaves behind.
+    definition = define_model(config)
+    levels = definition.schedule.levels(num_timesteps)
+    return Drawer(config, definition)(params, levels, n, record, config.sample.strip_rows)
 
 
 def test_the_main_job_wrote_samples_as_grey_levels(finished):
@@ -96,7 +94,7 @@ def test_the_strips_show_the_way_down_and_up(finished):
     # Two test digits and levels 1, 3, 6, 8: ever further from where they came from.
     up = rows_of_tiles(directory / "forward.png", rows=2)
     assert up.shape[1] == 5
-    digits = data.load("digits", "test").images[:2, :, :, 0]
+    digits = splits.load("digits", "test").images[:2, :, :, 0]
     np.testing.assert_array_equal(up[:, 0], grey(digits))
     distance = np.abs(up.astype(float) - up[:, :1]).mean(axis=(0, 2, 3))
     assert (np.diff(distance) > 0).all()
@@ -112,9 +110,6 @@ def test_a_second_time_gives_the_same_samples(finished, tmp_path):
         expected = finished.workdir / "samples" / name
         assert path.stat().st_mtime_ns > expected.stat().st_mtime_ns
         assert path.read_bytes() == expected.read_bytes()
-
-
-# Sample i is a function of the seed and of i.
 
 
 @pytest.mark.parametrize(("n", "batch_size"), [(3, 4), (7, 7), (7, 2), (1, 1), (2, 100)])
@@ -152,17 +147,14 @@ def test_purposes_draw_from_streams_of_their_own():
     assert len(set(keys)) == len(keys) == 4 * len(STREAMS)
 
 
-# How they are made.
-
-
 def test_one_level_is_one_prediction_from_noise(model):
     """With T = 1 the sample is x̂_0(x_1), where x_1 is the sample's first noise."""
     config = tiny.config()
     samples = draw(config, model, 5, num_timesteps=1)
-    problem = settings.build(config)
+    definition = define_model(config)
     noise = example_noise(stream(0, "sample"), np.arange(5), (8, 8, 1))
     x_1, log_snr = noise(jnp.full(5, START)), jnp.full(5, -5.0)
-    expected = problem.reverse(model).predict("x_0", x_1, log_snr)
+    expected = definition.reverse(model).predict("x_0", x_1, log_snr)
     np.testing.assert_allclose(samples.x_0, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -225,13 +217,13 @@ def test_samplers_start_from_one_noise_and_end_elsewhere(workdir, tmp_path):
 def test_one_program_serves_any_levels_and_any_recording(model):
     """Compiled once; the levels of a run longer than one stretch are all stepped through."""
     config = tiny.config()
-    problem = settings.build(config)
-    drawer = Drawer(config, problem)
+    definition = define_model(config)
+    drawer = Drawer(config, definition)
     run, traces = drawer._advance_of, []
     drawer._advance = jax.jit(lambda *args: traces.append(1) or run(*args))
     made = {}
     for num_timesteps, record in ((8, ()), (8, (8, 3, 1)), (3, ()), (40, ()), (40, (17, 40, 1))):
-        levels = problem.schedule.levels(num_timesteps)
+        levels = definition.schedule.levels(num_timesteps)
         made[num_timesteps, record] = drawer(model, levels, 3, record, rows=3)
     assert len(traces) == 1
     for (num_timesteps, record), of in made.items():
@@ -239,11 +231,11 @@ def test_one_program_serves_any_levels_and_any_recording(model):
         np.testing.assert_array_equal(of.x_0, made[num_timesteps, ()].x_0)
         assert len(of.x_t) == len(of.x_0_hat) == len(record)
     # What the scan of the library makes in one piece.
-    sampler = samplers.ancestral(problem.reverse(model))
+    sampler = ddpm.ancestral(definition.reverse(model))
     noise = example_noise(stream(0, "sample"), np.arange(3), (8, 8, 1))
-    levels = problem.schedule.levels(40)
+    levels = definition.schedule.levels(40)
     x_T = noise(jnp.full(3, START))
-    whole = jax.jit(lambda: sampling.sample(sampler, levels, noise, 3, (17, 40, 1), x_T))()
+    whole = jax.jit(lambda: base.sample(sampler, levels, noise, 3, (17, 40, 1), x_T))()
     of = made[40, (17, 40, 1)]
     for ours, theirs in zip(of, whole, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4 * np.abs(whole.x_0).max())
@@ -285,9 +277,6 @@ def test_spacings_and_correctors_change_the_way(workdir, tmp_path):
         for other in ways:
             if one < other:
                 assert np.abs(made[one] - made[other]).max() > 1e-3, (one, other)
-
-
-# Pictures.
 
 
 @pytest.mark.parametrize("num_timesteps", [1, 2, 3, 10, 11, 1000, 10**6])

@@ -12,8 +12,12 @@ from diffusion.reverse import Reverse
 from diffusion.schedules import Step
 from diffusion.variances import of_measured_error
 from experiments import sigma
-from experiments.harness import analytic, data, devices, measure, paired, settings
+from experiments.harness import devices
+from experiments.harness.data import splits
 from experiments.harness.errors import ConfigError
+from experiments.harness.evaluation import paired, programs
+from experiments.harness.setup import analytic
+from experiments.harness.setup.definition import define_model
 from tests.experiments import tiny
 
 pytest_plugins = ["tests.experiments.tiny"]
@@ -32,30 +36,27 @@ def small_config(**overrides):
 
 
 def some_digits(config, split, n):
-    dataset = settings.load_data(config, split)
+    dataset = splits.load_data(config, split)
     return dataset._replace(images=dataset.images[:n], labels=None)
 
 
 def measured(config, workdir, scale, step=1):
-    problem = settings.build(config)
+    definition = define_model(config)
     params = tiny.state_of(config, scale).ema_params
-    return analytic.measured_errors(config, problem, params, step, workdir)
+    return analytic.measured_errors(config, definition, params, step, workdir)
 
 
 def zero_measured(config, workdir):
     """Errors of a network whose parameters, and so predictions, are zero."""
-    problem = settings.build(config)
+    definition = define_model(config)
     zero = jax.tree.map(np.zeros_like, tiny.state_of(config).ema_params)
-    return analytic.measured_errors(config, problem, zero, 1, workdir)
-
-
-# The measured errors, against closed forms.
+    return analytic.measured_errors(config, definition, zero, 1, workdir)
 
 
 def test_errors_of_a_prediction_that_x_0_is_zero_are_the_data(tmp_path):
     """ε − ε̂ = −(α/σ) (0 − x_0): no noise is left, and the error is SNR · mean x_0² per pixel."""
     log_snr, error = zero_measured(small_config(model__parameterization="x_0"), tmp_path)
-    x_0 = data.load("digits", "train").images.astype(np.float64) / 8 - 1
+    x_0 = splits.load("digits", "train").images.astype(np.float64) / 8 - 1
     assert len(x_0) == 1000
     expected = np.exp(LOG_SNR)[:, None, None, None] * (x_0**2).mean(axis=0)
     np.testing.assert_allclose(log_snr, LOG_SNR, rtol=1e-12)
@@ -87,9 +88,6 @@ def test_batches_and_chunks_change_nothing(tmp_path):
     config.evaluate.update(batch_size=64, chunk_size=16)
     _, again = measured(config, tmp_path, scale=1.0)
     np.testing.assert_allclose(again, once, rtol=1e-5)
-
-
-# The cache.
 
 
 def test_errors_are_measured_once_for_a_checkpoint(tmp_path):
@@ -138,16 +136,13 @@ def test_another_step_is_measured_anew(tmp_path):
         np.testing.assert_array_equal(saved["error"], second)
 
 
-# The choice.
-
-
 def test_errors_of_zero_make_beta_tilde(tmp_path, monkeypatch):
     """A pixel that is always predicted exactly has a point mass for its data."""
     config, shape = small_config(), (LEVELS, 8, 8, 1)
     monkeypatch.setattr(analytic, "_measure", lambda *_: (LOG_SNR, np.zeros(shape)))
-    problem = settings.build(config)
+    definition = define_model(config)
     for name in analytic.ANALYTIC:
-        chosen = analytic.choose(config, name, "setting", problem, None, 1, tmp_path)
+        chosen = analytic.choose(config, name, "setting", definition, None, 1, tmp_path)
         x = np.zeros((2, 8, 8, 1), np.float32)
         reverse = Reverse(None, "eps", chosen.variance)
         step = Step(np.float32([3.0, -4.0]), np.float32([0.5, 2.0]))
@@ -157,8 +152,8 @@ def test_errors_of_zero_make_beta_tilde(tmp_path, monkeypatch):
 
 def test_an_empty_name_is_the_models_own(tmp_path):
     config = small_config(model__variance="beta")
-    problem = settings.build(config)
-    assert analytic.choose(config, "", "setting", problem, None, 1, tmp_path) is problem
+    definition = define_model(config)
+    assert analytic.choose(config, "", "setting", definition, None, 1, tmp_path) is definition
     assert not list(tmp_path.iterdir())
 
 
@@ -172,17 +167,14 @@ def test_an_empty_name_is_the_models_own(tmp_path):
 )
 def test_a_variance_that_the_network_does_not_have_is_one_line(name, of_model, words, tmp_path):
     config = small_config(model__variance=of_model)
-    problem, setting = settings.build(config), "config.evaluate.variance"
+    definition, setting = define_model(config), "config.evaluate.variance"
     with pytest.raises(ConfigError) as error:
-        analytic.choose(config, name, setting, problem, None, 1, tmp_path)
+        analytic.choose(config, name, setting, definition, None, 1, tmp_path)
     message = str(error.value)
     assert message.startswith(f"config.evaluate.variance = {name!r}")
     assert "\n" not in message
     for word in words:
         assert word in message
-
-
-# The table.
 
 
 @pytest.fixture(scope="module")
@@ -201,15 +193,15 @@ def first_run(workdir):
 
 def totals_of(config, split, n, variances):
     """The totals of random weights, and what `make_bound` needs to find the same."""
-    problem, params = settings.build(config), tiny.state_of(config, 0.1).ema_params
+    definition, params = define_model(config), tiny.state_of(config, 0.1).ema_params
     dataset = some_digits(config, split, n)
     choices = {
-        (num_timesteps, name): paired.Choice(problem.schedule.levels(num_timesteps), variance)
+        (num_timesteps, name): paired.Choice(definition.schedule.levels(num_timesteps), variance)
         for num_timesteps in config.sigma.num_timesteps
         for name, variance in variances.items()
     }
-    totals = paired.measure_totals(config, problem, params, dataset, choices, config.sigma.draws)
-    return totals, problem, params, dataset
+    totals = paired.measure_totals(config, definition, params, dataset, choices, config.sigma.draws)
+    return totals, definition, params, dataset
 
 
 @pytest.mark.parametrize(
@@ -221,15 +213,15 @@ def test_an_entry_is_the_evaluation_with_that_variance_at_that_T(of_model, decod
     config = small_config(model__variance=of_model, decoder__name=decoder)
     log_snr, error = LOG_SNR, np.linspace(0.1, 0.9, LEVELS * 64).reshape(LEVELS, 8, 8, 1)
     variances = {
-        of_model: settings.build(config).variance,
+        of_model: define_model(config).variance,
         "analytic_diagonal": of_measured_error(log_snr, error),
     }
-    totals, problem, params, dataset = totals_of(config, "test", 72, variances)
+    totals, definition, params, dataset = totals_of(config, "test", 72, variances)
     mesh, index = devices.mesh(), np.arange(len(dataset.images), dtype=np.int32)
     for num_timesteps, name in ((4, of_model), (8, "analytic_diagonal")):
-        chosen = problem._replace(variance=variances[name])
-        evaluate = measure.make_bound(config, chosen, mesh)
-        levels = problem.schedule.levels(num_timesteps)
+        chosen = definition._replace(variance=variances[name])
+        evaluate = programs.make_bound(config, chosen, mesh)
+        levels = definition.schedule.levels(num_timesteps)
         expected = evaluate(params, levels, dataset.examples(index), index).total
         np.testing.assert_allclose(totals[num_timesteps, name][:, 0], expected, rtol=1e-5)
 
@@ -237,7 +229,7 @@ def test_an_entry_is_the_evaluation_with_that_variance_at_that_T(of_model, decod
 def test_the_draws_are_independent():
     """Paired errors vanish where Σ_θ is the same, and the draws differ where it is not."""
     config = small_config()
-    own = settings.build(config).variance
+    own = define_model(config).variance
     totals, *_ = totals_of(config, "test", 64, {"beta_tilde": own, "again": own})
     at_8 = {key: total for key, total in totals.items() if key[0] == 8}
     entries = paired.summarize(at_8, "beta_tilde", num_dims=64)
@@ -279,9 +271,9 @@ def test_on_the_training_data_the_analytic_variances_give_the_lowest_bounds(tmp_
     config = small_config()
     config.sigma.num_timesteps = (LEVELS,)
     config.analytic.examples = 256
-    problem, params = settings.build(config), tiny.state_of(config, 0.1).ema_params
+    definition, params = define_model(config), tiny.state_of(config, 0.1).ema_params
     variances = {
-        name: analytic.choose(config, name, "name", problem, params, 1, tmp_path).variance
+        name: analytic.choose(config, name, "name", definition, params, 1, tmp_path).variance
         for name in ("beta_tilde", "beta", *analytic.ANALYTIC)
     }
     totals, *_ = totals_of(config, "train", 256, variances)

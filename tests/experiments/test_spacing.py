@@ -13,9 +13,13 @@ from diffusion.schedules import Levels, Step, linear_log_snr
 from diffusion.spacing import SPACINGS
 from diffusion.variances import VARIANCES, of_measured_error
 from experiments import spacing
-from experiments.harness import analytic, devices, measure, optimal_steps, paired, settings
-from experiments.harness import workdir as workdirs
+from experiments.harness import devices
+from experiments.harness.data import splits
 from experiments.harness.errors import ConfigError
+from experiments.harness.evaluation import paired, programs
+from experiments.harness.setup import analytic, optimal_steps
+from experiments.harness.setup.definition import define_model
+from experiments.harness.workdir import record
 from tests.experiments import tiny
 
 pytest_plugins = ["tests.experiments.tiny"]
@@ -31,9 +35,6 @@ def small_config(**overrides):
     config.spacing.update(num_timesteps=(3, 6), candidates=41)
     config.analytic.update(levels=9, examples=128)
     return config
-
-
-# The best levels.
 
 
 def test_errors_that_are_the_same_everywhere_take_equal_gaps():
@@ -62,18 +63,18 @@ def test_on_the_training_data_the_best_levels_have_the_lowest_bounds(name, tmp_p
     """
     config = small_config(decoder__name="categorical")
     config.analytic.update(levels=9, examples=256)
-    problem, params = settings.build(config), tiny.state_of(config, 0.1).ema_params
-    problem = analytic.choose(config, name, "name", problem, params, 1, tmp_path)
-    measured = analytic.measured_errors(config, problem, params, 1, tmp_path)
-    candidates = problem.schedule.levels(9)
-    best = optimal_steps.find(candidates, *measured, problem.variance, (4,))[4]
-    choices = {(4, "best"): paired.Choice(best, problem.variance)}
+    definition, params = define_model(config), tiny.state_of(config, 0.1).ema_params
+    definition = analytic.choose(config, name, "name", definition, params, 1, tmp_path)
+    measured = analytic.measured_errors(config, definition, params, 1, tmp_path)
+    candidates = definition.schedule.levels(9)
+    best = optimal_steps.find(candidates, *measured, definition.variance, (4,))[4]
+    choices = {(4, "best"): paired.Choice(best, definition.variance)}
     for inner in list(itertools.combinations(range(1, 8), 2))[::4]:
         levels = Levels.from_log_snr(candidates.log_snr[1:][[0, *inner, 8]])
-        choices[4, f"with {inner}"] = paired.Choice(levels, problem.variance)
-    dataset = settings.load_data(config, "train")
+        choices[4, f"with {inner}"] = paired.Choice(levels, definition.variance)
+    dataset = splits.load_data(config, "train")
     dataset = dataset._replace(images=dataset.images[:256])
-    totals = paired.measure_totals(config, problem, params, dataset, choices, 2)
+    totals = paired.measure_totals(config, definition, params, dataset, choices, 2)
     others = paired.summarize(totals, "best", 64)[1:]
     for entry in others:
         assert entry.difference >= -4 * entry.difference_mc_se
@@ -102,28 +103,22 @@ def test_the_expected_bound_is_that_of_interpolated_errors():
     np.testing.assert_array_equal(found[14].log_snr, LINE.levels(14).log_snr)
 
 
-# What is measured.
-
-
 def test_an_entry_is_the_evaluation_at_those_levels():
     """Draw 0 is an evaluation's noise, whatever the levels: only rounding sets them apart."""
     config = small_config()
-    problem, params = settings.build(config), tiny.state_of(config, 0.1).ema_params
-    dataset = settings.load_data(config, "test")
+    definition, params = define_model(config), tiny.state_of(config, 0.1).ema_params
+    dataset = splits.load_data(config, "test")
     dataset = dataset._replace(images=dataset.images[:72])
     index = np.arange(72, dtype=np.int32)
     choices = {
-        (6, name): paired.Choice(of(problem.schedule, 6), problem.variance)
+        (6, name): paired.Choice(of(definition.schedule, 6), definition.variance)
         for name, of in SPACINGS.items()
     }
-    totals = paired.measure_totals(config, problem, params, dataset, choices, 2)
-    evaluate = measure.make_bound(config, problem, devices.mesh())
+    totals = paired.measure_totals(config, definition, params, dataset, choices, 2)
+    evaluate = programs.make_bound(config, definition, devices.mesh())
     for key, choice in choices.items():
         expected = evaluate(params, choice.levels, dataset.examples(index), index).total
         np.testing.assert_allclose(totals[key][:, 0], expected, rtol=1e-5)
-
-
-# A run.
 
 
 @pytest.fixture(scope="module")
@@ -181,9 +176,6 @@ def test_a_second_run_gives_identical_files(workdir, first_run, tmp_path):
         assert (again / name).read_bytes() == files[workdir / name][1], name
 
 
-# The levels, for others.
-
-
 def test_levels_come_back_to_the_last_bit(workdir, first_run):
     """Those that were found are a part of the candidates, whose numbers are no short decimals."""
     del first_run
@@ -225,11 +217,8 @@ def test_levels_that_nobody_found_are_one_line(tmp_path):
 def test_a_new_training_forgets_the_levels_of_the_old(tmp_path):
     """A new run comes to the same step with other weights."""
     (tmp_path / optimal_steps.FILE).write_text("{}")
-    workdirs.forget_results(tmp_path)
+    record.forget_results(tmp_path)
     assert not (tmp_path / optimal_steps.FILE).exists()
-
-
-# Mistakes.
 
 
 @pytest.mark.parametrize(

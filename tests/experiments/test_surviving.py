@@ -14,13 +14,16 @@ import numpy as np
 import pytest
 
 from diffusion.objectives import OBJECTIVES, Objective, vlb
-from experiments.harness import checksums, command_line, data, devices, lock, sampling, settings
-from experiments.harness import workdir as workdirs
-from experiments.harness.checkpoints import Checkpoints
+from experiments.harness import command_line
+from experiments.harness.data import order, splits
 from experiments.harness.errors import ConfigError, RunError
-from experiments.harness.metrics import MetricsLog
-from experiments.harness.state import learning_rate
-from experiments.harness.weights import load_ema
+from experiments.harness.processes import distributed
+from experiments.harness.sampling import draw
+from experiments.harness.setup.trained import load_ema
+from experiments.harness.training.optimizer import learning_rate
+from experiments.harness.workdir import checksums, lock, record
+from experiments.harness.workdir.checkpoints import Checkpoints
+from experiments.harness.workdir.metrics import MetricsLog
 from experiments.train import train
 from tests.experiments import tiny
 from tests.experiments.faults import assert_ends_as, last_line, program
@@ -28,9 +31,6 @@ from tests.stress import kill
 
 pytest_plugins = ["tests.experiments.tiny", "tests.experiments.faults"]
 pytestmark = pytest.mark.usefixtures("quick_compiles")
-
-
-# Killed, and out of space.
 
 
 def test_killed_inside_a_save_a_run_goes_on(uninterrupted, tmp_path, quick_compiles):
@@ -100,9 +100,9 @@ def test_what_a_signal_made_it_save_outlives_a_save_that_fails(
 
     with monkeypatch.context() as patch:
         send = tiny.Interruption(
-            2, data.batch_indices, lambda: os.kill(os.getpid(), signal.SIGTERM)
+            2, order.batch_indices, lambda: os.kill(os.getpid(), signal.SIGTERM)
         )
-        patch.setattr(data, "batch_indices", send)
+        patch.setattr(order, "batch_indices", send)
         assert command_line.run("train", uninterrupted[0], str(tmp_path)) == 143
     with monkeypatch.context() as patch:
         patch.setattr(checksums, "write", fail)
@@ -138,7 +138,7 @@ def test_one_of_several_that_cannot_write_says_so_and_ends(three, tmp_path, monk
     workdir, exits = tiny.copy(three[0], tmp_path), []
     monkeypatch.setattr(checksums, "write", fail)
     with Checkpoints(workdir) as checkpoints, monkeypatch.context() as patch:
-        patch.setattr(devices, "is_one_of_several", lambda: True)
+        patch.setattr(distributed, "is_one_of_several", lambda: True)
         patch.setattr(os, "_exit", exits.append)
         checkpoints.save(4, three[1][3])
         with pytest.raises(RunError):
@@ -152,7 +152,7 @@ def test_samples_that_fail_stop_no_training(uninterrupted, tmp_path, monkeypatch
         raise RunError("4 of 4 samples are not finite")
 
     config, whole, expected = uninterrupted
-    monkeypatch.setattr(sampling.Drawer, "__call__", fail)
+    monkeypatch.setattr(draw.Drawer, "__call__", fail)
     tiny.assert_bit_equal(train(config, tmp_path), expected)
     assert tiny.metrics(tmp_path) == tiny.metrics(whole)
     assert "step 6: no picture of samples (4 of 4" in capfd.readouterr().out
@@ -186,9 +186,6 @@ def test_no_space_for_a_line_of_the_log_is_a_line(uninterrupted, tmp_path, monke
     line = last_line(capfd.readouterr().err)
     assert line.startswith(f"error: workdir={tmp_path} cannot be written (No space left on device)")
     assert_ends_as(uninterrupted, tmp_path)
-
-
-# Two runs.
 
 
 def test_a_second_run_is_refused_while_the_first_one_lives(tmp_path, quick_compiles):
@@ -246,14 +243,11 @@ def test_a_run_in_training_is_evaluated(uninterrupted, tmp_path):
         load_ema(workdir, "best", like)
 
 
-# Steps that are not finite.
-
-
 def bad_batches(monkeypatch, config, *steps):
     """An objective that is infinite in the batches of these steps."""
-    images = settings.load_data(config, "train").images
+    images = splits.load_data(config, "train").images
     size = config.train.batch_size
-    first = [data.batch_indices(0, step - 1, len(images), size)[0] for step in steps]
+    first = [order.batch_indices(0, step - 1, len(images), size)[0] for step in steps]
     marks = jnp.asarray(np.stack([images[i] for i in first]) / 8.0 - 1, jnp.float32)
 
     def objective(reverse, decoder, x_0, *rest):
@@ -286,7 +280,7 @@ def test_bad_steps_may_be_skipped_up_to_a_limit(tmp_path, monkeypatch):
 
 def test_a_skipped_step_changes_nothing_but_the_count(monkeypatch):
     """The state after it is the state before it, one step on."""
-    from tests.experiments.test_steps import Stepper
+    from tests.experiments.harness.training.test_step import Stepper
 
     config = tiny.config(train__skip_nonfinite=1)
     bad_batches(monkeypatch, config, 3)
@@ -321,9 +315,6 @@ def test_parameters_that_are_not_finite_stop_the_run(tmp_path):
         train(config, tmp_path)
 
 
-# Changed settings.
-
-
 def test_a_change_that_is_allowed_by_name_is_recorded(tmp_path):
     train(tiny.config(train__decay="constant", train__num_steps=4), tmp_path)
     changed = {"train__decay": "constant", "train__num_steps": 8, "train__learning_rate": 0.01}
@@ -331,7 +322,7 @@ def test_a_change_that_is_allowed_by_name_is_recorded(tmp_path):
         train(tiny.config(**changed), tmp_path)
     allowing = {**changed, "train__allow_changes": ("train.learning_rate",)}
     train(tiny.config(**allowing, train__log_every=4), tmp_path)
-    lines = (tmp_path / workdirs.CHANGES_FILE).read_text().splitlines()
+    lines = (tmp_path / record.CHANGES_FILE).read_text().splitlines()
     assert [json.loads(line) for line in lines] == [
         {
             "step": 4,
@@ -349,14 +340,14 @@ def test_a_change_that_is_allowed_by_name_is_recorded(tmp_path):
 
 def test_other_data_are_refused_and_allowed_by_name(tmp_path):
     """Of the same shape and another number: every batch would be another."""
-    config, source = tiny.config(), settings.describe_data(tiny.config(), "train")
+    config, source = tiny.config(), splits.describe_data(tiny.config(), "train")
     tiny.save(tmp_path, {4: (tiny.state_of(config), 1.0)})
-    workdirs.record_data(tmp_path, source)
-    workdirs.check_data(config, tmp_path, source)
+    record.record_data(tmp_path, source)
+    record.check_data(config, tmp_path, source)
     fewer = source._replace(num_examples=source.num_examples - 1)
     with pytest.raises(ConfigError, match=r"a run on 1000 images .* now has 999"):
-        workdirs.check_data(config, tmp_path, fewer)
-    workdirs.check_data(tiny.config(train__allow_changes=("data.",)), tmp_path, fewer)
+        record.check_data(config, tmp_path, fewer)
+    record.check_data(tiny.config(train__allow_changes=("data.",)), tmp_path, fewer)
 
 
 def test_an_image_that_cannot_be_read_loses_no_step(uninterrupted, tmp_path, monkeypatch):
@@ -366,13 +357,10 @@ def test_an_image_that_cannot_be_read_loses_no_step(uninterrupted, tmp_path, mon
         raise ConfigError("a.png cannot be read")
 
     with monkeypatch.context() as patch:
-        patch.setattr(data, "batch_indices", tiny.Interruption(7, data.batch_indices, fail))
+        patch.setattr(order, "batch_indices", tiny.Interruption(7, order.batch_indices, fail))
         with pytest.raises(RunError, match=r"a\.png cannot be read; step 7 is saved"):
             train(uninterrupted[0], tmp_path)
     assert_ends_as(uninterrupted, tmp_path)
-
-
-# All of it, at random.
 
 
 def test_a_few_random_kills_change_nothing(capsys, monkeypatch):

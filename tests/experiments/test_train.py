@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from diffusion.objectives import OBJECTIVES, Objective, vlb
-from experiments.harness import data, settings, steps
-from experiments.harness import workdir as workdirs
+from experiments.harness.data import order, splits
 from experiments.harness.errors import ConfigError, RunError
+from experiments.harness.training import step as steps
+from experiments.harness.workdir import record
 from experiments.train import train
 from tests.experiments import tiny
 
@@ -28,8 +29,8 @@ def interrupt_at(monkeypatch, step):
     def interrupt():
         raise KeyboardInterrupt
 
-    stop = tiny.Interruption(step, data.batch_indices, interrupt)
-    monkeypatch.setattr(data, "batch_indices", stop)
+    stop = tiny.Interruption(step, order.batch_indices, interrupt)
+    monkeypatch.setattr(order, "batch_indices", stop)
 
 
 def train_until(config, workdir, step):
@@ -37,9 +38,6 @@ def train_until(config, workdir, step):
         interrupt_at(monkeypatch, step)
         with pytest.raises(KeyboardInterrupt):
             train(config, workdir)
-
-
-# Resuming.
 
 
 def test_the_unet_goes_on_from_a_checkpoint_as_if_it_never_stopped(finished, tmp_path):
@@ -109,7 +107,7 @@ def test_a_constant_rate_may_be_trained_further(tmp_path):
     train(short, tmp_path / "a")
     state = train(long, tmp_path / "a")
     tiny.assert_bit_equal(state, train(long, tmp_path / "b"))
-    assert workdirs.recorded_config(tmp_path / "a")["train"]["num_steps"] == 8
+    assert record.recorded_config(tmp_path / "a")["train"]["num_steps"] == 8
     with pytest.raises(ConfigError, match=r"train\.num_steps was 8, now 9"):
         train(tiny.config(train__decay="cosine", train__num_steps=9), tmp_path / "a")
 
@@ -151,13 +149,10 @@ def test_resuming_with_other_settings_lists_every_difference(uninterrupted):
     assert tiny.files(workdir) == before
 
 
-# What a run leaves behind.
-
-
 def test_a_run_leaves_its_config_metrics_samples_and_checkpoints(uninterrupted):
     config, workdir, state = uninterrupted
     written = json.loads((workdir / "config.json").read_text())
-    assert workdirs.flatten(written) == workdirs.flatten(config.to_dict())
+    assert record.flatten(written) == record.flatten(config.to_dict())
     assert tiny.saved_steps(workdir) == [4, 8, 12]
     tiny.assert_bit_equal(tiny.restore(config, workdir), state)
     assert {p.name for p in (workdir / "samples").iterdir()} == {
@@ -195,9 +190,6 @@ def test_the_seed_changes_everything_that_is_random(uninterrupted, tmp_path):
     assert tiny.metrics(tmp_path)[0]["loss"] != tiny.metrics(workdir)[0]["loss"]
 
 
-# One compilation.
-
-
 def test_nothing_is_compiled_after_the_first_of_each_thing(tmp_path):
     """A run three times as long, with three times the lines, samples and checkpoints."""
 
@@ -215,9 +207,6 @@ def test_nothing_is_compiled_after_the_first_of_each_thing(tmp_path):
 
     few = compiled(4)
     assert 0 < compiled(12) <= few
-
-
-# What goes wrong.
 
 
 def diverging(**overrides):
@@ -245,8 +234,8 @@ def test_no_state_is_saved_after_the_bad_step_and_the_last_good_one_stays(
 ):
     """Whether the log or the check before a checkpoint is the first to look."""
     config = tiny.config(train__checkpoint_every=1, train__log_every=log_every)
-    images = settings.load_data(config, "train").images
-    third = images[data.batch_indices(0, 2, len(images), config.train.batch_size)[0]] / 8.0 - 1
+    images = splits.load_data(config, "train").images
+    third = images[order.batch_indices(0, 2, len(images), config.train.batch_size)[0]] / 8.0 - 1
 
     def bad_at_step_3(reverse, decoder, x_0, *rest):
         loss = vlb().discrete(reverse, decoder, x_0, *rest)
@@ -289,9 +278,6 @@ def test_settings_that_cannot_work_touch_nothing(tmp_path):
             train(tiny.config(**overrides), tmp_path / "run")
         assert str(error.value).startswith(named)
     assert list(tmp_path.iterdir()) == []
-
-
-# A warm start.
 
 
 @pytest.fixture

@@ -27,9 +27,12 @@ from ml_collections import ConfigDict
 
 from configs import digits
 from experiments import all as main_job
-from experiments.harness import settings, speed
-from experiments.harness.checkpoints import Checkpoints
-from experiments.harness.state import TrainState, init_params, init_state, make_optimizer
+from experiments.harness.setup.definition import MODELS, define_model
+from experiments.harness.setup.params import init_params
+from experiments.harness.training import speed
+from experiments.harness.training.optimizer import make_optimizer
+from experiments.harness.training.state import TrainState, init_state
+from experiments.harness.workdir.checkpoints import Checkpoints
 
 
 class Convolution(nn.Module):
@@ -56,7 +59,7 @@ class Convolution(nn.Module):
 
 
 # One line in the registry is all that a new network takes.
-settings.MODELS["convolution"] = lambda config, schedule, out, classes: Convolution(out, classes)
+MODELS["convolution"] = lambda config, schedule, out, classes: Convolution(out, classes)
 
 
 def config(network: str = "convolution", **overrides: Any) -> ConfigDict:
@@ -91,8 +94,8 @@ def config(network: str = "convolution", **overrides: Any) -> ConfigDict:
 
 def state_of(config: ConfigDict, scale: float = 0.0, seed: int = 0) -> TrainState:
     """The state of step 0 on the host, its EMA weights moved by normal noise of this scale."""
-    problem = settings.build(config)
-    state = init_state(init_params(problem, config.seed), make_optimizer(config.train))
+    definition = define_model(config)
+    state = init_state(init_params(definition, config.seed), make_optimizer(config.train))
     rng = np.random.default_rng(seed)
     ema_params = jax.tree.map(
         lambda a: np.float32(a + scale * rng.standard_normal(a.shape)), state.ema_params
@@ -118,7 +121,7 @@ def untrained(
 def restore(config: ConfigDict, workdir: pathlib.Path, step: int | None = None) -> TrainState:
     """A saved state, the latest by default."""
     like = jax.eval_shape(
-        lambda: init_state(init_params(settings.build(config), 0), make_optimizer(config.train))
+        lambda: init_state(init_params(define_model(config), 0), make_optimizer(config.train))
     )
     with Checkpoints(workdir, read_only=True) as checkpoints:
         return checkpoints.restore(step or checkpoints.latest_step(), like)

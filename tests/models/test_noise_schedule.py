@@ -69,9 +69,6 @@ def derivatives(net, variables, time, order: int = 1):
     return [derivative(n)(jnp.asarray(time)) for n in range(order + 1)]
 
 
-# A falling function with exact ends
-
-
 @BOTH
 @pytest.mark.parametrize("size", [0.0, 1.0, 3.0])
 def test_it_falls_strictly(float64, net, size):
@@ -176,9 +173,6 @@ def test_a_wide_schedule_has_finite_gradients():
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((value, gradient)))
 
 
-# The table
-
-
 def test_table_is_the_network():
     variables = moved(TRAINED)
     table = tabulate(TRAINED.apply, variables, num_knots=1025)
@@ -237,9 +231,6 @@ def test_validate(settings, message):
         net.validate()
     with pytest.raises(ValueError, match=message):
         initial(net)
-
-
-# Where gradients go
 
 
 def losses(net, params, time):
@@ -307,9 +298,6 @@ def test_gradient_of_trained_ends_is_the_boundary_terms(float64):
     expected = {"middle": at_max - at_min, "log_width": 0.5 * (max - min) * (at_max + at_min)}
     for name in END_NAMES:
         np.testing.assert_allclose(ends[name], expected[name], rtol=0, atol=1e-6)
-
-
-# What the surrogate is for
 
 
 @pytest.fixture(scope="module")

@@ -169,9 +169,6 @@ def test_forward_and_reverse_derivatives_agree(small):
     assert abs(sum(products) - np.vdot(u, forward)) < 1e-4 * scale
 
 
-# Class labels.
-
-
 @pytest.fixture(scope="module")
 def labelled():
     """A network of three classes, its initial parameters, others without zeros, and a batch.

@@ -47,8 +47,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion import exact, samplers, sampling, schedules, spacing
+from diffusion import schedules, spacing
+from diffusion.exact import distributions
 from diffusion.reverse import Reverse, convert
+from diffusion.samplers import base, registry
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -64,7 +66,7 @@ TOLERANCE_FLOAT64 = 1e-9
 SHAPE = (2, 3, 5, 3)
 DIMENSION = int(np.prod(SHAPE[1:]))
 RNG = np.random.default_rng(0)
-MIXTURE = exact.MixtureData(
+MIXTURE = distributions.MixtureData(
     np.array([0.5, 0.3, 0.2]),
     RNG.normal(scale=0.8, size=(3, DIMENSION)),
     np.stack([np.diag(RNG.uniform(0.02, 0.5, DIMENSION)) for _ in range(3)]),
@@ -83,9 +85,6 @@ def network(x_t, log_snr, condition=None):
 def network_with_variance(x_t, log_snr, condition=None):
     """The same, and a place in the range from β̃ to β for every coordinate."""
     return jnp.concatenate([network(x_t, log_snr), jnp.tanh(2 * x_t)], axis=-1)
-
-
-# Theirs
 
 
 def scheduler_of(name, num_steps, **config):
@@ -163,9 +162,6 @@ def churned(scheduler, timestep, y, **step_options):
     return to_numpy(at_0) / np.sqrt(1 + sigma**2), -2 * np.log(sigma)
 
 
-# Ours
-
-
 def our_states(name, levels, denoiser, **options):
     """x_{T−1} … x_0, [T, b, h, w, c]."""
     return compiled(name, denoiser, tuple(options.items()))(levels)
@@ -176,7 +172,7 @@ def compiled(name, denoiser, options):
     """The sampler, to be compiled once for all levels of the same number."""
     options = dict(options)
     reverse = Reverse(denoiser, "eps", options.pop("variance", "beta_tilde"))
-    sampler = samplers.SAMPLERS[name](reverse, **options)
+    sampler = registry.SAMPLERS[name](reverse, **options)
 
     def noise(t):
         return jnp.asarray(NOISE)[t, jnp.arange(SHAPE[0])]
@@ -184,7 +180,7 @@ def compiled(name, denoiser, options):
     @jax.jit
     def states(levels):
         inner = tuple(range(levels.num_timesteps - 1, 0, -1))
-        made = sampling.sample(sampler, levels, noise, SHAPE[0], inner)
+        made = base.sample(sampler, levels, noise, SHAPE[0], inner)
         return jnp.concatenate([made.x_t, made.x_0[None]])
 
     return lambda levels: np.array(states(levels))

@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments.harness import speed
-from experiments.harness.checkpoints import Checkpoints
+from experiments.harness.training import speed
+from experiments.harness.workdir.checkpoints import Checkpoints
 
 ROOT = pathlib.Path(__file__).parents[2]
 CLOCK = {*speed.TIMING, "seconds"}  # what depends on how fast the machine is

@@ -1,0 +1,1 @@
+"""Data distributions whose optimal denoiser and likelihood are known in closed form."""

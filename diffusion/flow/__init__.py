@@ -1,0 +1,1 @@
+"""The probability flow: its ODE, likelihood and bounds on grey levels."""

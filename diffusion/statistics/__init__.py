@@ -1,0 +1,1 @@
+"""Standard errors, control variates and distances between sets of samples."""

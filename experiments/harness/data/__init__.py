@@ -1,0 +1,1 @@
+"""Data sets: sources, splits, the order of examples, batches."""

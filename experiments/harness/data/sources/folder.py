@@ -1,0 +1,202 @@
+"""A folder of image files of any size: `data.name` = folder, `data.data_dir` its path."""
+
+import functools
+import os
+import zlib
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from experiments.harness.data.sources.images import CORRUPT, SUFFIXES, UnusableImage, decode
+from experiments.harness.data.sources.source import (
+    Directory,
+    Options,
+    Source,
+    choose_split,
+    part_of,
+    read_each,
+)
+from experiments.harness.errors import ConfigError
+
+
+class Images:
+    """Image files with a label each, or None.
+
+    Attributes:
+      root: the folder.
+      names: of the files, below it.
+      labels: a class index each; None where they have none.
+      size, channels: of the result.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        names: tuple[str, ...],
+        labels: tuple[int, ...] | None,
+        size: int,
+        channels: int,
+    ):
+        self.root, self.names, self.labels = root, names, labels
+        self.size, self.channels = size, channels
+
+    def __call__(self, index: int) -> tuple[UInt8[np.ndarray, "h w c"], int | None]:
+        """An image and its label.
+
+        Raises:
+          ConfigError: naming the file, if it cannot be used.
+        """
+        path = self.root / self.names[index]
+        label = None if self.labels is None else self.labels[index]
+        try:
+            return decode(path, self.size, self.channels), label
+        except UnusableImage as error:
+            remedy = "convert it to opaque 8-bit pixels of a moderate size, or remove it"
+            raise ConfigError(f"{path}: {error}; {remedy}") from error
+        except CORRUPT as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(
+                f"{path} cannot be read ({reason}); replace or remove it, or leave out all such "
+                "images by config.data.skip_corrupt=True"
+            ) from error
+
+    def can_be_read(self, index: int) -> bool:
+        """Whether an image is undamaged.
+
+        Raises:
+          ConfigError: if it is whole, but cannot be used.
+        """
+        try:
+            self(index)
+        except ConfigError as error:
+            if isinstance(error.__cause__, UnusableImage):
+                raise
+            return False
+        return True
+
+
+def folder(
+    data_dir: Directory, split: str, splits: Mapping[str, str] | ConfigDict, options: Options
+) -> Source:
+    """A split of a folder: its subfolder of that name, or a seeded part of the whole folder.
+
+    Validation is a seeded part of train where it alone is missing. Folders inside are classes, by
+    name, where every split has the same ones and no image lies outside of them. Which files there
+    are is looked up once in a process.
+
+    Args:
+      data_dir: the folder.
+      split: train, validation or test.
+      splits: the name of each split's subfolder.
+      options: size, channels, seeded split, and what becomes of damaged files.
+
+    Raises:
+      ConfigError: if there is no such folder or split, or no image in it.
+    """
+    root = _existing(data_dir)
+    for name, is_right, remedy in (
+        ("image_size", options.image_size >= 1, "give the side in pixels that images are to have"),
+        ("channels", options.channels in (1, 3), "use 3 for colour or 1 for grey"),
+    ):
+        if not is_right:
+            raise ConfigError(f"config.data.{name} = {getattr(options, name)}; {remedy}")
+    found = {name: root / splits[name] for name in splits if (root / splits[name]).is_dir()}
+    part, is_seeded = choose_split(split, found, str(root), splits)
+    where = root if part is None else part
+    names = _image_files(where)
+    if not names:
+        raise ConfigError(
+            f"config.data.data_dir = {str(root)!r}: no image in {where}; it must hold files that "
+            f"end in {', '.join(SUFFIXES)}"
+        )
+    classes = _classes([where] if part is None else list(found.values()))
+    if is_seeded:
+        kept = part_of(len(names), split, part is None, options, str(where))
+        names = tuple(names[i] for i in kept)
+    if options.skip_corrupt:
+        names = _undamaged(where, names, options)
+    number = {name: i for i, name in enumerate(classes)}
+    labels = tuple(number[_class_of(name)] for name in names) if classes else None
+    get = Images(where, names, labels, options.image_size, options.channels)
+    shape = (options.image_size, options.image_size, options.channels)
+    description = f"{root.name} {split}"
+    read = functools.partial(read_each, get, len(names), shape, description, labels is not None)
+    fingerprint = zlib.crc32("\n".join(names).encode(errors="surrogateescape"))
+    return Source(len(names), shape, 256, read, len(classes), get, fingerprint)
+
+
+def _existing(data_dir: Directory) -> Path:
+    """The folder that data_dir names."""
+    if data_dir and Path(data_dir).is_dir():
+        return Path(data_dir)
+    raise ConfigError(
+        f"config.data.data_dir = {data_dir!r} is no folder; with config.data.name = 'folder' give "
+        "one of images, or of the subfolders train, validation and test"
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _image_files(root: Path) -> tuple[str, ...]:
+    """Names below a folder of all its images, sorted; hidden files and folders are none.
+
+    Links are followed, but for those back to a folder that they are in.
+
+    Raises:
+      ConfigError: if a folder cannot be listed.
+    """
+    names = []
+    for parent, folders, files in os.walk(root, onerror=_cannot_be_listed, followlinks=True):
+        real = Path(parent).resolve()
+        around = (real, *real.parents)
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".") and (real / name).resolve() not in around
+        ]
+        inside = Path(parent).relative_to(root)
+        names += [
+            (inside / name).as_posix()
+            for name in files
+            if name.lower().endswith(SUFFIXES) and not name.startswith(".")
+        ]
+    return tuple(sorted(names))
+
+
+def _cannot_be_listed(error: OSError) -> None:
+    raise ConfigError(f"{error.filename} cannot be listed ({error.strerror})") from error
+
+
+def _class_of(name: str) -> str:
+    """The first folder of a file's name; empty where it is in none."""
+    return name.partition("/")[0] if "/" in name else ""
+
+
+def _classes(folders: list[Path]) -> tuple[str, ...]:
+    """The classes that all folders have in common; none where one has others or loose images."""
+    each = [{_class_of(name) for name in _image_files(path)} for path in folders]
+    same = all(classes == each[0] for classes in each)
+    return tuple(sorted(each[0])) if same and "" not in each[0] else ()
+
+
+@functools.lru_cache(maxsize=8)
+def _undamaged(root: Path, names: tuple[str, ...], options: Options) -> tuple[str, ...]:
+    """The files that can be read; says how many cannot. Decodes every one."""
+    images = Images(root, names, None, options.image_size, options.channels)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        checked = pool.map(images.can_be_read, range(len(names)))
+        bar = tqdm(checked, f"check {root.name}", len(names), leave=False, delay=2, disable=None)
+        good = list(bar)
+    bad = [name for name, is_good in zip(names, good, strict=True) if not is_good]
+    if len(bad) == len(names):
+        raise ConfigError(f"{root}: none of its {len(names)} images can be read")
+    if bad:
+        tqdm.write(
+            f"skipped {len(bad):,} of {len(names):,} images in {root} that cannot be read, the "
+            f"first {bad[0]}"
+        )
+    return tuple(name for name, is_good in zip(names, good, strict=True) if is_good)

@@ -1,1 +1,0 @@
-"""Where images come from: one file a kind, each with a function that finds a split of a set."""

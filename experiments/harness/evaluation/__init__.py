@@ -1,0 +1,1 @@
+"""Bounds of a trained model over a data set."""

@@ -1,0 +1,199 @@
+"""What else an evaluation can say of a model: its bound as T → ∞, the K-sample bound, the ODE's.
+
+Each takes (config, definition, params, dataset) and returns numbers for evaluation.json, with both
+standard errors and the network evaluations that they took.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from diffusion.flow.ode import METHODS
+from diffusion.statistics.standard_errors import bits_per_dim, estimate
+from diffusion.trajectory import k_sample_bound
+from experiments.harness import devices
+from experiments.harness.checks import check_positive, check_setting, pick
+from experiments.harness.data import order, splits
+from experiments.harness.errors import ConfigError
+from experiments.harness.evaluation import programs
+from experiments.harness.evaluation.allocate import Allocated, Estimator, allocated_bound
+from experiments.harness.processes.progress import progress
+from experiments.harness.setup.definition import ModelDefinition
+
+DEFAULT_TARGET = 0.002
+GROUPS = 2  # of K trajectories, whose difference tells the noise of a K-sample bound
+DRAWS = 2  # of an ODE's noise and probes, likewise
+DEQUANTIZATIONS = ("noise", "uniform")
+TRACES = ("hutchinson", "exact")
+
+
+def continuous(
+    config: ConfigDict, definition: ModelDefinition, params: Any, dataset: splits.Dataset
+) -> dict[str, Any]:
+    """The bound as T → ∞, evaluations allocated to its Monte-Carlo error."""
+    estimator = Estimator(config, definition, params, dataset, continuous=True)
+    return allocated_summary(allocate(config, estimator), definition)
+
+
+def allocate(config: ConfigDict, estimator: Estimator) -> Allocated:
+    """To the config's target and budget."""
+    settings = config.evaluate
+    target = settings.target or DEFAULT_TARGET
+    return allocated_bound(estimator, target, settings.max_evaluations, settings.pilot)
+
+
+def allocated_summary(found: Allocated, definition: ModelDefinition) -> dict[str, Any]:
+    """An allocated bound in bits/dim, in its three parts."""
+    num_dims = int(np.prod(definition.image_shape))
+    return {
+        **_summary(found.total, found.noise_variance, num_dims, found.evaluations),
+        "prior": float(bits_per_dim(found.prior.mean(), num_dims)),
+        "diffusion": float(bits_per_dim(found.diffusion.mean(), num_dims)),
+        "reconstruction": float(bits_per_dim(found.reconstruction.mean(), num_dims)),
+    }
+
+
+def k_sample(
+    config: ConfigDict, definition: ModelDefinition, params: Any, dataset: splits.Dataset
+) -> dict[str, Any]:
+    """The importance-weighted bound of K trajectories at its own T, beside that of one."""
+    k, num_timesteps = config.evaluate.k_sample.num_samples, config.evaluate.k_sample.num_timesteps
+    totals = trajectories(config, definition, params, dataset, num_timesteps, GROUPS * k)
+    bounds = k_sample_bounds(totals)
+    num_dims = int(np.prod(definition.image_shape))
+    one = estimate(totals.mean(axis=0), totals.var(axis=0, ddof=1) / len(totals), num_dims)
+    return {
+        **_summary(
+            bounds.mean(axis=0),
+            bounds.var(axis=0, ddof=1) / GROUPS,
+            num_dims,
+            totals.size * num_timesteps,
+        ),
+        "num_samples": k,
+        "num_timesteps": num_timesteps,
+        "one_sample_bits_per_dim": one.mean,
+        "one_sample_bits_per_dim_mc_se": one.mc_se,
+    }
+
+
+def k_sample_bounds(totals: np.ndarray) -> np.ndarray:
+    """Independent K-sample bounds [group, n], of GROUPS · K trajectories' totals."""
+    groups = totals.reshape(GROUPS, -1, totals.shape[1])
+    return np.stack([np.asarray(k_sample_bound(group), np.float64) for group in groups])
+
+
+def trajectories(
+    config: ConfigDict,
+    definition: ModelDefinition,
+    params: Any,
+    dataset: splits.Dataset,
+    num_timesteps: int,
+    num_draws: int,
+) -> np.ndarray:
+    """Totals of (13.10) along whole trajectories, [draw, n] in float64 nats."""
+    mesh = devices.mesh()
+    run = programs.make_trajectory(config, definition, mesh)
+    params = devices.place(params, devices.replicated(mesh))
+    levels, n = definition.schedule.levels(num_timesteps), len(dataset.images)
+    totals = np.zeros(num_draws * n)
+    # Draws and examples side by side: as many rows as elsewhere chunks of examples.
+    smallest = config.evaluate.batch_size
+    rows = min(smallest * config.evaluate.chunk_size, -(-len(totals) // smallest) * smallest)
+    cost = len(totals) * num_timesteps
+    with progress(cost, "trajectories", "eval", unit_scale=True, leave=False) as bar:
+        for row, mask in order.padded_batches(len(totals), rows):
+            draw, index = row // n, row % n
+            found = run(params, levels, dataset.examples(index), index, draw)
+            totals[row[mask]] = np.asarray(found, np.float64)[mask]
+            bar.update(int(mask.sum()) * num_timesteps)
+    return totals.reshape(num_draws, n)
+
+
+def ode(
+    config: ConfigDict, definition: ModelDefinition, params: Any, dataset: splits.Dataset
+) -> dict[str, Any]:
+    """The probability-flow ODE's bound on the grey levels, from two draws of noise and probes."""
+    mesh, n = devices.mesh(), len(dataset.images)
+    run = programs.make_ode(config, definition, mesh)
+    params = devices.place(params, devices.replicated(mesh))
+    parts = []
+    with progress(DRAWS * n, "ode", "solve", leave=False) as bar:
+        for draw in range(DRAWS):
+            for index, mask in order.padded_batches(n, config.evaluate.batch_size):
+                examples, draws = dataset.examples(index), np.full(len(index), draw)
+                found = jax.device_get(run(params, definition.levels, examples, index, draws))
+                parts.append(
+                    jax.tree.map(lambda a, mask=mask: np.asarray(a, np.float64)[mask], found)
+                )
+                bar.update(int(mask.sum()))
+    bound = jax.tree.map(lambda *a: np.concatenate(a), *parts)
+    num_dims = int(np.prod(definition.image_shape))
+    total, solver_error = bound.total.reshape(DRAWS, n), bound.ode.solver_error.mean()
+    trace_se = np.sqrt((bound.ode.trace_se**2).sum()) / (DRAWS * n)
+    return {
+        **_summary(
+            total.mean(axis=0),
+            total.var(axis=0, ddof=1) / DRAWS,
+            num_dims,
+            int(bound.ode.evaluations.sum()),
+        ),
+        "trace_se": float(bits_per_dim(trace_se, num_dims)),
+        "mean_solver_error": float(bits_per_dim(solver_error, num_dims)),
+        "failed_solves": int(np.isnan(total).sum()),
+        "log_density": float(bits_per_dim(bound.ode.log_prob.mean(), num_dims)),
+        "entropy": float(bits_per_dim(bound.entropy.mean(), num_dims)),
+        "scaling": float(bits_per_dim(bound.scaling.mean(), num_dims)),
+        "reconstruction": float(bits_per_dim(bound.reconstruction.mean(), num_dims)),
+        "dequantization": config.evaluate.ode.dequantization,
+    }
+
+
+def _summary(
+    nats: np.ndarray, noise_variances: np.ndarray, num_dims: int, evaluations: int
+) -> dict[str, Any]:
+    found = estimate(nats, noise_variances, num_dims)
+    return {
+        "bits_per_dim": found.mean,
+        "bits_per_dim_se": found.se,
+        "bits_per_dim_mc_se": found.mc_se,
+        "network_evaluations": evaluations,
+    }
+
+
+ESTIMATES: dict[str, Callable[..., dict[str, Any]]] = {
+    "continuous": continuous,
+    "k_sample": k_sample,
+    "ode": ode,
+}
+
+
+def check(config: ConfigDict) -> None:
+    """Raises ConfigError for settings that these estimates can't use."""
+    for name in config.evaluate.also:
+        pick((*ESTIMATES, "quality"), name, "config.evaluate.also")
+    if "continuous" in config.evaluate.also:
+        remedy = "it must be at least 2 for the bound as T → ∞"
+        check_setting(config, "schedule.num_timesteps", lambda n: n >= 2, remedy)
+    if "ode" in config.evaluate.also and importlib.util.find_spec("diffrax") is None:
+        raise ConfigError("config.evaluate.also = 'ode' needs the package diffrax >= 0.7")
+    check_positive(
+        config,
+        "evaluate.k_sample.num_samples",
+        "evaluate.k_sample.num_timesteps",
+        "evaluate.ode.max_steps",
+        "evaluate.pilot",
+    )
+    for name in ("evaluate.target", "evaluate.max_evaluations", "evaluate.ode.num_steps"):
+        check_setting(config, name, lambda value: value >= 0, "it must not be negative")
+    is_even, remedy = (lambda steps: steps % 2 == 0), "it must be even, or 0 for an adaptive solve"
+    check_setting(config, "evaluate.ode.num_steps", is_even, remedy)
+    check_setting(config, "evaluate.ode.tolerance", lambda x: x > 0, "it must be positive")
+    check_setting(config, "evaluate.ode.probes", lambda x: x >= 1, "it must be at least 1")
+    ode_settings = config.evaluate.ode
+    pick(DEQUANTIZATIONS, ode_settings.dequantization, "config.evaluate.ode.dequantization")
+    pick(TRACES, ode_settings.trace, "config.evaluate.ode.trace")
+    pick(METHODS, ode_settings.method, "config.evaluate.ode.method")

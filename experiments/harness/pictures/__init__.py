@@ -1,0 +1,1 @@
+"""Images and plots, written as PNG files."""

@@ -1,0 +1,259 @@
+"""Plots of an evaluation's results, written as PNG files."""
+
+import io
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from experiments.harness.pictures.images import write_image
+
+_BLUE, _ORANGE = "#3465a4", "#ce5c00"
+_LOG_RANGE = 30.0  # a curve that spans more than this factor gets a logarithmic axis
+_POINTS_SHOWN = 30  # a curve of at most this many points shows each of them
+
+
+def plot_kl_per_timestep(
+    path: epath.PathLike,
+    *,
+    kl: np.ndarray,
+    log_snr: np.ndarray,
+    prior: float,
+    reconstruction: float,
+    kl_se: np.ndarray | None = None,
+) -> None:
+    """Draws where the bound's bits are: by timestep, and as a density over log-SNR.
+
+    In the second panel the area under the curve is the diffusion term, whatever T and schedule, so
+    runs that differ in either can be compared.
+
+    Args:
+      path: PNG file to write.
+      kl: [T − 1], mean over examples of KL(q(x_{t−1} | x_t, x_0) ‖ p(x_{t−1} | x_t)) for t = 2..T,
+        in bits/dim.
+      log_snr: [T], log-SNR at t = 1..T, in nats, falling; in float64 where T is large.
+      prior: bits/dim.
+      reconstruction: bits/dim.
+      kl_se: [T − 1], standard error of each mean, drawn as a band of ± 2.
+
+    Raises:
+      ValueError: the lengths do not fit each other, or `log_snr` rises.
+    """
+    kl, log_snr = np.asarray(kl, np.float64), np.asarray(log_snr, np.float64)
+    _require_length("log_snr", log_snr, len(kl) + 1)
+    if kl_se is not None:
+        _require_length("kl_se", kl_se, len(kl))
+    gaps = log_snr[:-1] - log_snr[1:]
+    if (gaps < 0).any():
+        raise ValueError("log_snr rises with t somewhere: it must fall")
+    # A step without a gap adds no noise, costs no bits and has no width.
+    density = np.divide(kl, gaps, out=np.zeros_like(kl), where=gaps > 0)
+    t = np.arange(2, len(kl) + 2)
+    figure, (by_step, by_noise) = _figure(2)
+    _curve(by_step, t, kl, kl_se)
+    if len(kl) and kl.max() > _LOG_RANGE * kl.min() > 0:
+        by_step.set_yscale("log")
+    else:
+        by_step.set_ylim(bottom=0)
+    _count_timesteps(by_step, len(log_snr))
+    by_step.set(ylabel="KL at t (bits/dim)", title="KL per timestep")
+    # Each KL is spread evenly over the noise levels that its step spans.
+    by_noise.stairs(density[::-1], log_snr[::-1], color=_BLUE, fill=True, alpha=0.25)
+    by_noise.stairs(density[::-1], log_snr[::-1], color=_BLUE, linewidth=1.0, baseline=None)
+    by_noise.set_ylim(bottom=0)
+    by_noise.set(
+        xlabel="log-SNR (nats); noise to the left",
+        ylabel="bits/dim per nat of log-SNR",
+        title="Density: its area is the diffusion term",
+    )
+    total = prior + kl.sum() + reconstruction
+    figure.suptitle(
+        f"{total:.4f} bits/dim  =  prior {prior:.4f}  +  diffusion {kl.sum():.4f}"
+        f"  +  reconstruction {reconstruction:.4f}"
+    )
+    _save(path, figure)
+
+
+def plot_rate_distortion(
+    path: epath.PathLike, *, kl: np.ndarray, prior: float, rmse: np.ndarray, max_value: int
+) -> None:
+    """Draws progressive coding: what x_0 looks like after ever more of its bits.
+
+    To know x_t costs the prior and the KLs at T, T − 1, …, t + 1; the best guess at x_0 is then
+    x̂_0(x_t). As in Ho et al. (2020), Figure 5.
+
+    Args:
+      path: PNG file to write.
+      kl: [T − 1], KL for t = 2..T, in bits/dim.
+      prior: bits/dim.
+      rmse: [T], root mean square error of x̂_0(x_t) for t = 1..T, on the data's own scale.
+      max_value: largest value on that scale: 255 for bytes, 16 for digits.
+
+    Raises:
+      ValueError: the lengths do not fit each other.
+    """
+    kl, rmse = np.asarray(kl, np.float64), np.asarray(rmse, np.float64)
+    _require_length("rmse", rmse, len(kl) + 1)
+    # At t = T, T − 1, …, 1.
+    rate = prior + np.concatenate([[0.0], np.cumsum(kl[::-1])])
+    distortion = rmse[::-1]
+    t = np.arange(len(rmse), 0, -1)
+    figure, (rate_axes, distortion_axes, both) = _figure(3)
+    _curve(rate_axes, t, rate)
+    _curve(distortion_axes, t, distortion)
+    _curve(both, rate, distortion)
+    for axes in (rate_axes, distortion_axes):
+        _count_timesteps(axes, len(rmse))
+        axes.invert_xaxis()
+    for axes in (distortion_axes, both):
+        axes.set_ylabel(rf"RMSE of $\hat{{x}}_0(x_t)$ on [0, {max_value}]")
+    for axes in (rate_axes, distortion_axes, both):
+        axes.set_ylim(bottom=0)
+    rate_axes.set(ylabel="bits/dim to know $x_t$", title="Rate")
+    distortion_axes.set_title("Distortion")
+    both.set(xlabel="rate (bits/dim)", title="Rate–distortion")
+    both.set_xlim(left=0)
+    _save(path, figure)
+
+
+def plot_costs(path: epath.PathLike, costs: dict[str, dict[str, float]], goal: float) -> None:
+    """Draws what estimators cost, as bars on a logarithmic axis, a panel for each subject.
+
+    Args:
+      path: PNG file to write.
+      costs: by subject and estimator, network evaluations for the error; zero is not drawn.
+      goal: the error, in bits/dim.
+    """
+    from matplotlib.figure import Figure
+
+    height = 1.0 + 0.3 * max(map(len, costs.values()))
+    figure = Figure(figsize=(6.4 * len(costs), height), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(1, len(costs)))
+    for panel, (subject, of) in zip(axes, costs.items(), strict=True):
+        names = [name for name, cost in of.items() if cost > 0][::-1]
+        values = [of[name] for name in names]
+        panel.barh(names, values, color=_BLUE, alpha=0.7, height=0.65)
+        panel.set_xscale("log")
+        panel.set_xlim(min(values) / 3, max(values) * 8)
+        panel.tick_params(labelsize=9)
+        for place, value in enumerate(values):
+            panel.text(value * 1.15, place, f"{value:.1e}", va="center", fontsize=8)
+        panel.set_title(subject, fontsize=10)
+        panel.set_xlabel(f"evaluations for ± {goal} bits/dim", fontsize=9)
+        panel.spines[["top", "right"]].set_visible(False)
+    _save(path, figure)
+
+
+def plot_bits_over_timesteps(
+    path: epath.PathLike, bits: dict[str, dict[int, float]], reference: str
+) -> None:
+    """Draws bits/dim over T, a line for each name; and what each has more than a reference.
+
+    Args:
+      path: PNG file to write.
+      bits: by name and T, in bits/dim.
+      reference: the name that the others are compared with.
+    """
+    figure, (absolute, relative) = _figure(2)
+    for (name, by_timesteps), marker in zip(bits.items(), itertools.cycle("os^Dv"), strict=False):
+        num_timesteps = sorted(by_timesteps)
+        value = np.array([by_timesteps[T] for T in num_timesteps])
+        base = np.array([bits[reference][T] for T in num_timesteps])
+        style = {"label": name, "marker": marker, "markersize": 4, "linewidth": 1.2}
+        absolute.plot(num_timesteps, value, **style)
+        relative.plot(num_timesteps, value - base, **style)
+    ticks = sorted(set().union(*bits.values()))
+    for axes in (absolute, relative):
+        axes.set_xscale("log")
+        axes.set_xticks(ticks, labels=[str(T) for T in ticks])
+        axes.minorticks_off()
+        axes.set_xlabel("T")
+    absolute.set(ylabel="bits/dim", title="Bound")
+    absolute.legend(frameon=False, fontsize=8)
+    relative.set(ylabel="bits/dim", title=f"Difference to {reference}")
+    _save(path, figure)
+
+
+def plot_quality(path: epath.PathLike, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Draws the distances of samples from data over network evaluations, a line for each sampler.
+
+    Args:
+      path: PNG file to write.
+      entries: each with sampler, evaluations, frechet, kernel and their mc_se; the first is the
+        reference, drawn across with a band of ± 2 standard errors.
+    """
+    from matplotlib import color_sequences, cycler
+
+    figure, panels = _figure(2)
+    styles = cycler(linestyle=("-", "--")) * cycler(color=color_sequences["tab10"])
+    titles = {"frechet": "Fréchet distance", "kernel": "Kernel distance"}
+    by_sampler = {}
+    for entry in entries[1:]:
+        by_sampler.setdefault(entry["sampler"], []).append(entry)
+    for axes, (name, title) in zip(panels, titles.items(), strict=True):
+        value, error = entries[0][name], 2 * entries[0][f"{name}_mc_se"]
+        label = f"{entries[0]['sampler']}, {entries[0]['evaluations']:.0f} evaluations"
+        axes.axhspan(value - error, value + error, color=_ORANGE, alpha=0.25, linewidth=0)
+        axes.axhline(value, color=_ORANGE, linewidth=1.2, label=label)
+        axes.set_prop_cycle(styles)
+        markers = itertools.cycle("os^Dv<>pXP*h")
+        for (sampler, of), marker in zip(by_sampler.items(), markers, strict=False):
+            of = sorted(of, key=lambda entry: entry["evaluations"])
+            axes.errorbar(
+                [entry["evaluations"] for entry in of],
+                [entry[name] for entry in of],
+                [2 * entry[f"{name}_mc_se"] for entry in of],
+                label=sampler,
+                marker=marker,
+                markersize=4,
+                linewidth=1.0,
+            )
+        axes.set_xscale("log")
+        if name == "frechet":
+            axes.set_yscale("log")
+        else:  # unbiased, and so negative at times
+            axes.set_yscale("symlog", linthresh=max(value, error))
+        axes.set(xlabel="network evaluations a sample", ylabel=title)
+    panels[1].legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    _save(path, figure)
+
+
+def _figure(panels: int) -> tuple[Any, Any]:
+    # Without pyplot, whose backends and open figures belong to the notebook that may call this.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.6 * panels, 3.6), layout="constrained")
+    axes = figure.subplots(1, panels)
+    for panel in axes:
+        panel.grid(color="#dddddd", linewidth=0.6)
+        panel.set_axisbelow(True)
+        panel.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _curve(axes: Any, x: np.ndarray, y: np.ndarray, se: np.ndarray | None = None) -> None:
+    if se is not None:
+        band = 2 * np.asarray(se)
+        axes.fill_between(x, y - band, y + band, color=_ORANGE, alpha=0.4, linewidth=0)
+    marker = "o" if len(x) <= _POINTS_SHOWN else None
+    axes.plot(x, y, color=_BLUE, linewidth=1.5, marker=marker, markersize=4, clip_on=False)
+
+
+def _count_timesteps(axes: Any, num_timesteps: int) -> None:
+    margin = max(0.5, 0.03 * num_timesteps)
+    axes.set_xlim(1 - margin, num_timesteps + margin)
+    axes.set_xlabel("timestep t")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _require_length(name: str, array: np.ndarray, length: int) -> None:
+    if np.shape(array) != (length,):
+        raise ValueError(f"{name} is {np.shape(array)}: it must be ({length},), to go with kl")
+
+
+def _save(path: epath.PathLike, figure: Any) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    write_image(path, buffer)

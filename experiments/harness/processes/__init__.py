@@ -1,0 +1,1 @@
+"""Signals, progress bars and several processes that run together."""

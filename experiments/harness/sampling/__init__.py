@@ -1,0 +1,1 @@
+"""Samples of a trained model, edits of images, and sample quality."""

@@ -1,0 +1,182 @@
+"""Sample quality by sampler and number of steps: a table, a plot, and pictures."""
+
+import json
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from diffusion.samplers.base import Samples
+from diffusion.samplers.registry import SAMPLERS
+from diffusion.schedules import Levels
+from experiments.harness import checks
+from experiments.harness.pictures import images as images
+from experiments.harness.pictures import plots
+from experiments.harness.pictures.images import save_png
+from experiments.harness.sampling import quality as qualities
+from experiments.harness.sampling.draw import Drawer, to_bytes
+from experiments.harness.sampling.quality import Quality, Reference, reference
+from experiments.harness.sampling.sampler import decides
+from experiments.harness.setup.definition import ModelDefinition
+from experiments.harness.setup.trained import Trained
+from experiments.harness.workdir import record
+from experiments.harness.workdir.files import write_json
+
+FILE = "sweep.json"
+REFERENCE = "ancestral"  # the model's own sampler, at all of the schedule's levels
+
+
+class Entry(NamedTuple):
+    """One sampler at one number of steps.
+
+    Attributes:
+      sampler: its name.
+      num_timesteps: the levels that it stepped through.
+      evaluations: of the network, a sample on the average.
+      quality: what was measured.
+    """
+
+    sampler: str
+    num_timesteps: int
+    evaluations: float
+    quality: Quality
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a file."""
+        told = self._asdict()
+        del told["quality"]
+        return told | self.quality._asdict()
+
+    @classmethod
+    def from_dict(cls, told: dict[str, Any]) -> "Entry":
+        """From a file."""
+        of = Quality(**{name: told[name] for name in Quality._fields})
+        return cls(told["sampler"], told["num_timesteps"], told["evaluations"], of)
+
+
+def sweep(trained: Trained) -> list[Entry]:
+    """Draws with every sampler at every number of steps, and with ancestral sampling at all T.
+
+    All start from the same x_T. An entry is kept in samples/sweep.json as soon as it is measured,
+    so that an interrupted sweep goes on where it was. sweep.md and sweep.png lie beside it,
+    and a grid of samples of each entry in sweep/.
+
+    Returns:
+      The entries, in the order asked for; the reference first.
+    """
+    config = trained.config
+    against = reference(config, trained.workdir)
+    path, told = trained.workdir / "samples" / FILE, _identity(trained, against)
+    saved = _saved(path, told)
+    entries, drawers = [], {}
+    for name, num_timesteps in _plan(trained):
+        drawer = drawers.setdefault(name, Drawer(_with_sampler(config, name), trained.definition))
+        key, grid = f"{name} {num_timesteps}", _grid_path(trained, name, num_timesteps)
+        if key not in saved or not grid.exists():
+            levels = _levels(trained, name, num_timesteps)
+            made = drawer(trained.params, levels, config.quality.num_samples)
+            saved[key] = measure(trained, against, name, num_timesteps, made)
+            save_png(grid, images.grid(to_bytes(trained.definition, made.x_0[:64])))
+            write_json(path, told | {"entries": [entry.to_dict() for entry in saved.values()]})
+            tqdm.write(_row(saved[key]))
+        entries.append(saved[key])
+    _write(trained, entries)
+    return entries
+
+
+def _plan(trained: Trained) -> list[tuple[str, int]]:
+    """Samplers and numbers of steps; the reference first, and nothing twice."""
+    of = trained.config.sample.sweep
+    names = of.samplers or tuple(SAMPLERS)
+    plan = [(REFERENCE, trained.definition.levels.num_timesteps)]
+    plan += [(name, int(steps)) for name in names for steps in of.num_timesteps]
+    return list(dict.fromkeys(plan))
+
+
+def _levels(trained: Trained, name: str, num_timesteps: int) -> Levels:
+    """By the config's spacing, but for the reference: all of the schedule's own."""
+    own = trained.definition.levels
+    if (name, num_timesteps) == (REFERENCE, own.num_timesteps):
+        return own
+    return trained.levels(num_timesteps)
+
+
+def measure(
+    trained: Trained, against: Reference, name: str, num_timesteps: int, made: Samples
+) -> Entry:
+    """The entry of some samples."""
+    images = np.asarray(trained.definition.quantization.to_level(made.x_0), np.uint8)
+    found = qualities.quality(trained.config, images, against)
+    return Entry(name, num_timesteps, float(made.evaluations.mean()), found)
+
+
+def _with_sampler(config: ConfigDict, name: str) -> ConfigDict:
+    changed = config.copy_and_resolve_references()
+    changed.sample.sampler = name
+    return changed
+
+
+def _grid_path(trained: Trained, name: str, num_timesteps: int) -> epath.Path:
+    return trained.workdir / "samples" / "sweep" / f"{name}_{num_timesteps:04d}.png"
+
+
+def _identity(trained: Trained, against: Reference) -> dict[str, Any]:
+    """What all entries of a file have in common: others do not belong beside them."""
+    config = trained.config
+    told = decides(config, trained.workdir, tuple(SAMPLERS))
+    del told["sample.sampler"], told["sample.num_timesteps"]
+    told |= record.flatten({"quality": config.quality.to_dict()})
+    return {"step": trained.step, "features": against.features.name, "settings": told}
+
+
+def _saved(path: epath.Path, told: dict[str, Any]) -> dict[str, Entry]:
+    """The entries that an earlier sweep of the same kind has measured."""
+    if not path.exists():
+        return {}
+    found = json.loads(path.read_text())
+    if any(found.get(name) != value for name, value in told.items()):
+        return {}
+    entries = [Entry.from_dict(entry) for entry in found["entries"]]
+    return {f"{entry.sampler} {entry.num_timesteps}": entry for entry in entries}
+
+
+def to_markdown(entries: list[Entry]) -> str:
+    """The table, and what stands above it."""
+    head = (
+        "| sampler | steps | evaluations | Fréchet | kernel × 1000 | precision | recall |\n"
+        "| --- | --- | --- | --- | --- | --- | --- |"
+    )
+    return "\n".join([head, *map(_row, entries)])
+
+
+def _row(entry: Entry) -> str:
+    of = entry.quality
+    return (
+        f"| {entry.sampler} | {entry.num_timesteps} | {entry.evaluations:.0f} "
+        f"| {of.frechet:.3f} ± {of.frechet_mc_se:.3f} "
+        f"| {1e3 * of.kernel:.2f} ± {1e3 * of.kernel_mc_se:.2f} "
+        f"| {of.precision:.3f} | {of.recall:.3f} |"
+    )
+
+
+def _write(trained: Trained, entries: list[Entry]) -> None:
+    """The table and the plot."""
+    directory = trained.workdir / "samples"
+    (directory / "sweep.md").write_text(to_markdown(entries) + "\n")
+    plots.plot_quality(directory / "sweep.png", [entry.to_dict() for entry in entries])
+
+
+def check(config: ConfigDict, definition: ModelDefinition) -> None:
+    """Raises ConfigError for settings that a sweep can't use."""
+    qualities.check(config, definition)
+    of = config.sample.sweep
+    for name in of.samplers:
+        checks.pick(SAMPLERS, name, "config.sample.sweep.samplers")
+    remedy = "give numbers of levels, such as (10, 20, 50), each at least 1"
+
+    def are_right(numbers):
+        return len(numbers) > 0 and all(isinstance(n, int) and n >= 1 for n in numbers)
+
+    checks.check_setting(config, "sample.sweep.num_timesteps", are_right, remedy)

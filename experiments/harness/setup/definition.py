@@ -1,0 +1,170 @@
+"""From a config to the objects it names, and clear errors where it names none."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from flax import linen as nn
+from jaxtyping import Int, Key
+from ml_collections import ConfigDict
+
+from diffusion.decoders import DECODERS, FIRST_VARIANCES, SCALINGS, Decoder, Quantization
+from diffusion.reverse import PARAMETERIZATIONS, Reverse
+from diffusion.samplers.base import X_0_TREATMENTS
+from diffusion.schedules import SCHEDULES, Array, Levels, Schedule, linear_log_snr
+from diffusion.variances import VARIANCES, Variance
+from experiments.harness.checks import check_positive, check_setting, pick
+from experiments.harness.data.splits import describe_data, unlabelled_message
+from experiments.harness.errors import ConfigError
+from models.noise_schedule import NoiseSchedule, tabulate
+from models.unet import UNet, ddpm_timestep, log_snr_to_timestep
+
+
+class ModelDefinition(NamedTuple):
+    """A model without its parameters, as a config defines it: schedule, networks, Σ_θ, decoder.
+
+    Attributes:
+      schedule: the noise schedule; where it is learned, the one that it starts from.
+      levels: its T levels.
+      noise_schedule: the network that a learned schedule is, else None.
+      network: a Flax module (x_t, log_snr, condition, train) -> prediction.
+      parameterization: what the network predicts.
+      variance: Σ_θ.
+      quantization: grey levels as data.
+      decoder: p(x_0 | x_1).
+      image_shape: (height, width, channels).
+      num_classes: whose labels the network can be given; 0 where it is unconditional.
+    """
+
+    schedule: Schedule
+    levels: Levels
+    noise_schedule: NoiseSchedule | None
+    network: nn.Module
+    parameterization: str
+    variance: Variance
+    quantization: Quantization
+    decoder: Decoder
+    image_shape: tuple[int, int, int]
+    num_classes: int = 0
+
+    def reverse(
+        self,
+        params: Any,
+        dropout_key: Key[Array, ""] | None = None,
+        labels: Int[Array, "b"] | None = None,
+    ) -> Reverse:
+        """p_θ with these parameters ("network").
+
+        Args:
+          params: the networks' parameters.
+          dropout_key: for dropout; None for none.
+          labels: the condition of every call that is given none itself. One equal to `num_classes`
+            is no label.
+        """
+
+        def denoiser(x_t, log_snr, condition=None):
+            condition = labels if condition is None else condition
+            rngs = None if dropout_key is None else {"dropout": dropout_key}
+            train = dropout_key is not None
+            return self.network.apply(
+                {"params": params["network"]}, x_t, log_snr, condition, train=train, rngs=rngs
+            )
+
+        return Reverse(denoiser, self.parameterization, self.variance)
+
+    def learned(self, params: Any) -> "ModelDefinition":
+        """This definition with the schedule that these parameters ("noise_schedule") make."""
+        if self.noise_schedule is None:
+            return self
+
+        schedule = tabulate(_log_snr_of(self.noise_schedule), params["noise_schedule"])
+        return self._replace(schedule=schedule, levels=schedule.levels(self.levels.num_timesteps))
+
+
+@functools.cache
+def _log_snr_of(noise_schedule: NoiseSchedule) -> Callable:
+    """(params, time) -> log-SNR, one function for each network, so that it is compiled once."""
+    return lambda params, time: noise_schedule.apply({"params": params}, time)
+
+
+def _unet(config: ConfigDict, schedule: Schedule, out_channels: int, num_classes: int) -> nn.Module:
+    settings = config.to_dict()
+    inputs = {
+        "log_snr": lambda: log_snr_to_timestep,
+        "ddpm_timestep": lambda: ddpm_timestep(schedule.knots),
+    }
+    if settings["noise_input"] == "ddpm_timestep" and len(schedule.knots) < 3:
+        raise ConfigError(
+            "config.model.unet.noise_input = 'ddpm_timestep' needs a schedule with a table of β, "
+            "such as linear_beta; use log_snr"
+        )
+    noise_input = pick(inputs, settings.pop("noise_input"), "config.model.unet.noise_input")
+    return UNet(
+        **settings, out_channels=out_channels, num_classes=num_classes, timestep_of=noise_input()
+    )
+
+
+MODELS = {"unet": _unet}
+
+
+def define_model(config: ConfigDict) -> ModelDefinition:
+    """Everything the config names, checked before anything is compiled.
+
+    The shape of the images and their number of grey levels are the training split's.
+
+    Raises:
+      ConfigError: for a setting that is unknown or does not fit the others.
+    """
+    make_model = pick(MODELS, config.model.name, "config.model.name")
+    make_decoder = pick(DECODERS, config.decoder.name, "config.decoder.name")
+    pick(SCALINGS, config.decoder.scaling, "config.decoder.scaling")
+    pick(PARAMETERIZATIONS, config.model.parameterization, "config.model.parameterization")
+    variance = pick(VARIANCES, config.model.variance, "config.model.variance")()
+    pick(X_0_TREATMENTS, config.sample.x_0_treatment, "config.sample.x_0_treatment")
+    gaussian = config.decoder.discretized_gaussian
+    pick(FIRST_VARIANCES, gaussian.variance, "config.decoder.discretized_gaussian.variance")
+
+    check_setting(config, "seed", lambda seed: 0 <= seed < 2**32, "it must be in [0, 2³²)")
+    check_positive(config, "schedule.num_timesteps")
+    source = describe_data(config, "train")
+    if config.model.class_conditional and not source.num_classes:
+        raise ConfigError(unlabelled_message(config, "train"))
+    num_classes = source.num_classes if config.model.class_conditional else 0
+    quantization = Quantization(source.num_levels, config.decoder.scaling)
+    schedule, levels, noise_schedule = _schedule(config)
+    try:
+        out_channels = source.image_shape[-1] * (2 if variance.is_learned else 1)
+        network = make_model(config.model[config.model.name], schedule, out_channels, num_classes)
+        network.validate(source.image_shape)
+    except ValueError as error:
+        raise ConfigError(f"config.{error}") from error
+    return ModelDefinition(
+        schedule=schedule,
+        levels=levels,
+        noise_schedule=noise_schedule,
+        network=network,
+        parameterization=config.model.parameterization,
+        variance=variance,
+        quantization=quantization,
+        decoder=make_decoder(quantization, **config.decoder[config.decoder.name]),
+        image_shape=source.image_shape,
+        num_classes=num_classes,
+    )
+
+
+def _schedule(config: ConfigDict) -> tuple[Schedule, Levels, NoiseSchedule | None]:
+    """The schedule, its T levels, and its network where it is learned."""
+    name = config.schedule.name
+    pick((*SCHEDULES, "learned"), name, "config.schedule.name")
+    arguments, noise_schedule = config.schedule[name], None
+    try:
+        if name == "learned":
+            noise_schedule = NoiseSchedule(**arguments)
+            noise_schedule.validate()
+            schedule = linear_log_snr(arguments.max, arguments.min)
+        else:
+            schedule = SCHEDULES[name](**arguments)
+        return schedule, schedule.levels(config.schedule.num_timesteps), noise_schedule
+    except ValueError as error:
+        message = str(error).removeprefix("schedule.learned.")
+        raise ConfigError(f"config.schedule.{name}: {message}") from error

@@ -1,0 +1,176 @@
+"""The training loss of a batch, from parameters, data and a key."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
+
+from diffusion.learned_schedule import variance_surrogate
+from diffusion.objectives import OBJECTIVES, Objective
+from diffusion.schedules import Levels
+from diffusion.timesteps import TIMES, LossHistory, by_importance, to_timestep
+from diffusion.variances import VARIANCES
+from experiments.harness.checks import check_setting, pick
+from experiments.harness.errors import ConfigError
+from experiments.harness.setup.definition import ModelDefinition
+
+
+class Batch(NamedTuple):
+    """What a loss says of its examples, beside its mean.
+
+    Attributes:
+      losses: of each example; their mean is the batch's loss.
+      unweighted: the same without the weight of an importance-sampled t.
+      time: where in (0, 1] each was drawn.
+      t: the timestep; zero in continuous time.
+    """
+
+    losses: Float[Array, "b"]
+    unweighted: Float[Array, "b"]
+    time: Float[Array, "b"]
+    t: Int[Array, "b"]
+
+
+LossFn = Callable[..., tuple[Array, Batch]]
+"""(params, x_0, key, history, labels=None, part=…) -> (what is differentiated, Batch).
+
+`part` picks the examples to take the loss of out of whatever has all of a batch's: random numbers
+are drawn for the whole batch first, so that no example's depend on the part that it is in.
+"""
+
+
+def whole(tree: Any) -> Any:
+    """The part that is all of a batch."""
+    return tree
+
+
+def make_loss(config: ConfigDict, definition: ModelDefinition) -> LossFn:
+    """The config's objective over its draws of time."""
+    objective = make_objective(config)
+    by_history = config.train.timesteps == "importance"
+    draw_time = TIMES["stratified" if by_history else config.train.timesteps]
+    num_timesteps = definition.levels.num_timesteps
+
+    def discrete(params, x_0, key, history, labels=None, part=whole):
+        x_0, eps, time, reverse = draw(params, x_0, key, labels, part)
+        if by_history:
+            t, weight = by_importance(time, history.probabilities())
+        else:
+            t, weight = to_timestep(time, num_timesteps), 1.0
+        loss = objective.discrete(reverse, definition.decoder, x_0, eps, t, definition.levels)
+        losses = loss.rest + weight * loss.term
+        return losses.mean(), Batch(losses, loss.rest + loss.term, t / num_timesteps, t)
+
+    def continuous(params, x_0, key, history, labels=None, part=whole):
+        del history
+        x_0, eps, time, reverse = draw(params, x_0, key, labels, part)
+        time = 1 - time  # in (0, 1], as t/T is
+        if definition.noise_schedule is None:
+            at = (
+                definition.schedule.log_snr(time),
+                definition.schedule.slope(time),
+                definition.levels,
+            )
+        else:
+            at = _learned_levels(definition, params, time)
+        loss = objective.continuous(reverse, definition.decoder, x_0, eps, *at)
+        losses = loss.rest + loss.term
+        total = losses.mean()
+        if definition.noise_schedule is not None:
+            total += _of_schedule(definition, params, time, loss.term / -at[1])
+        return total, Batch(losses, losses, time, jnp.zeros(len(time), jnp.int32))
+
+    def draw(params, x_0, key, labels, part):
+        eps_key, time_key, dropout_key = jax.random.split(key, 3)
+        eps, time = jax.random.normal(eps_key, x_0.shape), draw_time(time_key, len(x_0))
+        x_0, eps, time, labels = part((x_0, eps, time, labels))
+        return x_0, eps, time, definition.reverse(params, dropout_key, labels)
+
+    return continuous if config.train.time == "continuous" else discrete
+
+
+def init_history(config: ConfigDict, definition: ModelDefinition) -> LossHistory | dict:
+    """The losses that importance sampling follows; nothing where there is none."""
+    if config.train.timesteps == "importance":
+        return LossHistory.empty(definition.levels.num_timesteps)
+    return {}
+
+
+def _learned_levels(
+    definition: ModelDefinition, params: Any, time: Float[Array, "b"]
+) -> tuple[Float[Array, "b"], Float[Array, "b"], Levels]:
+    """λ and dλ/dt for the bound, which trains the two ends at most; and these as levels."""
+    schedule, variables = definition.noise_schedule, {"params": params["noise_schedule"]}
+    log_snr, slope = schedule.apply(variables, time, method="ends_only")
+    first, last = schedule.apply(variables, method="ends")
+    infinite = jnp.full_like(first, jnp.inf)
+    ends = Levels(jnp.stack([infinite, first, last]), jnp.stack([infinite, infinite, first - last]))
+    return log_snr, slope, ends
+
+
+def _of_schedule(
+    definition: ModelDefinition, params: Any, time: Float[Array, "b"], half_error: Float[Array, "b"]
+) -> Float[Array, ""]:
+    """The relative variance of the loss as a function of the schedule's interior; of value zero."""
+
+    def log_snr(time):
+        variables = {"params": params["noise_schedule"]}
+        return definition.noise_schedule.apply(variables, time, method="interior_only")
+
+    relative = variance_surrogate(log_snr, time, jax.lax.stop_gradient(half_error)).mean()
+    return relative - jax.lax.stop_gradient(relative)
+
+
+TIMESTEPS = (*TIMES, "importance")
+TIME = ("discrete", "continuous")
+
+
+def make_objective(config: ConfigDict) -> Objective:
+    """The training loss that the config names.
+
+    Raises:
+      ConfigError: for an unknown one, or for settings that have no meaning together.
+    """
+    name = config.train.objective
+    factory = pick(OBJECTIVES, name, "config.train.objective")
+    pick(TIMESTEPS, config.train.timesteps, "config.train.timesteps")
+    pick(TIME, config.train.time, "config.train.time")
+    continuous, is_learned = config.train.time == "continuous", config.schedule.name == "learned"
+    first = config.decoder.discretized_gaussian.variance
+    wrong = {
+        f"config.train.time = {config.train.time!r} trains no schedule; with "
+        "config.schedule.name = 'learned' use continuous": is_learned and not continuous,
+        f"config.train.objective = {name!r} does not tell a schedule's variance; with "
+        "config.schedule.name = 'learned' use vlb": is_learned and name != "vlb",
+        f"config.train.objective = {name!r} has no continuous time; use "
+        "config.train.time=discrete": continuous and name == "hybrid",
+        "config.train.timesteps = 'importance' is of discrete timesteps; in continuous time learn "
+        "the schedule, or use stratified": continuous and config.train.timesteps == "importance",
+        f"config.train.objective = 'hybrid' trains a learned variance; config.model.variance = "
+        f"{config.model.variance!r} is fixed": name == "hybrid"
+        and not VARIANCES[config.model.variance]().is_learned,
+        "config.decoder.discretized_gaussian.variance = 'beta_tilde' depends on T; in continuous "
+        "time use beta": continuous
+        and name == "vlb"
+        and config.decoder.name == "discretized_gaussian"
+        and first == "beta_tilde",
+        "config.schedule.num_timesteps = 1 has no continuous time; use at least 2": continuous
+        and config.schedule.num_timesteps < 2,
+        f"config.model.variance = {config.model.variance!r} is not trained by "
+        f"config.train.objective = {name!r} in {config.train.time} time; use vlb or hybrid, with "
+        "config.train.time=discrete": VARIANCES[config.model.variance]().is_learned
+        and (continuous or name not in ("vlb", "hybrid")),
+    }
+    for message, is_wrong in wrong.items():
+        if is_wrong:
+            raise ConfigError(message)
+    for option, is_right, remedy in (
+        ("min_snr.gamma", lambda x: x > 0, "it must be positive"),
+        ("p2.k", lambda x: x > 0, "it must be positive"),
+        ("hybrid.vlb_weight", lambda x: x >= 0, "it must not be negative"),
+    ):
+        check_setting(config, f"train.{option}", is_right, remedy)
+    return factory(**config.train.get(name, {}))

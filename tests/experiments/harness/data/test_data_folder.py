@@ -1,0 +1,391 @@
+"""Folders of image files: pixels, splits and classes against what was written, and its errors."""
+
+import errno
+import os
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments.harness.data.sources.images import UnusableImage, decode
+from experiments.harness.data.sources.source import Options
+from experiments.harness.data.splits import describe, first, load, some
+from experiments.harness.errors import ConfigError
+
+
+def random_image(seed: int, height: int = 32, width: int = 32, channels: int = 3) -> np.ndarray:
+    shape = (height, width) if channels == 1 else (height, width, channels)
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+def save(path, pixels, **settings):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **settings)
+    return path
+
+
+def one_line(error: pytest.ExceptionInfo) -> str:
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def load_folder(root, split, splits=None, **options):
+    splits = {"train": "train", "validation": "validation", "test": "test", **(splits or {})}
+    options = Options(**{"image_size": 32} | options)
+    arguments = {"data_dir": str(root), "splits": splits, "options": options}
+    described = describe("folder", split, **arguments)
+    loaded = load("folder", split, **arguments)
+    assert loaded.images.shape == (described.num_examples, *described.image_shape)
+    assert (loaded.images.dtype, loaded.num_levels) == (np.uint8, 256)
+    return described, loaded
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "tif", "ppm", "webp"])
+def test_a_square_of_the_right_size_is_read_exactly(suffix, tmp_path):
+    pixels = random_image(0)
+    path = save(
+        tmp_path / f"a.{suffix}", pixels, **({"lossless": True} if suffix == "webp" else {})
+    )
+    np.testing.assert_array_equal(decode(path, 32, 3), pixels)
+
+
+def test_grey_becomes_three_equal_channels_or_stays_one(tmp_path):
+    pixels = random_image(0, channels=1)
+    path = save(tmp_path / "a.png", pixels)
+    np.testing.assert_array_equal(decode(path, 32, 1), pixels[:, :, None])
+    np.testing.assert_array_equal(decode(path, 32, 3), np.repeat(pixels[:, :, None], 3, axis=2))
+
+
+def test_colour_becomes_luma(tmp_path):
+    path = save(tmp_path / "a.png", np.full((8, 8, 3), (200, 100, 50), np.uint8))
+    # ITU-R 601: 0.299 R + 0.587 G + 0.114 B.
+    np.testing.assert_allclose(decode(path, 8, 1), 124.2, atol=1)
+
+
+def test_palette_is_looked_up(tmp_path):
+    palette = random_image(1, 16, 1).reshape(16, 3)
+    indices = np.random.default_rng(0).integers(0, 16, (32, 32), np.uint8)
+    image = Image.frombytes("P", (32, 32), indices.tobytes())
+    image.putpalette(palette.tobytes())
+    image.save(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as saved:
+        assert saved.mode == "P"
+    np.testing.assert_array_equal(decode(tmp_path / "a.png", 32, 3), palette[indices])
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_an_opaque_alpha_channel_is_dropped_and_a_transparent_one_refused(channels, tmp_path):
+    pixels = random_image(0, channels=channels)
+    pixels[..., -1] = 255
+    save(tmp_path / "a.png", pixels)
+    expected = pixels[..., : channels - 1]
+    np.testing.assert_array_equal(decode(tmp_path / "a.png", 32, channels - 1), expected)
+    pixels[3, 5, -1] = 254
+    save(tmp_path / "b.png", pixels)
+    with pytest.raises(UnusableImage, match="transparent"):
+        decode(tmp_path / "b.png", 32, 3)
+
+
+def png_of_16_bits(colour: bool) -> bytes:
+    """A 2×2 image by the PNG specification: Pillow cannot write colour of 16 bits."""
+    import struct
+    import zlib
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        check = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", check)
+
+    header = struct.pack(">IIBBBBB", 2, 2, 16, 2 if colour else 0, 0, 0, 0)
+    rows = 2 * (b"\0" + bytes(range(12 if colour else 4)))
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize("colour", [False, True])
+def test_16_bits_are_refused(colour, tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "test").mkdir()
+    path = tmp_path / "test" / "deep.png"
+    path.write_bytes(png_of_16_bits(colour))
+    with pytest.raises(ConfigError) as error:
+        load_folder(tmp_path, "test", image_size=2)
+    assert str(path) in one_line(error)
+    assert "more than 8 bits" in one_line(error)
+    assert "convert it" in one_line(error)
+
+
+def test_a_netpbm_file_says_how_deep_it_is(tmp_path):
+    pixels = random_image(0, 2, 2)
+    for largest, dtype in ((255, ">u1"), (65535, ">u2")):
+        header = f"P6 # 3 colours\n2 2\n{largest}\n".encode()
+        (tmp_path / "a.ppm").write_bytes(header + pixels.astype(dtype).tobytes())
+        if largest == 255:
+            np.testing.assert_array_equal(decode(tmp_path / "a.ppm", 2, 3), pixels)
+        else:
+            with pytest.raises(UnusableImage, match="more than 8 bits"):
+                decode(tmp_path / "a.ppm", 2, 3)
+
+
+def test_float_image_is_refused(tmp_path):
+    Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(UnusableImage, match="mode F"):
+        decode(tmp_path / "a.tif", 4, 1)
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 47), (51, 32), (33, 32)])
+def test_the_square_is_the_centre(height, width, tmp_path):
+    pixels = random_image(0, height, width)
+    top, left = (height - 32) // 2, (width - 32) // 2
+    expected = pixels[top : top + 32, left : left + 32]
+    np.testing.assert_array_equal(decode(save(tmp_path / "a.png", pixels), 32, 3), expected)
+
+
+def test_a_photograph_is_turned_as_its_camera_says(tmp_path):
+    pixels = random_image(0)
+    image = Image.fromarray(pixels)
+    exif = image.getexif()
+    exif[274] = 6  # the top row of the file is the right column of the picture
+    image.save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(decode(tmp_path / "a.png", 32, 3), np.rot90(pixels, -1))
+
+
+@pytest.mark.parametrize("period", [1, 2])
+def test_resizing_does_not_alias(period, tmp_path):
+    # All of a checkerboard's frequencies are beyond what a 16-fold smaller image can hold.
+    row, column = np.indices((512, 512)) // period
+    board = (255 * ((row + column) % 2)).astype(np.uint8)
+    small = decode(save(tmp_path / "a.png", board), 32, 1)
+    # Taking every sixteenth pixel would give a constant 0 or 255. At the border the kernel is cut.
+    np.testing.assert_allclose(small[2:-2, 2:-2], 127.5, atol=1)
+    np.testing.assert_allclose(small, 127.5, atol=8)
+
+
+def test_resizing_keeps_a_ramp(tmp_path):
+    # A kernel that is symmetric and sums to one maps a linear ramp to the ramp at pixel centres.
+    ramp = np.tile(np.arange(256, dtype=np.uint8), (256, 1))
+    small = decode(save(tmp_path / "a.png", ramp), 32, 1)[:, :, 0]
+    expected = 8 * (np.arange(32) + 0.5) - 0.5
+    np.testing.assert_allclose(small[:, 3:-3], np.tile(expected[3:-3], (32, 1)), atol=1)
+
+
+@pytest.fixture
+def split_folder(tmp_path):
+    """Three subfolders with two classes of images each, and what is in them."""
+    contents = {}
+    for split, number in (("train", 5), ("validation", 2), ("test", 3)):
+        for label, name in enumerate(("cat", "dog")):
+            for i in range(number):
+                pixels = random_image(100 * number + 10 * label + i)
+                save(tmp_path / split / name / f"{i}.png", pixels)
+                contents.setdefault(split, []).append((pixels, label))
+    return tmp_path, contents
+
+
+def test_subfolders_are_splits_and_classes(split_folder):
+    root, contents = split_folder
+    for split, examples in contents.items():
+        described, loaded = load_folder(root, split)
+        np.testing.assert_array_equal(loaded.images, np.stack([pixels for pixels, _ in examples]))
+        np.testing.assert_array_equal(loaded.labels, [label for _, label in examples])
+        assert described.num_classes == 2
+        for index, (pixels, label) in enumerate(examples):
+            image, told = pickle.loads(pickle.dumps(described.get))(index)
+            np.testing.assert_array_equal(image, pixels)
+            assert told == label
+
+
+def test_no_classes_where_a_split_has_others(split_folder):
+    root, _ = split_folder
+    (root / "test" / "dog").rename(root / "test" / "cow")
+    described, loaded = load_folder(root, "train")
+    assert described.num_classes == 0
+    assert loaded.labels is None
+
+
+def test_no_classes_where_images_are_loose(split_folder):
+    root, _ = split_folder
+    save(root / "train" / "loose.png", random_image(0))
+    described, loaded = load_folder(root, "train")
+    assert (described.num_examples, described.num_classes) == (11, 0)
+    assert loaded.labels is None
+
+
+def test_splits_by_other_names(split_folder):
+    root, contents = split_folder
+    (root / "validation").rename(root / "val")
+    described, _ = load_folder(root, "validation", {"validation": "val"})
+    assert described.num_examples == len(contents["validation"])
+
+
+def as_set(images) -> set:
+    return {image.tobytes() for image in images}
+
+
+def test_validation_is_cut_out_of_train_where_it_is_missing(split_folder):
+    root, contents = split_folder
+    (root / "validation").rename(root.parent / f"{root.name}-elsewhere")
+    train, validation = (
+        load_folder(root, split, held_out=0.2)[1] for split in ("train", "validation")
+    )
+    assert (len(train.images), len(validation.images)) == (8, 2)
+    together = as_set(train.images) | as_set(validation.images)
+    assert together == as_set(pixels for pixels, _ in contents["train"])
+    assert load_folder(root, "test")[0].num_examples == 6
+
+
+def test_an_unsplit_folder_is_split_by_seed(tmp_path):
+    for i in range(20):
+        save(tmp_path / f"{'ab'[i % 2]}" / f"{i}.png", random_image(i, 4, 4))
+    splits = ("train", "validation", "test")
+
+    def parts(seed):
+        return [
+            load_folder(tmp_path, split, image_size=4, held_out=0.15, split_seed=seed)[1]
+            for split in splits
+        ]
+
+    first = parts(0)
+    assert [len(part.images) for part in first] == [14, 3, 3]
+    assert set().union(*(as_set(part.images) for part in first)) == as_set(
+        random_image(i, 4, 4) for i in range(20)
+    )
+    for part, again in zip(first, parts(0), strict=True):
+        np.testing.assert_array_equal(part.images, again.images)
+        np.testing.assert_array_equal(part.labels, again.labels)
+    assert as_set(first[2].images) != as_set(parts(1)[2].images)
+
+
+def test_other_files_are_no_images(tmp_path):
+    save(tmp_path / "test" / "a.PNG", random_image(0))
+    (tmp_path / "test" / "notes.txt").write_text("no image")
+    (tmp_path / "test" / "._a.png").write_text("hidden")
+    assert load_folder(tmp_path, "test")[0].num_examples == 1
+
+
+def test_a_damaged_image_names_its_file_and_the_remedy(split_folder):
+    root, _ = split_folder
+    path = root / "train" / "dog" / "2.png"
+    path.write_bytes(path.read_bytes()[:1500])
+    with pytest.raises(ConfigError) as error:
+        load_folder(root, "train")
+    assert str(path) in one_line(error)
+    assert "config.data.skip_corrupt=True" in one_line(error)
+    load_folder(root, "test")
+
+
+def test_damaged_images_are_skipped_and_counted_if_asked(split_folder, capsys):
+    root, _ = split_folder
+    whole = load_folder(root, "train")[1].images
+    for name, content in (("0.png", b""), ("3.png", b"no image")):
+        (root / "train" / "dog" / name).write_bytes(content)
+    described, loaded = load_folder(root, "train", skip_corrupt=True)
+    assert described.num_examples == 8
+    np.testing.assert_array_equal(loaded.images, np.delete(whole, [5, 8], axis=0))
+    np.testing.assert_array_equal(loaded.labels, [0] * 5 + [1] * 3)
+    [line] = capsys.readouterr().out.splitlines()
+    assert "skipped 2 of 10 images" in line
+    assert "dog/0.png" in line
+
+
+def test_what_cannot_be_used_is_found_where_damaged_files_are_sought(tmp_path):
+    """Before training, and not at the step that first needs it."""
+    save(tmp_path / "test" / "whole.png", random_image(0, 2, 2))
+    (tmp_path / "test" / "deep.png").write_bytes(png_of_16_bits(colour=True))
+    options = Options(image_size=2, skip_corrupt=True)
+    with pytest.raises(ConfigError, match=r"deep.png: it has more than 8 bits"):
+        describe("folder", "test", data_dir=str(tmp_path), options=options)
+
+
+def test_linked_folders_are_classes_and_a_link_upwards_is_no_loop(tmp_path):
+    pixels = {name: random_image(seed, 2, 2) for seed, name in enumerate(("cat", "dog"))}
+    for name, image in pixels.items():
+        save(tmp_path / "all" / name / "0.png", image)
+        (tmp_path / "some" / "test").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "some" / "test" / name).symlink_to(tmp_path / "all" / name)
+    (tmp_path / "all" / "cat" / "up").symlink_to(tmp_path / "all")
+    (tmp_path / "some" / "test" / "again").symlink_to(tmp_path / "some" / "test")
+    described, loaded = load_folder(tmp_path / "some", "test", image_size=2)
+    assert described.num_classes == 2
+    np.testing.assert_array_equal(loaded.images, [pixels["cat"], pixels["dog"]])
+    np.testing.assert_array_equal(loaded.labels, [0, 1])
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    def walk(root, onerror, followlinks):
+        onerror(PermissionError(errno.EACCES, "Permission denied", f"{root}/closed"))
+        return iter(())
+
+    save(tmp_path / "test" / "a.png", random_image(0, 2, 2))
+    monkeypatch.setattr(os, "walk", walk)
+    with pytest.raises(ConfigError, match=r"closed cannot be listed \(Permission denied\)"):
+        load_folder(tmp_path, "test", image_size=2)
+
+
+def test_some_are_decoded_and_the_others_need_not_be_whole(tmp_path):
+    images = [random_image(seed, 2, 2) for seed in range(40)]
+    for number, image in enumerate(images):
+        save(tmp_path / "train" / f"class_{number // 10}" / f"{number:02}.png", image)
+    save(tmp_path / "validation" / "class_0" / "0.png", images[0])
+    arguments = {"data_dir": str(tmp_path), "options": Options(image_size=2)}
+    chosen = load("folder", "test", splits={"test": "train"}, choose=some(12), **arguments)
+    whole = load("folder", "test", splits={"test": "train"}, **arguments)
+    places = some(12)(40)
+    assert len(set(places)) == 12
+    np.testing.assert_array_equal(places, np.sort(places))
+    np.testing.assert_array_equal(chosen.images, whole.images[places])
+    np.testing.assert_array_equal(chosen.labels, whole.labels[places])
+    # Sorted by class as they lie, and yet of every class.
+    assert set(chosen.labels) == set(whole.labels)
+    for number in set(range(40)) - {0, 1, 2}:
+        (tmp_path / "train" / f"class_{number // 10}" / f"{number:02}.png").write_bytes(b"no")
+    few = load("folder", "test", splits={"test": "train"}, choose=first(3), **arguments)
+    np.testing.assert_array_equal(few.images, images[:3])
+
+
+def test_another_file_is_another_set(tmp_path):
+    for name in ("a.png", "b.png"):
+        save(tmp_path / name[0] / "test" / name, random_image(0, 2, 2))
+    save(tmp_path / "c" / "test" / "a.png", random_image(1, 2, 2))
+    a, b, c = (load_folder(tmp_path / of, "test", image_size=2)[0].fingerprint for of in "abc")
+    assert a != b
+    assert a == c
+
+
+def test_missing_folder_or_split(tmp_path, split_folder):
+    root, _ = split_folder
+    for data_dir in (str(tmp_path / "nowhere"), "", None):
+        with pytest.raises(ConfigError, match=r"config\.data\.data_dir = .* is no folder"):
+            describe("folder", "train", data_dir=data_dir)
+    with pytest.raises(ConfigError, match="has only train, validation, test") as error:
+        load_folder(root, "extra", {"extra": "more"})
+    assert "config.data.splits.extra = 'more'" in one_line(error)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(ConfigError, match="no image in") as error:
+        load_folder(empty, "train")
+    assert ".png" in one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("options", "setting"),
+    [
+        ({"image_size": 0}, "image_size = 0"),
+        ({"channels": 4}, "channels = 4"),
+        ({"held_out": 0.5}, "held_out = 0.5"),
+        ({"held_out": 0.01}, "held_out = 0.01"),
+        ({"split_seed": -1}, "split_seed = -1"),
+    ],
+)
+def test_settings_that_have_no_meaning(options, setting, tmp_path):
+    save(tmp_path / "a.png", random_image(0))
+    with pytest.raises(ConfigError) as error:
+        load_folder(tmp_path, "train", **options)
+    assert f"config.data.{setting}" in one_line(error)
+
+
+def test_an_image_too_large_to_be_safe_is_named(tmp_path, monkeypatch):
+    save(tmp_path / "test" / "large.png", random_image(0))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(ConfigError, match=r"large\.png: it is too large"):
+        load_folder(tmp_path, "test")

@@ -1,0 +1,268 @@
+"""Configs: that every one of them builds, survives a file, and names what is wrong with it."""
+
+import importlib.util
+import itertools
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from configs import base, cifar10, digits, recorded
+from diffusion.decoders import DECODERS, FIRST_VARIANCES, SCALINGS
+from diffusion.objectives import OBJECTIVES
+from diffusion.reverse import PARAMETERIZATIONS
+from diffusion.samplers.base import X_0_TREATMENTS
+from diffusion.schedules import SCHEDULES
+from diffusion.variances import VARIANCES
+from experiments.harness.data import splits
+from experiments.harness.errors import ConfigError
+from experiments.harness.setup.definition import MODELS, define_model
+from experiments.harness.setup.params import abstract_params
+from experiments.harness.training import loss
+from experiments.harness.workdir import record
+from tests.experiments import tiny
+from tests.mock_cifar10 import mock_tfds
+
+CONFIGS = pathlib.Path(__file__).parents[4] / "configs"
+NAMES = sorted(
+    path.stem for path in CONFIGS.glob("[!_]*.py") if path.stem not in ("base", "recorded")
+)
+
+
+def load(name):
+    """As the command line does, from the file."""
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def typed(config):
+    """Every setting by its full name, with its type."""
+    flat = record.flatten(config.to_dict())
+    for name in flat:
+        value = config
+        for part in name.split("."):
+            value = value[part]
+        flat[name] = (type(value), value)
+    return flat
+
+
+def test_there_are_configs():
+    assert {"digits", "cifar10"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_config_builds(name):
+    with mock_tfds(num_examples=4):
+        definition = define_model(load(name))
+    assert definition.levels.num_timesteps == load(name).schedule.num_timesteps
+    params = abstract_params(definition)
+    x_t = jax.ShapeDtypeStruct((2, *definition.image_shape), np.float32)
+    log_snr = jax.ShapeDtypeStruct((2,), np.float32)
+    outputs = jax.eval_shape(
+        lambda p, x, l: definition.reverse(p).outputs(x, l), params, x_t, log_snr
+    )
+    assert outputs.prediction.shape == x_t.shape
+    assert (outputs.extra is not None) == definition.variance.is_learned
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_config_differs_from_the_base_only_in_values(name):
+    """Same names, same types: whatever a config sets can be overridden in every other."""
+    expected = {key: kind for key, (kind, _) in typed(base.get_config()).items()}
+    assert {key: kind for key, (kind, _) in typed(load(name)).items()} == expected
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_config_is_locked(name):
+    config = load(name)
+    with pytest.raises(AttributeError):
+        config.train.batchsize = 3
+    with pytest.raises(KeyError):
+        config.update_from_flattened_dict({"schedul.name": "cosine"})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_docstring_gives_the_command(name):
+    assert f"--config=configs/{name}.py --workdir=" in (CONFIGS / f"{name}.py").read_text()
+
+
+def changed():
+    config = digits.get_config()
+    config.schedule.betas.betas = (1e-4, 0.25, 0.5)
+    config.schedule.linear_log_snr.max = 7
+    config.model.unet.attention_resolutions = ()
+    config.data.flip = True
+    config.seed = 2**31
+    config.train.learning_rate = 1 / 3
+    config.data.splits.test = "test[:10%]"
+    return config
+
+
+@pytest.mark.parametrize("make", [base.get_config, digits.get_config, cifar10.get_config, changed])
+def test_a_recorded_config_comes_back_as_it_was(make, tmp_path):
+    """With every type: a float that is a whole number, an empty tuple, a tuple of floats."""
+    record.record(make(), tmp_path)
+    back = recorded.get_config(str(tmp_path))
+    assert typed(back) == typed(make())
+    assert back.is_locked
+    record.check(back, tmp_path)
+    record.record(back, tmp_path)
+    assert typed(recorded.get_config(str(tmp_path))) == typed(make())
+
+
+def test_the_recorded_config_is_strict_json(tmp_path):
+    record.record(changed(), tmp_path)
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    written = json.loads((tmp_path / "config.json").read_text(), parse_constant=refuse)
+    assert written["schedule"]["betas"]["betas"] == [1e-4, 0.25, 0.5]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("num_timesteps", [1, 2, 3, 1000])
+def test_every_schedule_builds_at_any_number_of_timesteps(name, num_timesteps):
+    config = tiny.config(schedule__name=name, schedule__num_timesteps=num_timesteps)
+    config.schedule.betas.betas = tuple(np.linspace(0.1, 0.5, 1000).tolist())
+    levels = define_model(config).levels
+    assert levels.num_timesteps == num_timesteps
+    assert np.isfinite(levels.log_snr[1:]).all()
+
+
+@pytest.mark.parametrize(
+    ("setting", "registry"),
+    [
+        ("model.parameterization", PARAMETERIZATIONS),
+        ("model.variance", VARIANCES),
+        ("model.name", MODELS),
+        ("decoder.name", DECODERS),
+        ("decoder.scaling", SCALINGS),
+        ("decoder.discretized_gaussian.variance", FIRST_VARIANCES),
+        ("schedule.name", SCHEDULES),
+        ("train.objective", OBJECTIVES),
+        ("train.timesteps", loss.TIMESTEPS),
+        ("train.time", loss.TIME),
+        ("sample.x_0_treatment", X_0_TREATMENTS),
+    ],
+)
+def test_an_unknown_name_is_told_the_known_ones_and_the_likely_one(setting, registry):
+    for name in registry:
+        config = tiny.config(name) if setting == "model.name" else tiny.config()
+        config.schedule.betas.betas = (0.1, 0.2)
+        if name == "hybrid":  # for a learned variance alone
+            config.model.variance = "learned_range"
+        config.update_from_flattened_dict({setting: name})
+        define_model(config)
+        # A letter too many, as in a slip of the hand.
+        config.update_from_flattened_dict({setting: name + name[-1]})
+        with pytest.raises(ConfigError) as error:
+            define_model(config)
+        message = str(error.value)
+        assert message.startswith(f"config.{setting} = {name + name[-1]!r} is unknown")
+        assert all(known in message for known in registry)
+        assert message.endswith(f"did you mean {name}?")
+
+
+def test_what_resembles_nothing_gets_no_suggestion():
+    with pytest.raises(ConfigError) as error:
+        define_model(tiny.config(schedule__name="xyz"))
+    assert "did you mean" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        ({"num_timesteps": 0}, "num_timesteps = 0"),
+        ({"num_timesteps": -5}, "num_timesteps = -5"),
+        ({"name": "linear_beta", "linear_beta__beta_end": 1.0}, "beta_1000 = 1"),
+        ({"name": "linear_beta", "linear_beta__beta_start": 0.0}, "beta_1 = 0"),
+        ({"name": "linear_beta", "linear_beta__native_timesteps": 0}, "betas"),
+        ({"name": "betas"}, "betas"),
+        ({"name": "betas", "betas__betas": (0.1, 1.5)}, "beta_2 = 1.5"),
+        ({"linear_log_snr__max": -5.0}, "max = -5"),
+    ],
+)
+def test_a_schedule_that_is_none_is_named(overrides, named):
+    config = tiny.config(**{f"schedule__{name}": value for name, value in overrides.items()})
+    with pytest.raises(ConfigError) as error:
+        define_model(config)
+    message = str(error.value)
+    assert message.startswith("config.schedule.")
+    assert named in message
+    assert "\n" not in message
+
+
+def test_harmless_settings_may_change_and_others_may_not(tmp_path):
+    """Each of all settings on its own, with no other change."""
+
+    def constant():
+        config = digits.get_config()
+        config.train.decay = "constant"
+        return config
+
+    record.record(constant(), tmp_path)
+    tiny.untrained(tmp_path, constant(), scale=0.0)
+    flat = record.flatten(constant().to_dict())
+    change = {bool: lambda v: not v, int: lambda v: v + 1, float: lambda v: v + 1, str: "x".__add__}
+    messages = {}
+    for name, value in flat.items():
+        other = constant()
+        value = (*value, 5) if isinstance(value, list) else change[type(value)](value)
+        value = {"schedule.betas.betas": (0.5,), "train.allow_changes": ("seed",)}.get(name, value)
+        other.update_from_flattened_dict({name: value})
+        try:
+            record.check(other, tmp_path)
+        except ConfigError as error:
+            messages[name] = str(error)
+    for name, message in messages.items():
+        assert f"{name} was {flat[name]!r}, now " in message
+        assert message.count(" was ") == 1
+    refused = set(messages)
+    allowed = set(flat) - refused
+    # Whatever makes the parameters what they are …
+    for prefix in ("seed", "data.name", "data.flip", "schedule", "model", "train.learning_rate"):
+        assert any(name.startswith(prefix) for name in refused)
+        assert not any(name.startswith(prefix) for name in allowed)
+    # … and what does not.
+    assert {name for name in flat if name.startswith(("evaluate.", "sample."))} <= allowed
+    assert {"train.num_steps", "train.log_every", "train.checkpoint_every"} <= allowed
+    assert {"train.batch_size", "train.init_from", "train.objective", "train.ema_decay"} <= refused
+
+
+def test_a_damaged_record_is_a_line(tmp_path):
+    config, source = tiny.config(), splits.describe_data(tiny.config(), "train")
+    tiny.untrained(tmp_path, config)
+    record.record(config, tmp_path)
+    record.record_data(tmp_path, source)
+    for name, check in (
+        ("data.json", lambda: record.check_data(config, tmp_path, source)),
+        ("config.json", lambda: record.check(config, tmp_path)),
+    ):
+        check()
+        (tmp_path / name).write_text((tmp_path / name).read_text()[:-5])
+        with pytest.raises(ConfigError, match=f"{name} is damaged") as error:
+            check()
+        assert "\n" not in str(error.value)
+
+
+def test_a_directory_is_found_out_before_anything_is_made(tmp_path):
+    (tmp_path / "file").write_text("kept")
+    for beneath in ("file", "file/run", "file/run/deeper"):
+        with pytest.raises(ConfigError, match=r"workdir=.*file is a file"):
+            record.check(digits.get_config(), tmp_path / beneath)
+    record.check(digits.get_config(), tmp_path / "new" / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_flattened_names_are_paths():
+    tree = {"a": 1, "b": {"c": (1, 2), "d": {"e": "x"}}}
+    assert record.flatten(tree) == {"a": 1, "b.c": [1, 2], "b.d.e": "x"}
+    names = list(record.flatten(base.get_config().to_dict()))
+    assert len(names) == len(set(names)) > 40
+    assert not any(b.startswith(a + ".") for a, b in itertools.permutations(names, 2))

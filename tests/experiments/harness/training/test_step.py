@@ -1,0 +1,313 @@
+"""The compiled training step, what it sums up, and how both look on several devices."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion.objectives import OBJECTIVES, Loss, Objective
+from experiments.harness import devices
+from experiments.harness.data import order, splits
+from experiments.harness.errors import ConfigError
+from experiments.harness.setup.definition import define_model
+from experiments.harness.setup.params import init_params
+from experiments.harness.training import step
+from experiments.harness.training.optimizer import learning_rate, make_optimizer
+from experiments.harness.training.state import init_state
+from tests.experiments import tiny
+
+pytest_plugins = ["tests.experiments.tiny"]
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+
+class Stepper:
+    """The training step of a config with its state, on examples that default to the digits."""
+
+    def __init__(self, config, examples=None):
+        self.config, mesh = config, devices.mesh()
+        definition, optimizer = define_model(config), make_optimizer(config.train)
+        if examples is None:
+            examples = splits.load_data(config, "train").examples(slice(None))
+        self.examples = devices.place(examples, devices.replicated(mesh))
+        state = init_state(init_params(definition, config.seed), optimizer)
+        self.state = devices.place(state, devices.replicated(mesh))
+        self.compiled = step.make_train_step(config, definition, optimizer, mesh)
+
+    def step(self):
+        sizes = len(self.examples.images), self.config.train.batch_size
+        indices = order.batch_indices(self.config.seed, int(self.state.step), *sizes)
+        self.state = self.compiled(self.state, self.examples, indices)
+        return self.state
+
+
+def test_a_step_is_compiled_once_and_takes_over_the_state():
+    stepper = Stepper(tiny.config())
+    for _ in range(4):
+        before = stepper.state
+        stepper.step()
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
+    assert stepper.compiled._cache_size() == 1
+    assert int(stepper.state.step) == 4
+
+
+@pytest.mark.parametrize("decay", [0.3, 0.9999])
+def test_the_average_is_an_average_with_warm_up(decay):
+    """e ← r e + (1 − r) p in float64, with r = (1 + k)/(10 + k) after k steps, at most `decay`.
+
+    The smaller decay is reached at k = 3, the larger one never here.
+    """
+    stepper = Stepper(tiny.config(train__ema_decay=decay))
+    expected = jax.tree.map(np.float64, stepper.state.ema_params)
+    largest = 0.0
+    for k in range(20):
+        state = stepper.step()
+        rate = min(decay, (1 + k) / (10 + k))
+        expected = jax.tree.map(
+            lambda e, p, rate=rate: rate * e + (1 - rate) * np.float64(p), expected, state.params
+        )
+        largest = max(largest, *(np.abs(p).max() for p in jax.tree.leaves(state.params)))
+    # Four roundings a step, each of half an ulp, none of them amplified by later steps.
+    tolerance = 20 * 4 * 2**-24 * largest
+    jax.tree.map(
+        lambda a, e: np.testing.assert_allclose(a, e, rtol=0, atol=tolerance),
+        jax.device_get(stepper.state.ema_params),
+        expected,
+    )
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 5, 20])
+@pytest.mark.parametrize("decay", ["constant", "cosine"])
+def test_the_rate_warms_up_and_decays(warmup, decay):
+    """A straight line from 0 to the peak, then the peak, or half a cosine to 0 at the end."""
+    last, peak = 20, 0.5
+    train = tiny.config(
+        train__num_steps=last,
+        train__warmup_steps=warmup,
+        train__decay=decay,
+        train__learning_rate=peak,
+    ).train
+    k = np.arange(last + 1)
+    cosine = (1 + np.cos(np.pi * (k - warmup) / max(last - warmup, 1))) / 2
+    expected = peak * np.where(k < warmup, k / max(warmup, 1), cosine if decay == "cosine" else 1.0)
+    schedule = learning_rate(train)
+    # float32: the angle is rounded to 2⁻²⁴ · π, and so, in units of the peak, is its cosine.
+    np.testing.assert_allclose([schedule(i) for i in k], expected, rtol=1e-6, atol=2e-7 * peak)
+    assert schedule(0) == (0 if warmup else peak)
+
+
+def test_an_unknown_decay_or_optimizer_is_named():
+    with pytest.raises(ConfigError, match=r"config\.train\.decay = 'cosin' .*did you mean cosine"):
+        make_optimizer(tiny.config(train__decay="cosin").train)
+    with pytest.raises(ConfigError, match=r"config\.train\.optimizer = 'sgd' .*adam, adamw"):
+        make_optimizer(tiny.config(train__optimizer="sgd").train)
+
+
+def updates(train, gradients, params=None):
+    """What an optimizer makes of gradients, one after another, at a parameter that stays."""
+    optimizer = make_optimizer(train)
+    params = jnp.zeros(3) if params is None else params
+    state, made = optimizer.init(params), []
+    for gradient in gradients:
+        update, state = optimizer.update(jnp.asarray(gradient), state, params)
+        made.append(update)
+    return np.stack(made)
+
+
+def constant_rate(**overrides):
+    rate = {"train__warmup_steps": 0, "train__decay": "constant", "train__learning_rate": 0.1}
+    return tiny.config(**rate | {f"train__{k}": v for k, v in overrides.items()}).train
+
+
+def test_long_gradients_are_cut_to_the_clip_and_short_ones_left_alone():
+    """Adam forgets the scale of its first gradient, but not that of one to the next."""
+    long, short = np.float32([6.0, 0.0, 8.0]), np.float32([0.3, -0.4, 0.0])
+    clipped = updates(constant_rate(gradient_clip=2.0), [long, short, long])
+    # |long| = 10, so that a fifth of it is left; |short| = 0.5 < 2.
+    by_hand = updates(constant_rate(gradient_clip=0.0), [long / 5, short, long / 5])
+    np.testing.assert_allclose(clipped, by_hand, rtol=1e-5, atol=1e-8)
+    unclipped = updates(constant_rate(gradient_clip=0.0), [long, short, long])
+    assert np.abs(clipped - unclipped).max() > 0.01
+
+
+def test_adam_starts_with_steps_of_the_learning_rate():
+    """The first update is −rate · sign(gradient), for a gradient well above Adam's ε of 10⁻⁸."""
+    first = updates(constant_rate(gradient_clip=0.0), [[3.0, -0.01, 1e-3]])
+    np.testing.assert_allclose(first[0], [-0.1, 0.1, -0.1], rtol=1e-4)
+
+
+def test_beta2_is_the_memory_of_the_squared_gradient():
+    """After gradients a and b, Adam divides by the root of (β₂ a² + b²)/(1 + β₂), unbiased."""
+    a, b, beta1, beta2 = 1.0, 3.0, 0.9, 0.75
+    second = updates(constant_rate(gradient_clip=0.0, beta2=beta2), [[a] * 3, [b] * 3])[1]
+    mean = (beta1 * a + b) / (1 + beta1)
+    square = (beta2 * a**2 + b**2) / (1 + beta2)
+    np.testing.assert_allclose(second, -0.1 * mean / np.sqrt(square), rtol=1e-5)
+
+
+def test_weight_decay_shrinks_the_weights_without_a_gradient():
+    train = constant_rate(optimizer="adamw", weight_decay=0.5)
+    params = jnp.float32([1.0, -2.0, 4.0])
+    update = updates(train, [[0.0, 0.0, 0.0]], params)
+    np.testing.assert_allclose(update[0], -0.1 * 0.5 * params, rtol=1e-6)
+
+
+def test_weight_decay_without_adamw_is_a_mistake():
+    with pytest.raises(ConfigError) as error:
+        make_optimizer(constant_rate(optimizer="adam", weight_decay=0.5))
+    message = str(error.value)
+    assert message.startswith("config.train.weight_decay = 0.5")
+    assert "use adamw" in message
+
+
+@pytest.mark.parametrize("num_timesteps", [1, 2, 3, 6, 7, 8, 12, 100])
+def test_losses_are_summed_by_quartile_of_t(num_timesteps, monkeypatch):
+    """With a loss of t itself, and batches in which every t appears twice.
+
+    Quartile q has the t with (q − 1) T/4 < t ≤ q T/4. All sums are of small integers: exact.
+    """
+
+    def timestep(reverse, decoder, x_0, eps, t, levels, condition=None):
+        return Loss(t.astype(jnp.float32), jnp.zeros(len(t)))
+
+    monkeypatch.setitem(OBJECTIVES, "timestep", lambda: Objective(timestep, None))
+    stepper = Stepper(
+        tiny.config(
+            train__objective="timestep",
+            train__batch_size=2 * num_timesteps,
+            train__log_every=3,
+            schedule__num_timesteps=num_timesteps,
+        )
+    )
+    t = np.arange(1, num_timesteps + 1)
+    quartile = [
+        [(q - 1) * num_timesteps < 4 * i <= q * num_timesteps for i in t] for q in range(1, 5)
+    ]
+    for done in range(1, 6):
+        window = jax.device_get(stepper.step().window)
+        summed = (done - 1) % 3 + 1  # the window starts anew after each line of the log
+        assert window.steps == summed
+        assert window.loss == pytest.approx(summed * (num_timesteps + 1) / 2, rel=1e-6)
+        assert window.quartile_count.tolist() == [2 * summed * sum(inside) for inside in quartile]
+        assert window.quartile_loss.tolist() == [
+            2 * summed * t[inside].sum() for inside in quartile
+        ]
+        assert window.grad_norm == 0
+        assert window.first_bad_step == -1
+
+
+def test_the_logged_gradient_norm_is_from_before_the_clip():
+    norms = [
+        float(Stepper(tiny.config(train__gradient_clip=clip)).step().window.grad_norm)
+        for clip in (0.0, 1e-3)
+    ]
+    assert norms[0] == norms[1] > 1e-3
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_the_first_bad_step_is_remembered(bad, monkeypatch):
+    """Also over lines of the log, and where later losses are finite."""
+
+    def sometimes(reverse, decoder, x_0, eps, t, levels, condition=None):
+        # Bad where the first image is all white, which is so in one batch alone.
+        term = jnp.where((x_0[0] == 1).all(), bad, 1.0) * jnp.ones(len(t))
+        return Loss(term, jnp.zeros(len(t)))
+
+    monkeypatch.setitem(OBJECTIVES, "sometimes", lambda: Objective(sometimes, None))
+    config = tiny.config(train__objective="sometimes", train__batch_size=8)
+    white = order.batch_indices(config.seed, 2, 1000, 8)[0]
+    images = np.zeros((1000, 8, 8, 1), np.uint8)
+    images[white] = 16
+    stepper = Stepper(config, splits.Examples(images, None))
+    seen = [int(stepper.step().window.first_bad_step) for _ in range(8)]
+    assert seen == [-1, -1, 3, 3, 3, 3, 3, 3]
+
+
+def test_about_half_the_images_are_mirrored_left_to_right():
+    images = jax.random.normal(jax.random.key(0), (1000, 4, 6, 3))
+    flipped = step.random_flip(jax.random.key(1), images)
+    is_same = (flipped == images).all(axis=(1, 2, 3))
+    is_mirrored = (flipped == images[:, :, ::-1, :]).all(axis=(1, 2, 3))
+    assert (is_same ^ is_mirrored).all()
+    # Binomial: a standard deviation of √1000/2 < 16, and four of them.
+    assert abs(int(is_mirrored.sum()) - 500) < 64
+
+
+def test_flipping_what_is_symmetric_changes_nothing_else():
+    digits = splits.load_data(tiny.config(), "train").images
+    symmetric = np.maximum(digits, digits[:, :, ::-1])
+    states = []
+    for flip in (False, True):
+        stepper = Stepper(tiny.config(data__flip=flip), splits.Examples(symmetric, None))
+        states.append([stepper.step() for _ in range(2)][-1])
+    tiny.assert_bit_equal(states[1].params, states[0].params)
+
+
+def test_flipping_what_is_not_symmetric_matters():
+    one, other = (Stepper(tiny.config(data__flip=flip)).step() for flip in (False, True))
+    assert float(one.window.loss) != float(other.window.loss)
+
+
+PROGRAM = """
+import sys
+import jax, numpy as np
+from jax.sharding import Mesh
+from experiments.evaluate import evaluate
+from experiments.harness import devices
+from experiments.harness.errors import ConfigError
+from experiments.sample import sample
+from experiments.train import check, train
+from tests.experiments import tiny
+
+four = devices.mesh()
+assert four.size == 4
+config = tiny.config(train__num_steps=3, train__warmup_steps=0, train__log_every=3)
+results = {}
+for name, mesh in (("one", Mesh(four.devices[:1], four.axis_names)), ("four", four)):
+    devices.mesh = lambda *_: mesh
+    workdir = f"{sys.argv[1]}/{name}"
+    state = train(config, workdir)
+    assert len(state.step.sharding.device_set) == mesh.size
+    for part in ("params", "ema_params", "opt_state", "window"):
+        for path, leaf in jax.tree_util.tree_flatten_with_path(getattr(state, part))[0]:
+            results[f"{name}/{part}{jax.tree_util.keystr(path)}"] = np.asarray(leaf)
+    evaluate(config, workdir)
+    sample(config, workdir)
+np.savez(sys.argv[1] + "/states.npz", **results)
+try:
+    check(tiny.config(train__batch_size=6))
+except ConfigError as error:
+    print(error)
+"""
+
+
+def test_four_devices_do_what_one_does(tmp_path, quick_compiles):
+    """Three steps, an evaluation and samples, in a process of four devices on a CPU."""
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    finished = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tmp_path)],
+        env=quick_compiles | flags,
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.strip().splitlines()[-1] == (
+        "config.train.batch_size = 6 does not split over 4 devices; use a multiple of 4, such as 8"
+    )
+    with np.load(tmp_path / "states.npz") as states:
+        names = [name.removeprefix("one/") for name in states if name.startswith("one/")]
+        assert len(names) > 20
+        for name in names:
+            one, four = states[f"one/{name}"], states[f"four/{name}"]
+            # A sum over the batch in another order: a few roundings of 6e-8, of the largest terms.
+            scale = np.abs(one).max()
+            np.testing.assert_allclose(four, one, rtol=0, atol=1e-5 * scale, err_msg=name)
+    one, four = ((tmp_path / name) for name in ("one", "four"))
+    with np.load(one / "evaluation.npz") as a, np.load(four / "evaluation.npz") as b:
+        assert set(a) == set(b)
+        for name in a:
+            np.testing.assert_allclose(b[name], a[name], rtol=1e-4, err_msg=name)
+    with np.load(one / "samples/samples.npz") as a, np.load(four / "samples/samples.npz") as b:
+        np.testing.assert_allclose(b["x_0"], a["x_0"], rtol=0, atol=1e-4 * np.abs(a["x_0"]).max())

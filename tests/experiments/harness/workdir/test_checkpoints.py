@@ -1,0 +1,295 @@
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from experiments.harness.errors import ConfigError
+from experiments.harness.workdir.checkpoints import Checkpoints
+
+
+class State(NamedTuple):
+    step: Any
+    params: Any
+    ema_params: Any
+    opt_state: Any
+
+
+OPTIMIZERS = {
+    "adamw": optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)),
+    "sgd": optax.sgd(1e-3, momentum=0.9),
+}
+
+
+def make_state(width=4, optimizer="adamw", dtype=jnp.float32, seed=0):
+    """Random bits, NaNs and negative zeros among them: what casts and compressors would change."""
+    rng = np.random.default_rng(seed)
+
+    def bits(shape, dtype):
+        dtype = np.dtype(dtype)
+        raw = rng.integers(0, 256, size=(*shape, dtype.itemsize), dtype=np.uint8)
+        return jnp.asarray(raw.view(dtype)[..., 0])
+
+    params = {
+        "conv": {"kernel": bits((3, width), dtype), "bias": bits((width,), jnp.bfloat16)},
+        "norm": {},
+        "counts": [bits((), jnp.int32), bits((5,), jnp.uint8)],
+    }
+    ema_params = jax.tree.map(lambda x: x[..., ::-1] if x.ndim else x, params)
+    return State(jnp.int32(7), params, ema_params, OPTIMIZERS[optimizer].init(params))
+
+
+def small_state(value):
+    return {"step": jnp.int32(value), "params": {"w": jnp.full((2,), value, jnp.float32)}}
+
+
+def assert_bit_equal(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert (a.shape, a.dtype) == (e.shape, e.dtype)
+        assert np.asarray(a).tobytes() == np.asarray(e).tobytes()
+
+
+def abstract(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def snapshot(directory):
+    return {p: p.stat().st_mtime_ns for p in [directory, *directory.rglob("*")]}
+
+
+@pytest.mark.parametrize("describe", [lambda state: state, abstract])
+def test_a_restored_state_is_the_saved_one_bit_for_bit(tmp_path, describe):
+    state = make_state()
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(7, state)
+    with Checkpoints(tmp_path) as checkpoints:
+        restored = checkpoints.restore(7, describe(state))
+    assert_bit_equal(restored, state)
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(restored))
+
+
+def test_a_relative_work_directory_is_found_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with Checkpoints("runs/a") as checkpoints:
+        checkpoints.save(1, small_state(1))
+    with Checkpoints(tmp_path / "runs" / "a", read_only=True) as checkpoints:
+        assert checkpoints.latest_step() == 1
+
+
+def test_a_numpy_leaf_comes_back_as_numpy(tmp_path):
+    state = {"w": np.arange(3.0), "b": jnp.ones(2)}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state)
+        restored = checkpoints.restore(1, state)
+    assert_bit_equal(restored, state)
+    assert isinstance(restored["w"], np.ndarray)
+    assert isinstance(restored["b"], jax.Array)
+
+
+def test_the_state_may_be_donated_or_overwritten_once_save_has_returned(tmp_path):
+    # Large enough that writing takes longer than the steps below.
+    advance = jax.jit(lambda x: x + 1, donate_argnums=0)
+    on_device, on_host = jnp.zeros((1024, 1024)), np.zeros((512, 1024))
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in range(3):
+            checkpoints.save(step, {"device": on_device, "host": on_host})
+            for _ in range(5):
+                on_device = advance(on_device)
+                on_host += 1
+            jax.block_until_ready(on_device)
+        for step in range(3):
+            saved = checkpoints.restore(step, {"device": on_device, "host": on_host})
+            np.testing.assert_array_equal(saved["device"], 5 * step)
+            np.testing.assert_array_equal(saved["host"], 5 * step)
+
+
+def test_the_last_few_and_the_best_are_kept(tmp_path):
+    validations = [3.0, 1.0, 2.0, None, 5.0, float("nan"), None]
+    with Checkpoints(tmp_path, keep_last=3) as checkpoints:
+        for step, validation in enumerate(validations):
+            checkpoints.save(step, small_state(step), validation)
+        assert checkpoints.steps() == [1, 4, 5, 6]
+        assert checkpoints.best_step() == 1
+    # A resumed run knows the metrics of the run before it.
+    with Checkpoints(tmp_path, keep_last=3) as checkpoints:
+        assert checkpoints.best_step() == 1
+        checkpoints.save(7, small_state(7), validation=1.5)
+        assert checkpoints.steps() == [1, 5, 6, 7]
+        checkpoints.save(8, small_state(8), validation=0.5)
+        assert (checkpoints.steps(), checkpoints.best_step()) == ([6, 7, 8], 8)
+        assert checkpoints.latest_step() == 8
+        np.testing.assert_array_equal(checkpoints.restore(6, small_state(0))["params"]["w"], 6)
+
+
+def test_without_a_finite_metric_no_checkpoint_is_the_best(tmp_path):
+    with Checkpoints(tmp_path, keep_last=2) as checkpoints:
+        assert checkpoints.best_step() is None
+        assert checkpoints.latest_step() is None
+        for step, validation in enumerate([None, float("nan"), float("-inf"), None]):
+            checkpoints.save(step, small_state(step), validation)
+        assert checkpoints.best_step() is None
+        assert checkpoints.steps() == [2, 3]
+
+
+def test_of_equally_good_checkpoints_the_later_is_the_best(tmp_path):
+    with Checkpoints(tmp_path, keep_last=1) as checkpoints:
+        for step, validation in enumerate([2.0, 1.0, 1.0, 4.0]):
+            checkpoints.save(step, small_state(step), validation)
+        assert checkpoints.best_step() == 2
+        assert checkpoints.steps() == [2, 3]
+
+
+def test_a_step_that_is_saved_already_is_left_as_it_is(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.save(3, small_state(3), validation=1.0)
+        assert not checkpoints.save(3, small_state(4), validation=2.0)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert not checkpoints.save(3, small_state(5))
+        np.testing.assert_array_equal(checkpoints.restore(3, small_state(0))["params"]["w"], 3)
+
+
+def test_a_part_is_restored_without_knowing_the_rest(tmp_path):
+    state = make_state()
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(7, state)
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        ema_params = checkpoints.restore_part(7, "ema_params", abstract(state.ema_params))
+        step = checkpoints.restore_part(7, "step", state.step)
+    assert_bit_equal(ema_params, state.ema_params)
+    assert step == 7
+
+
+@pytest.mark.parametrize(
+    ("like", "difference"),
+    [
+        (make_state(width=6), "params/conv/kernel is (3, 4) float32 there and (3, 6) float32 here"),
+        (
+            make_state(dtype=jnp.bfloat16),
+            "params/conv/kernel is (3, 4) float32 there and (3, 4) bfloat16 here",
+        ),
+        (make_state(optimizer="sgd"), "is absent there and (4,) bfloat16 here"),
+        (
+            make_state()._replace(ema_params={}),
+            "ema_params/conv/kernel is (3, 4) float32 there and absent here",
+        ),
+    ],
+)
+def test_another_architecture_is_one_clear_line_and_never_a_cast(tmp_path, like, difference):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(7, make_state())
+        with pytest.raises(ConfigError) as error:
+            checkpoints.restore(7, like)
+    message = str(error.value)
+    assert difference in message
+    assert message.startswith(f"workdir={tmp_path}: the checkpoint at step 7")
+    assert "\n" not in message
+    assert len(message) < 500
+
+
+def test_another_architecture_of_a_part_names_the_part(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(7, make_state())
+        with pytest.raises(ConfigError, match=r"ema_params/conv/kernel is \(3, 4\) .* \(3, 5\)"):
+            checkpoints.restore_part(7, "ema_params", make_state(width=5).params)
+        with pytest.raises(ConfigError, match="ema/w is absent there"):
+            checkpoints.restore_part(7, "ema", {"w": jnp.ones(3)})
+
+
+def test_a_work_directory_without_checkpoints_says_to_train_first(tmp_path):
+    for workdir in (tmp_path / "missing", tmp_path):
+        with pytest.raises(ConfigError, match=f"init_from={workdir} holds no .*train first"):
+            Checkpoints(workdir, read_only=True, setting="init_from")
+        assert not (tmp_path / "missing").exists()
+        (tmp_path / "checkpoints").mkdir(exist_ok=True)
+
+
+def test_a_missing_step_lists_the_steps_there_are(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(ConfigError, match="train first"):
+            checkpoints.restore(1, small_state(0))
+        for step in (10, 20):
+            checkpoints.save(step, small_state(step))
+        with pytest.raises(ConfigError, match=r"step=15: .* has checkpoints at steps 10, 20"):
+            checkpoints.restore(15, small_state(0))
+
+
+def test_a_directory_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(ConfigError, match=r"workdir=.*run cannot be written"):
+        Checkpoints(tmp_path / "file" / "run")
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_reader_touches_nothing_and_a_killed_save_is_no_checkpoint(tmp_path):
+    state = make_state()
+    with Checkpoints(tmp_path, keep_last=1) as checkpoints:
+        checkpoints.save(1, state, validation=1.0)
+        checkpoints.save(2, state, validation=2.0)
+    directory = tmp_path / "checkpoints"
+    unfinished = [directory / f"{step}.orbax-checkpoint-tmp" for step in (3, 4)]
+    for path in unfinished:
+        shutil.copytree(directory / "2" / "default", path / "default")
+    before = snapshot(tmp_path)
+    with Checkpoints(tmp_path, keep_last=1, read_only=True) as checkpoints:
+        assert (checkpoints.latest_step(), checkpoints.best_step()) == (2, 1)
+        assert_bit_equal(checkpoints.restore(2, state), state)
+        with pytest.raises(RuntimeError, match="read_only"):
+            checkpoints.save(3, state)
+    assert snapshot(tmp_path) == before
+    # The run that goes on clears up and saves one of those steps again.
+    with Checkpoints(tmp_path, keep_last=1) as checkpoints:
+        checkpoints.save(3, state)
+        assert_bit_equal(checkpoints.restore(3, state), state)
+    assert not any(path.exists() for path in unfinished)
+
+
+def test_a_checkpoint_removed_while_it_is_read_is_a_clear_error(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, small_state(1))
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        shutil.rmtree(tmp_path / "checkpoints" / "1")
+        with pytest.raises(ConfigError, match="step 1 was removed while it was being read"):
+            checkpoints.restore(1, small_state(0))
+
+
+def test_a_run_goes_on_with_other_devices(tmp_path):
+    """Saved on one device, restored and saved on eight, restored on one."""
+    state = {"w": jnp.arange(16.0).reshape(8, 2), "step": jnp.int32(1)}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state)
+    program = """
+        import sys
+        import jax, jax.numpy as jnp
+        from jax.sharding import Mesh, NamedSharding, PartitionSpec
+        from experiments.harness.checkpoints import Checkpoints
+
+        mesh = jax.make_mesh((8,), ("data",))
+        split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
+        like = {
+            "w": jax.ShapeDtypeStruct((8, 2), jnp.float32, sharding=split),
+            "step": jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
+        }
+        with Checkpoints(sys.argv[1]) as checkpoints:
+            state = checkpoints.restore(1, like)
+            assert state["w"].sharding == split and state["step"].sharding == whole
+            assert state["w"].addressable_shards[0].data.shape == (1, 2)
+            checkpoints.save(2, jax.tree.map(lambda x: x + 1, state))
+    """
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program), str(tmp_path)],
+        env=os.environ | flags | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        check=True,
+    )
+    with Checkpoints(tmp_path) as checkpoints:
+        restored = checkpoints.restore(2, state)
+    assert_bit_equal(restored, jax.tree.map(lambda x: x + 1, state))
+    assert restored["w"].sharding == state["w"].sharding
