@@ -1,0 +1,22 @@
+"""What `pip install -e .` installs: the dependencies of requirements.txt, and every package."""
+
+import pathlib
+import tomllib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_dependencies_and_extras_are_those_of_requirements_txt():
+    extras = PROJECT["project"]["optional-dependencies"]
+    installed = [*PROJECT["project"]["dependencies"], *extras["flow"], *extras["datasets"]]
+    assert sorted(installed) == sorted((ROOT / "requirements.txt").read_text().split())
+
+
+@pytest.mark.parametrize("package", ["diffusion", "models", "experiments", "configs"])
+def test_every_folder_of_a_package_is_found(package):
+    assert f"{package}*" in PROJECT["tool"]["setuptools"]["packages"]["find"]["include"]
+    folders = {path.parent for path in (ROOT / package).rglob("*.py")}
+    assert all((folder / "__init__.py").is_file() for folder in folders)
