@@ -48,7 +48,7 @@ def evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
       workdir: holds the checkpoints.
 
     Returns:
-      What evaluation.json holds; `design.md` lists it.
+      The content of evaluation.json; docs/results.md lists it.
 
     Raises:
       ConfigError: for a setting or a checkpoint that does not fit.

@@ -1,4 +1,4 @@
-"""The lecture's formulas in α and β, corrected as in `equations.md`, on the host.
+"""The lecture's formulas in α and β, corrected as in docs/lecture.md, on the host.
 
 They cancel where the code under test must not, so they are worked in float64 or, where the result
 is small against one, in the platform's longest float.

@@ -42,7 +42,7 @@ def imperfect(variance: str = "beta_tilde") -> reverse.Reverse:
 
 
 def testbed() -> distributions.NormalData:
-    """x ~ N(0, diag(4, 1, ¼, 1/100)), the exact testbed of equations.md."""
+    """x ~ N(0, diag(4, 1, ¼, 1/100)), the Gaussian testbed of docs/lecture.md."""
     return distributions.NormalData(
         np.zeros(4, np.float32), np.diag([4.0, 1.0, 0.25, 0.01]).astype(np.float32)
     )

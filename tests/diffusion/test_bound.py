@@ -280,7 +280,7 @@ def test_bound_closes_in_on_the_entropy_of_discrete_data_from_above():
     for of_decoder in nats:
         above, errors = of_decoder.mean(1) - np.log(8), of_decoder.std(1, ddof=1) / 20
         assert np.all(above > -3 * errors)
-        # The gap falls about as 1/T, as on Gaussian data: 4.4, 0.2 and 0.017 in equations.md.
+        # The gap falls about as 1/T, as on Gaussian data: 4.4, 0.2 and 0.017 in docs/lecture.md.
         assert above[0] > 2
         assert 0.05 < above[1] < 0.5
         assert above[2] < 0.03 + 3 * errors[2]

@@ -34,7 +34,7 @@ def sigmoid_betas(n: int, start: float, end: float, temperature: float) -> np.nd
 def test_constants_of_ddpm_schedule():
     levels = schedules.linear_beta().levels(1000)
     weight = 0.5 * np.expm1(levels.gap)
-    # Tolerance: the digits printed in equations.md.
+    # Tolerance: the digits printed in docs/lecture.md.
     np.testing.assert_allclose(levels.alpha_bar[-1], 4.035830e-5, rtol=2e-7)
     np.testing.assert_allclose(levels.log_snr[[1, -1]], [9.21024, -10.11767], atol=5e-6)
     np.testing.assert_allclose(levels.posterior_variance[2], 5.45319e-5, rtol=1e-6)
