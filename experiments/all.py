@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from experiments import evaluate, sample, train
 from experiments.harness.processes import distributed
-from experiments.harness.setup.definition import define_model
+from experiments.harness.workdir import provenance
 from experiments.harness.workdir.checkpoints import Checkpoints
 
 
@@ -44,18 +44,20 @@ def _evaluation(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any] |
     except ValueError:  # damaged
         return None
     step = _step(workdir, config.evaluate.checkpoint)
-    wanted = evaluate.identity(config, define_model(config), step, workdir)
-    return recorded if all(recorded.get(k) == v for k, v in wanted.items()) else None
+    wanted = provenance.identity(provenance.EVALUATION, config, step, workdir)
+    return recorded if provenance.is_same(recorded, wanted) else None
 
 
 def _is_sampled(config: ConfigDict, workdir: epath.PathLike) -> bool:
     """Whether samples/ holds what this config would sample now."""
-    path = epath.Path(workdir) / "samples" / "samples.npz"
+    path = epath.Path(workdir) / provenance.SAMPLES
     if not path.exists():
         return False
     with path.open("rb") as file, np.load(file) as saved:
-        made = str(saved["identity"])
-    return made == sample.identity(config, workdir, _step(workdir, config.sample.checkpoint))
+        recorded = json.loads(str(saved["identity"]))
+    step = _step(workdir, config.sample.checkpoint)
+    wanted = provenance.identity(provenance.SAMPLES, config, step, workdir)
+    return provenance.is_same(recorded, wanted)
 
 
 def _step(workdir: epath.PathLike, which: str) -> int:

@@ -18,16 +18,15 @@ from experiments.harness.evaluation.estimates import ESTIMATES, allocate, alloca
 from experiments.harness.evaluation.full_bound import full_bound, summary
 from experiments.harness.pictures import plots
 from experiments.harness.sampling import quality
-from experiments.harness.sampling.sampler import decides
 from experiments.harness.setup import analytic
 from experiments.harness.setup.definition import ModelDefinition, define_model
 from experiments.harness.setup.params import abstract_params
 from experiments.harness.setup.trained import Trained, load_ema
-from experiments.harness.workdir import record
+from experiments.harness.workdir import provenance, record
 from experiments.harness.workdir.checkpoints import CHECKPOINTS
 from experiments.harness.workdir.files import append_jsonl, write_json, write_npz
 
-RESULT_FILE = "evaluation.json"
+RESULT_FILE = provenance.EVALUATION
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
@@ -75,7 +74,14 @@ def evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
     start = time.monotonic()
     bound = _allocated if config.evaluate.target else _full
     result, curves = bound(config, definition, params, dataset)
-    result |= {"num_examples": len(dataset.images), **identity(config, definition, step, workdir)}
+    result |= {
+        "num_examples": len(dataset.images),
+        "split": config.evaluate.split,
+        "checkpoint": config.evaluate.checkpoint,
+        "num_timesteps": definition.levels.num_timesteps,
+        "seed": config.seed,
+        **provenance.identity(RESULT_FILE, config, step, workdir),
+    }
     for name in config.evaluate.also:
         if name != "quality":
             result[name] = ESTIMATES[name](config, definition, params, dataset)
@@ -146,51 +152,6 @@ def _allocated(
         eps_error=np.concatenate([error[:1] if num_terms else found.eps_error[:1], error]),
     )
     return allocated_summary(found, definition), curves
-
-
-def identity(
-    config: ConfigDict,
-    definition: ModelDefinition,
-    step: int,
-    workdir: epath.PathLike | None = None,
-) -> dict[str, Any]:
-    """What an evaluation is of: two with the same identity have the same numbers.
-
-    Args:
-      config: the config.
-      definition: the mathematics it names.
-      step: the step that the weights are of.
-      workdir: holds the levels that samples step through, where their quality is asked for.
-    """
-    told = config.to_dict()
-    others = ("train", "sample", "quality", "sigma", "variance", "spacing", "devices", "profile")
-    for section in others:
-        del told[section]
-    for name in ("data_dir", "stream", "memory_limit_mb", "workers", "prefetch"):
-        del told["data"][name]
-    del told["model"]["dtype"], told["model"]["remat"]  # of training alone
-    if config.evaluate.variance not in analytic.ANALYTIC:
-        del told["analytic"]
-    if not config.model.class_conditional:
-        del told["evaluate"]["labels"]
-    for name in ("ode", "k_sample"):
-        if name not in config.evaluate.also:
-            del told["evaluate"][name]
-    if not config.evaluate.target and "continuous" not in config.evaluate.also:
-        del told["evaluate"]["pilot"], told["evaluate"]["max_evaluations"]
-    del told["evaluate"]["batch_size"], told["evaluate"]["chunk_size"]
-    told = record.flatten(told)
-    if "quality" in config.evaluate.also:
-        told |= record.flatten({"quality": config.quality.to_dict()})
-        told |= record.flatten({"samples": decides(config, workdir)})
-    return {
-        "split": config.evaluate.split,
-        "checkpoint": config.evaluate.checkpoint,
-        "step": step,
-        "num_timesteps": definition.levels.num_timesteps,
-        "seed": config.seed,
-        "settings": told,
-    }
 
 
 def check(config: ConfigDict) -> None:

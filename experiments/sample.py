@@ -19,9 +19,10 @@ from experiments.harness.seeds import stream
 from experiments.harness.setup import analytic
 from experiments.harness.setup.definition import ModelDefinition, define_model
 from experiments.harness.setup.trained import load
+from experiments.harness.workdir import provenance
 from experiments.harness.workdir.checkpoints import CHECKPOINTS
 from experiments.harness.workdir.files import write_npz
-from experiments.harness.workdir.record import flatten
+from experiments.harness.workdir.provenance import SAMPLES
 
 EXTRAS = {
     "inpaint": edits.inpaint,
@@ -91,26 +92,9 @@ def sample(config: ConfigDict, workdir: epath.PathLike) -> np.ndarray:
         **({} if labels is None else {"labels": labels}),
         step=trained.step,
         seed=config.seed,
-        identity=identity(config, workdir, trained.step),
+        identity=json.dumps(provenance.identity(SAMPLES, config, trained.step, workdir)),
     )
     return samples
-
-
-def identity(config: ConfigDict, workdir: epath.PathLike, step: int) -> str:
-    """What samples are of, as JSON: two with the same identity are the same samples and pictures.
-
-    Args:
-      config: the config.
-      workdir: holds the bound-optimal levels, where these are asked for.
-      step: the step that the weights are of.
-    """
-    of = config.sample.to_dict()
-    told = {name: of[name] for name in ("num_samples", "strip_rows", "strip_columns", "also")}
-    told |= {name: of[name] for name in of["also"] if name in of}
-    if {"sweep", "guidance"} & set(of["also"]):
-        told["quality"] = config.quality.to_dict()
-    told = sampler.decides(config, workdir) | flatten(told, "of.")
-    return json.dumps({"step": step, **told}, sort_keys=True)
 
 
 def check(config: ConfigDict) -> None:

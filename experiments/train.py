@@ -59,7 +59,8 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
     definition, optimizer = define_model(config), _optimizer(config)
     source = splits.describe_data(config, "train")
     record.check(config, workdir)
-    record.check_data(config, workdir, source)
+    data = record.DataSummary(source.num_examples, source.image_shape)
+    record.check_data(config, workdir, data)
     require_same_data(source)
     load, starts = initial_params(config, definition, optimizer, workdir), is_new(workdir)
     record.make(workdir)
@@ -72,7 +73,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
         state = restore_or_start(config, definition, optimizer, checkpoints, load)
         step = int(state.step)
         record.record(config, workdir, None if starts else step)
-        record.record_data(workdir, source)
+        record.record_data(workdir, data)
         is_open = step > 0 and checkpoints.was_interrupted(step)
         if step >= config.train.num_steps and not is_open:
             return state

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from experiments.harness.errors import ConfigError, RunError
 from experiments.harness.processes import distributed, signals
 from experiments.harness.processes.signals import Interrupted
-from experiments.harness.workdir import record
+from experiments.harness.workdir import provenance, record
 
 EXPERIMENTS = ("all", "train", "evaluate", "sample", "variance", "sigma", "spacing")
 TOGETHER = ("all", "train", "evaluate", "sample")  # that several processes can run together
@@ -169,7 +169,7 @@ def _misspelt_override(argv: list[str], config: str) -> str | None:
         tree = module.get_config(*([argument] if argument else [])).to_dict()
     except Exception:  # the config file itself is wrong: the first error says how
         return None
-    names = set(record.flatten(tree))
+    names = set(provenance.flatten(tree))
     sections = {name.rsplit(".", 1)[0] for name in names if "." in name}
     for argument in argv:
         match = re.match(r"--?(?:no)?config\.([^=]+)", argument)

@@ -9,7 +9,6 @@ import pytest
 from experiments import all as main_job
 from experiments import evaluate, sample
 from experiments.harness.errors import ConfigError
-from experiments.harness.setup.definition import define_model
 from experiments.harness.workdir import record
 from tests.experiments import tiny
 
@@ -38,25 +37,6 @@ def test_a_second_run_says_that_it_is_finished_and_does_nothing(finished, tmp_pa
     changed = {path.name for path in before if path.is_file() and after[path] != before[path]}
     assert changed <= {"config.json"}
     assert after[workdir / "config.json"][1] == before[workdir / "config.json"][1]
-
-
-@pytest.mark.parametrize(
-    "how",
-    [
-        {"profile__num_steps": 3},
-        {"devices__fsdp": 2},
-        {"data__stream": "always", "data__workers": 1, "data__prefetch": 5},
-        {"data__memory_limit_mb": 1},
-        {"model__dtype": "bfloat16", "model__remat": True},
-        {"train__num_steps": 99},
-    ],
-)
-def test_how_a_run_is_computed_is_no_part_of_what_was_measured(how, tmp_path):
-    """So that a finished run is finished with one more worker, or a trace."""
-    one, other = tiny.config(), tiny.config(**how)
-    definition = define_model(one)
-    assert evaluate.identity(one, definition, 3) == evaluate.identity(other, definition, 3)
-    assert sample.identity(one, tmp_path, 3) == sample.identity(other, tmp_path, 3)
 
 
 def test_what_is_missing_of_a_finished_run_is_made_up_for(finished, tmp_path, capsys):

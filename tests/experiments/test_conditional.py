@@ -12,7 +12,7 @@ import pytest
 from diffusion.statistics.control import GaussianControl
 from experiments import variance
 from experiments.evaluate import check as check_evaluate
-from experiments.evaluate import evaluate, identity, result_line
+from experiments.evaluate import evaluate, result_line
 from experiments.harness import devices
 from experiments.harness.data import order, splits
 from experiments.harness.data.sources import source
@@ -198,14 +198,6 @@ def test_a_checkpoint_has_both_bounds(trained, tmp_path):
     assert withheld["settings"]["evaluate.labels"] is False
 
 
-def test_an_unconditional_result_is_the_same_whatever_is_said_of_labels():
-    definition = define_model(tiny.config())
-    one, other = (
-        identity(tiny.config(evaluate__labels=is_), definition, 1) for is_ in (True, False)
-    )
-    assert one == other
-
-
 def test_errors_are_measured_with_labels_and_without(trained, tmp_path):
     """What was measured one way is not taken for the other."""
     workdir = tiny.copy(trained[1], tmp_path)
@@ -218,8 +210,6 @@ def test_errors_are_measured_with_labels_and_without(trained, tmp_path):
     given, withheld, again = errors(True), errors(False), errors(True)
     assert (given != withheld).mean() > 0.9
     np.testing.assert_array_equal(given, again)
-    one, other = (analytic.identity(tiny.config(evaluate__labels=is_), 1) for is_ in (True, False))
-    assert one == other
 
 
 def test_the_network_is_read_as_it_was_trained(trained):

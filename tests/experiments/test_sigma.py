@@ -107,24 +107,6 @@ def test_errors_are_measured_once_for_a_checkpoint(tmp_path):
     assert tiny.files(tmp_path) == before
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("seed", 1),
-        ("analytic.levels", 3),
-        ("analytic.examples", 60),
-        ("decoder.scaling", "midpoints"),
-        ("schedule.linear_log_snr.max", 7.0),
-    ],
-)
-def test_other_settings_are_measured_anew(name, value):
-    config = small_config()
-    before = analytic.identity(config, step=1)
-    assert analytic.identity(config, step=2) != before
-    config.update_from_flattened_dict({name: value})
-    assert analytic.identity(config, step=1) != before
-
-
 def test_another_step_is_measured_anew(tmp_path):
     config = small_config()
     config.analytic.examples = 64

@@ -15,7 +15,7 @@ from diffusion.objectives import OBJECTIVES, Objective, vlb
 from experiments.harness.data import order, splits
 from experiments.harness.errors import ConfigError, RunError
 from experiments.harness.training import step as steps
-from experiments.harness.workdir import record
+from experiments.harness.workdir import provenance, record
 from experiments.train import train
 from tests.experiments import tiny
 
@@ -152,7 +152,7 @@ def test_resuming_with_other_settings_lists_every_difference(uninterrupted):
 def test_a_run_leaves_its_config_metrics_samples_and_checkpoints(uninterrupted):
     config, workdir, state = uninterrupted
     written = json.loads((workdir / "config.json").read_text())
-    assert record.flatten(written) == record.flatten(config.to_dict())
+    assert provenance.flatten(written) == provenance.flatten(config.to_dict())
     assert tiny.saved_steps(workdir) == [4, 8, 12]
     tiny.assert_bit_equal(tiny.restore(config, workdir), state)
     assert {p.name for p in (workdir / "samples").iterdir()} == {

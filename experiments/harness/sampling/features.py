@@ -4,8 +4,6 @@ To add one, write a function (config, directory) -> Features and list it in `FEA
 what it needs in the directory, as the classifier keeps its weights.
 """
 
-import hashlib
-import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,6 +21,7 @@ from experiments.harness.data import order, splits
 from experiments.harness.errors import ConfigError
 from experiments.harness.processes.progress import progress
 from experiments.harness.workdir.files import write_npz
+from experiments.harness.workdir.provenance import fingerprint
 from models.classifier import Classifier
 
 BATCH = 500  # images at once
@@ -109,18 +108,6 @@ def batches_of(features: Features, images: UInt8[np.ndarray, "n h w c"]) -> Any:
     """The features of every image exactly once, as float64 host arrays [≤ BATCH, f]."""
     for index, mask in order.padded_batches(len(images), min(BATCH, len(images))):
         yield np.asarray(features.of(images[index]), np.float64)[mask]
-
-
-def fingerprint(*parts: Any) -> str:
-    """Twelve hexadecimal digits that change with arrays, their shapes, or settings."""
-    digest = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, np.ndarray):
-            digest.update(f"{part.dtype} {part.shape}".encode())
-            digest.update(np.ascontiguousarray(part).tobytes())
-        else:
-            digest.update(json.dumps(part, sort_keys=True).encode())
-    return digest.hexdigest()[:12]
 
 
 def _scaled(images: Array, highest: int) -> Array:

@@ -25,12 +25,12 @@ from experiments.harness.sampling.features import (
     Features,
     batches_of,
     choose,
-    fingerprint,
     name_of,
 )
 from experiments.harness.setup.definition import ModelDefinition
 from experiments.harness.setup.trained import Trained
 from experiments.harness.workdir.files import write_npz
+from experiments.harness.workdir.provenance import fingerprint
 
 DIRECTORY = "quality"  # in the work directory: the classifier, and the statistics of the data
 

@@ -1,9 +1,7 @@
 """What the settings of `sample` mean: a sampler, its levels, and which of them cannot work."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from etils import epath
 from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
@@ -17,11 +15,8 @@ from diffusion.samplers.unipc import ORDERS, VARIANTS
 from diffusion.spacing import SPACINGS
 from experiments.harness import checks
 from experiments.harness.errors import ConfigError
-from experiments.harness.setup import analytic
 from experiments.harness.setup.definition import ModelDefinition
-from experiments.harness.setup.optimal_steps import digest_of_optimal_levels
 from experiments.harness.setup.trained import make_levels
-from experiments.harness.workdir import record
 
 
 class Given(NamedTuple):
@@ -72,39 +67,6 @@ def needed_levels(config: ConfigDict, definition: ModelDefinition) -> list[int]:
     if "sweep" in of.also:
         needed += of.sweep.num_timesteps
     return sorted({int(n) or definition.levels.num_timesteps for n in needed})
-
-
-def decides(
-    config: ConfigDict,
-    workdir: epath.PathLike | None = None,
-    samplers: Sequence[str] | None = None,
-) -> dict[str, Any]:
-    """The settings that samples depend on, flat: where they are equal, so are the samples.
-
-    Args:
-      config: the config.
-      workdir: holds the bound-optimal levels, where these are asked for.
-      samplers: those that are used, by default `sample.sampler` alone.
-    """
-    told, used = config.to_dict(), samplers or (config.sample.sampler,)
-    of = told["sample"]
-    names = ["sampler", "num_timesteps", "spacing", "checkpoint", "x_0_treatment"]
-    names += [name for name in (*used, of["spacing"]) if name in of]
-    if of["corrector"]["num_steps"]:
-        names.append("corrector")
-    kept = {name: told[name] for name in ("seed", "model", "schedule")}
-    del kept["model"]["dtype"], kept["model"]["remat"]  # of training alone
-    kept["data"], kept["scaling"] = told["data"]["name"], told["decoder"]["scaling"]
-    if "ancestral" in used:
-        names.append("variance")
-        if of["variance"] in analytic.ANALYTIC:
-            kept["analytic"], kept["labels"] = told["analytic"], told["evaluate"]["labels"]
-    if told["model"]["class_conditional"]:
-        names += ["labels", "guidance"]
-        del of["guidance"]["scales"]
-    if of["spacing"] == "bound_optimal" and workdir is not None:
-        kept["levels"] = digest_of_optimal_levels(workdir)
-    return record.flatten(kept | {"sample": {name: of[name] for name in names}})
 
 
 def check(config: ConfigDict, definition: ModelDefinition) -> None:

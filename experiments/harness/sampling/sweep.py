@@ -18,13 +18,11 @@ from experiments.harness.pictures.images import save_png
 from experiments.harness.sampling import quality as qualities
 from experiments.harness.sampling.draw import Drawer, to_bytes
 from experiments.harness.sampling.quality import Quality, Reference, reference
-from experiments.harness.sampling.sampler import decides
 from experiments.harness.setup.definition import ModelDefinition
 from experiments.harness.setup.trained import Trained
-from experiments.harness.workdir import record
+from experiments.harness.workdir import provenance
 from experiments.harness.workdir.files import write_json
 
-FILE = "sweep.json"
 REFERENCE = "ancestral"  # the model's own sampler, at all of the schedule's levels
 
 
@@ -68,8 +66,8 @@ def sweep(trained: Trained) -> list[Entry]:
     """
     config = trained.config
     against = reference(config, trained.workdir)
-    path, told = trained.workdir / "samples" / FILE, _identity(trained, against)
-    saved = _saved(path, told)
+    path, identity = trained.workdir / provenance.SWEEP, _identity(trained, against)
+    saved = _saved(path, identity)
     entries, drawers = [], {}
     for name, num_timesteps in _plan(trained):
         drawer = drawers.setdefault(name, Drawer(_with_sampler(config, name), trained.definition))
@@ -79,7 +77,7 @@ def sweep(trained: Trained) -> list[Entry]:
             made = drawer(trained.params, levels, config.quality.num_samples)
             saved[key] = measure(trained, against, name, num_timesteps, made)
             save_png(grid, images.grid(to_bytes(trained.definition, made.x_0[:64])))
-            write_json(path, told | {"entries": [entry.to_dict() for entry in saved.values()]})
+            write_json(path, identity | {"entries": [entry.to_dict() for entry in saved.values()]})
             tqdm.write(_row(saved[key]))
         entries.append(saved[key])
     _write(trained, entries)
@@ -123,22 +121,21 @@ def _grid_path(trained: Trained, name: str, num_timesteps: int) -> epath.Path:
 
 
 def _identity(trained: Trained, against: Reference) -> dict[str, Any]:
-    """What all entries of a file have in common: others do not belong beside them."""
-    config = trained.config
-    told = decides(config, trained.workdir, tuple(SAMPLERS))
-    del told["sample.sampler"], told["sample.num_timesteps"]
-    told |= record.flatten({"quality": config.quality.to_dict()})
-    return {"step": trained.step, "features": against.features.name, "settings": told}
+    """What all entries of a file have in common."""
+    identity = provenance.identity(provenance.SWEEP, trained.config, trained.step, trained.workdir)
+    return identity | {"features": against.features.name}
 
 
-def _saved(path: epath.Path, told: dict[str, Any]) -> dict[str, Entry]:
-    """The entries that an earlier sweep of the same kind has measured."""
+def _saved(path: epath.Path, identity: dict[str, Any]) -> dict[str, Entry]:
+    """The entries that an earlier sweep with the same settings has measured."""
     if not path.exists():
         return {}
-    found = json.loads(path.read_text())
-    if any(found.get(name) != value for name, value in told.items()):
+    recorded = json.loads(path.read_text())
+    if recorded.get("features") != identity["features"]:
         return {}
-    entries = [Entry.from_dict(entry) for entry in found["entries"]]
+    if not provenance.is_same(recorded, identity):
+        return {}
+    entries = [Entry.from_dict(entry) for entry in recorded["entries"]]
     return {f"{entry.sampler} {entry.num_timesteps}": entry for entry in entries}
 
 

@@ -26,12 +26,12 @@ from experiments.harness.errors import ConfigError
 from experiments.harness.processes.progress import progress
 from experiments.harness.seeds import stream
 from experiments.harness.setup.definition import ModelDefinition
-from experiments.harness.workdir import record
+from experiments.harness.workdir import provenance
 from experiments.harness.workdir.files import write_npz
 
 ANALYTIC = ("analytic_isotropic", "analytic_diagonal")
 SIGMAS = (*VARIANCES, *ANALYTIC)
-ERRORS_FILE = "eps_errors.npz"
+ERRORS_FILE = provenance.MEASURED_ERRORS
 _DRAW = 2**30  # sets these noises apart from all others of their stream
 
 
@@ -112,29 +112,15 @@ def measured_errors(
     Returns:
       The log-SNRs of the levels, falling, and the errors there, both float64.
     """
-    path, told = epath.Path(workdir) / ERRORS_FILE, identity(config, step)
+    path = epath.Path(workdir) / ERRORS_FILE
+    identity = provenance.identity(ERRORS_FILE, config, step)
     if path.exists():
         with path.open("rb") as file, np.load(file) as saved:
-            if str(saved["identity"]) == told:
+            if provenance.is_same(json.loads(str(saved["identity"])), identity):
                 return saved["log_snr"], saved["error"]
     log_snr, error = _measure(config, definition, params)
-    write_npz(path, log_snr=log_snr, error=error, step=step, identity=told)
+    write_npz(path, log_snr=log_snr, error=error, step=step, identity=json.dumps(identity))
     return log_snr, error
-
-
-def identity(config: ConfigDict, step: int) -> str:
-    """What measured errors are of, as JSON: two with the same identity are the same errors.
-
-    Neither T nor Σ_θ is of it: the errors serve any.
-    """
-    told = config.to_dict()
-    kept = {name: told[name] for name in ("seed", "analytic", "model", "schedule")}
-    del kept["model"]["variance"], kept["schedule"]["num_timesteps"]
-    kept["data"] = {"name": told["data"]["name"], "train": told["data"]["splits"]["train"]}
-    kept["scaling"] = told["decoder"]["scaling"]
-    if config.model.class_conditional:
-        kept["labels"] = config.evaluate.labels
-    return json.dumps({"step": step, **record.flatten(kept)}, sort_keys=True)
 
 
 def _measure(

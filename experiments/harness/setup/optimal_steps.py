@@ -1,6 +1,5 @@
 """The K noise levels whose bound is the lowest for one network, found once and kept in a file."""
 
-import hashlib
 import json
 
 import numpy as np
@@ -11,8 +10,9 @@ from diffusion.schedules import Levels, Schedule
 from diffusion.spacing import bound_optimal, pair_costs
 from diffusion.variances import Variance
 from experiments.harness.errors import ConfigError
+from experiments.harness.workdir.provenance import OPTIMAL_LEVELS
 
-FILE = "spacing.json"
+FILE = OPTIMAL_LEVELS
 
 
 def find(
@@ -77,15 +77,6 @@ def optimal_levels(
         wrong = f"{path} is of another schedule, from λ = {log_snr[0]:g} to {log_snr[-1]:g}"
         raise ConfigError(_remedy(workdir, num_timesteps, wrong))
     return Levels.from_log_snr(log_snr)
-
-
-def digest_of_optimal_levels(workdir: epath.PathLike) -> str | None:
-    """Tells the levels that are kept here from others; None without."""
-    path = epath.Path(workdir) / FILE
-    if not path.exists():
-        return None
-    log_snr = json.loads(path.read_text())["log_snr"]
-    return hashlib.sha256(json.dumps(log_snr, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _remedy(workdir: epath.PathLike, num_timesteps: int, wrong: str) -> str:

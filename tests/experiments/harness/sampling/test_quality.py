@@ -12,7 +12,6 @@ from experiments.harness.data import splits
 from experiments.harness.errors import ConfigError
 from experiments.harness.sampling import features, quality, sweep
 from experiments.harness.sampling.draw import Drawer
-from experiments.harness.setup.definition import define_model
 from experiments.harness.setup.trained import load
 from experiments.sample import sample
 from tests.experiments import tiny
@@ -189,13 +188,6 @@ def test_an_evaluation_tells_the_quality_of_what_sampling_draws(workdir, tmp_pat
     last = evaluate.result_line(result).splitlines()[-1]
     assert last.startswith(f"  quality Fréchet distance {expected.frechet:.4f}")
     assert "100 samples by ancestral at 8 levels, 800 network evaluations" in last
-    # It is of other samples if these are drawn otherwise.
-    definition = define_model(config())
-    one, other = (
-        evaluate.identity(config(evaluate__also=("quality",), **overrides), definition, 3)
-        for overrides in ({}, {"sample__sampler": "heun"})
-    )
-    assert one != other
 
 
 def test_what_cannot_be_measured_is_named(workdir):

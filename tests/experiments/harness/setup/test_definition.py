@@ -16,12 +16,11 @@ from diffusion.reverse import PARAMETERIZATIONS
 from diffusion.samplers.base import X_0_TREATMENTS
 from diffusion.schedules import SCHEDULES
 from diffusion.variances import VARIANCES
-from experiments.harness.data import splits
 from experiments.harness.errors import ConfigError
 from experiments.harness.setup.definition import MODELS, define_model
 from experiments.harness.setup.params import abstract_params
 from experiments.harness.training import loss
-from experiments.harness.workdir import record
+from experiments.harness.workdir import provenance, record
 from tests.experiments import tiny
 from tests.mock_cifar10 import mock_tfds
 
@@ -41,7 +40,7 @@ def load(name):
 
 def typed(config):
     """Every setting by its full name, with its type."""
-    flat = record.flatten(config.to_dict())
+    flat = provenance.flatten(config.to_dict())
     for name in flat:
         value = config
         for part in name.split("."):
@@ -207,7 +206,7 @@ def test_harmless_settings_may_change_and_others_may_not(tmp_path):
 
     record.record(constant(), tmp_path)
     tiny.untrained(tmp_path, constant(), scale=0.0)
-    flat = record.flatten(constant().to_dict())
+    flat = provenance.flatten(constant().to_dict())
     change = {bool: lambda v: not v, int: lambda v: v + 1, float: lambda v: v + 1, str: "x".__add__}
     messages = {}
     for name, value in flat.items():
@@ -235,12 +234,12 @@ def test_harmless_settings_may_change_and_others_may_not(tmp_path):
 
 
 def test_a_damaged_record_is_a_line(tmp_path):
-    config, source = tiny.config(), splits.describe_data(tiny.config(), "train")
+    config, data = tiny.config(), record.DataSummary(1000, (8, 8, 1))
     tiny.untrained(tmp_path, config)
     record.record(config, tmp_path)
-    record.record_data(tmp_path, source)
+    record.record_data(tmp_path, data)
     for name, check in (
-        ("data.json", lambda: record.check_data(config, tmp_path, source)),
+        ("data.json", lambda: record.check_data(config, tmp_path, data)),
         ("config.json", lambda: record.check(config, tmp_path)),
     ):
         check()
@@ -262,7 +261,7 @@ def test_a_directory_is_found_out_before_anything_is_made(tmp_path):
 
 def test_flattened_names_are_paths():
     tree = {"a": 1, "b": {"c": (1, 2), "d": {"e": "x"}}}
-    assert record.flatten(tree) == {"a": 1, "b.c": [1, 2], "b.d.e": "x"}
-    names = list(record.flatten(base.get_config().to_dict()))
+    assert provenance.flatten(tree) == {"a": 1, "b.c": [1, 2], "b.d.e": "x"}
+    names = list(provenance.flatten(base.get_config().to_dict()))
     assert len(names) == len(set(names)) > 40
     assert not any(b.startswith(a + ".") for a, b in itertools.permutations(names, 2))

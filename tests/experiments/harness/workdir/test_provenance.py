@@ -1,0 +1,282 @@
+"""Every setting is classified for every result, and a stored result is used only where it fits."""
+
+import json
+import pathlib
+
+import pytest
+
+from configs import base
+from experiments.harness.workdir import provenance
+from experiments.harness.workdir.provenance import (
+    EVALUATION,
+    GROUPS,
+    MEASURED_ERRORS,
+    NETWORK,
+    RESULTS,
+    RUN,
+    SAMPLES,
+    SWEEP,
+)
+from tests.experiments import tiny
+
+FLAT = provenance.flatten(base.get_config().to_dict())
+
+
+def entries(dependences):
+    """All that a result can depend on, under any condition."""
+    for entry in dependences:
+        yield from entries(entry.dependences) if isinstance(entry, provenance.When) else (entry,)
+
+
+def test_every_setting_is_in_one_group():
+    """A new setting fails here until it is classified."""
+    for name in FLAT:
+        owners = [key for key, names in GROUPS.items() if provenance.is_named(name, names)]
+        assert len(owners) == 1, f"{name} is in {owners or 'no group'}: see provenance.GROUPS"
+    for names in GROUPS.values():
+        for name in names:
+            assert any(provenance.is_named(setting, (name,)) for setting in FLAT), f"{name} is gone"
+            # A new setting of a section must be classified; an option of one choice need not.
+            assert name.count(".") == 2 or name.endswith("splits.") or not name.endswith(".")
+
+
+def test_every_dependence_exists():
+    assert not GROUPS.keys() & RESULTS.keys()
+    used = {entry for row in RESULTS.values() for entry in entries(row)}
+    used = {entry for entry in used if not isinstance(entry, provenance.File)}
+    assert used <= GROUPS.keys() | RESULTS.keys()
+    assert GROUPS.keys() - used == {"speed", "monitoring", "tables"}
+
+
+@pytest.mark.parametrize("result", RESULTS)
+def test_a_condition_reads_settings_that_the_result_depends_on(result):
+    """Else a condition could change unnoticed, since one-sided settings do not count."""
+
+    class Recorder(dict):
+        def __getitem__(self, name):
+            self.read.add(name)
+            return super().__getitem__(name)
+
+    settings = Recorder(FLAT)
+    settings.read = set()
+    groups = set(provenance._active(RESULTS[result], settings))
+    exceptions = {"model.variance"} if result == NETWORK else set()
+    assert {provenance.group(name) for name in settings.read - exceptions} <= groups
+
+
+CONDITIONAL = {
+    "evaluation with quality": (EVALUATION, {"evaluate__also": ("quality",)}),
+    "measured Σ": (EVALUATION, {"evaluate__variance": "analytic_isotropic"}),
+    "allocated": (EVALUATION, {"evaluate__target": 0.01}),
+    "labelled": (EVALUATION, {"model__class_conditional": True}),
+    "ode": (EVALUATION, {"evaluate__also": ("ode",)}),
+    "sampled by ddim": (SAMPLES, {"sample__sampler": "ddim"}),
+    "sampled with labels": (SAMPLES, {"model__class_conditional": True}),
+    "sampled with a measured Σ": (SAMPLES, {"sample__variance": "analytic_isotropic"}),
+    "corrected": (SAMPLES, {"sample__corrector__num_steps": 1}),
+    "inpainted": (SAMPLES, {"sample__also": ("inpaint",)}),
+    "swept": (SAMPLES, {"sample__also": ("sweep",)}),
+    "guided": (SAMPLES, {"sample__also": ("guidance",)}),
+    "errors with labels": (MEASURED_ERRORS, {"model__class_conditional": True}),
+}
+
+
+@pytest.mark.parametrize(
+    ("result", "overrides", "matter", "do_not"),
+    [
+        # The three faults of earlier versions: measured errors of other images, the splits that
+        # pictures show, and (in both) another place.
+        (
+            MEASURED_ERRORS,
+            {},
+            "seed analytic.levels analytic.examples decoder.scaling schedule.linear_log_snr.max "
+            "data.split_seed data.held_out data.data_dir data.splits.train",
+            "schedule.num_timesteps model.variance evaluate.labels evaluate.split data.flip",
+        ),
+        (
+            SAMPLES,
+            {},
+            "data.splits.test data.split_seed data.held_out data.data_dir sample.num_samples",
+            "evaluate.labels sample.ddim.eta sample.inpaint.known quality.num_samples",
+        ),
+        (
+            EVALUATION,
+            {},
+            "evaluate.split evaluate.replicates decoder.name data.data_dir data.split_seed",
+            "evaluate.labels evaluate.pilot evaluate.ode.probes sample.sampler analytic.levels",
+        ),
+        (
+            *CONDITIONAL["evaluation with quality"],
+            "sample.sampler quality.neighbors",
+            "sample.also",
+        ),
+        (*CONDITIONAL["measured Σ"], "analytic.levels analytic.examples", "evaluate.pilot"),
+        (*CONDITIONAL["allocated"], "evaluate.pilot evaluate.max_evaluations", "analytic.levels"),
+        (*CONDITIONAL["labelled"], "evaluate.labels", "sample.labels"),
+        (*CONDITIONAL["ode"], "evaluate.ode.probes", "evaluate.k_sample.num_samples"),
+        (*CONDITIONAL["sampled by ddim"], "sample.ddim.eta", "sample.variance"),
+        (*CONDITIONAL["sampled with labels"], "sample.guidance.scale", "evaluate.labels"),
+        (*CONDITIONAL["sampled with a measured Σ"], "analytic.levels", "evaluate.labels"),
+        (*CONDITIONAL["corrected"], "sample.corrector.snr", "sample.langevin.snr"),
+        (*CONDITIONAL["inpainted"], "sample.inpaint.known", "sample.encode.iterations"),
+        (
+            *CONDITIONAL["swept"],
+            "sample.sweep.samplers sample.ddim.eta quality.split",
+            "variance.split",
+        ),
+        (
+            *CONDITIONAL["guided"],
+            "sample.guidance.scales quality.max_pairs",
+            "sample.sweep.samplers",
+        ),
+        (*CONDITIONAL["errors with labels"], "evaluate.labels", "train.label_dropout"),
+        (SWEEP, {}, "sample.ddim.eta sample.variance quality.split", "sample.sampler sample.also"),
+        (RUN, {}, "seed data.flip model.dtype train.batch_size", "evaluate.split data.data_dir"),
+        (NETWORK, {}, "data.name decoder.scaling", "model.dtype model.variance schedule.name seed"),
+        (NETWORK, {"model__variance": "learned_range"}, "model.variance", "train.objective"),
+        (NETWORK, {"model__unet__noise_input": "ddpm_timestep"}, "schedule.name", "seed"),
+    ],
+)
+def test_what_matters_to_a_result(result, overrides, matter, do_not):
+    settings = provenance.flatten(tiny.config(**overrides).to_dict())
+    names = provenance.depends(result, settings)
+    assert set(matter.split()) <= names
+    assert not set(do_not.split()) & names
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"profile__num_steps": 3},
+        {"devices__fsdp": 2},
+        {"data__stream": "always", "data__workers": 1, "data__prefetch": 5},
+        {"data__memory_limit_mb": 1},
+        {"model__dtype": "bfloat16", "model__remat": True},
+        {"train__num_steps": 99},
+    ],
+)
+def test_how_a_run_is_computed_is_no_part_of_what_was_measured(overrides):
+    """So that a finished run is finished with one more worker, or a trace."""
+    for result in (EVALUATION, SAMPLES, MEASURED_ERRORS):
+        wanted = provenance.identity(result, tiny.config(**overrides), 3)
+        assert provenance.identity(result, tiny.config(), 3) == wanted
+
+
+def stored(result, config, step=3):
+    """An identity as it comes back from a file."""
+    return json.loads(json.dumps(provenance.identity(result, config, step)))
+
+
+@pytest.mark.parametrize("result", [EVALUATION, SAMPLES, MEASURED_ERRORS, SWEEP])
+def test_a_stored_result_is_known_by_step_and_settings(result):
+    config = tiny.config(data__splits={"train": "a", "validation": "b", "test": "c"})
+    recorded = stored(result, config)
+    assert provenance.is_same(recorded, provenance.identity(result, config, 3))
+    assert not provenance.is_same(recorded, provenance.identity(result, config, 4))
+    other = tiny.config(schedule__linear_log_snr__max=7.5)
+    assert not provenance.is_same(recorded, provenance.identity(result, other, 3))
+
+
+def test_a_setting_of_another_version_does_not_count():
+    config = tiny.config()
+    recorded, wanted = stored(EVALUATION, config), provenance.identity(EVALUATION, config, 3)
+    del recorded["settings"]["evaluate.replicates"]
+    recorded["settings"]["evaluate.of_yesterday"] = 1
+    assert provenance.is_same(recorded, wanted)
+
+
+def test_an_unknown_setting_counts_for_every_result():
+    """As of a network that a notebook registers."""
+    settings = FLAT | {"model.mine.width": 5}
+    assert all("model.mine.width" in provenance.depends(result, settings) for result in RESULTS)
+
+
+def test_bound_optimal_levels_are_part_of_what_was_sampled(tmp_path):
+    config = tiny.config(sample__spacing="bound_optimal")
+    seen = []
+    for levels in ({"2": [3.0, -3.0]}, {"2": [3.0, -4.0]}):
+        text = json.dumps({"log_snr": levels, "entries": len(seen)})
+        (tmp_path / provenance.OPTIMAL_LEVELS).write_text(text)
+        seen.append(provenance.identity(SAMPLES, config, 3, tmp_path))
+    assert not provenance.is_same(*seen)
+    (tmp_path / provenance.OPTIMAL_LEVELS).write_text(json.dumps({"log_snr": levels}))
+    assert provenance.is_same(seen[1], provenance.identity(SAMPLES, config, 3, tmp_path))
+
+
+# Identities as the version before this table wrote them, shortened.
+FORMER = {
+    MEASURED_ERRORS: {
+        "step": 3,
+        "analytic.levels": 65,
+        "data.name": "digits",
+        "data.train": "train",
+        "scaling": "endpoints",
+    },
+    SAMPLES: {
+        "step": 3,
+        "data": "digits",
+        "scaling": "endpoints",
+        "of.num_samples": 64,
+        "of.also": ["sweep"],
+        "of.quality.neighbors": 3,
+        "of.sweep.samplers": [],
+        "sample.sampler": "ancestral",
+        "levels": None,
+    },
+    EVALUATION: {
+        "step": 3,
+        "bits_per_dim": 1.5,
+        "settings": {
+            "evaluate.also": ["quality"],
+            "samples.sample.sampler": "ancestral",
+            "samples.data": "digits",
+            "quality.neighbors": 3,
+        },
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("result", "overrides", "changes"),
+    [
+        (MEASURED_ERRORS, {}, {"analytic__levels": 3, "decoder__scaling": "midpoints"}),
+        (
+            SAMPLES,
+            {"sample__also": ("sweep",)},
+            {
+                "sample__num_samples": 3,
+                "quality__neighbors": 4,
+                "sample__sampler": "heun",
+                "sample__corrector__num_steps": 1,
+                "decoder__scaling": "midpoints",
+                "sample__sweep__samplers": ("heun",),
+            },
+        ),
+        (
+            EVALUATION,
+            {"evaluate__also": ("quality",)},
+            {"sample__sampler": "heun", "quality__neighbors": 4, "evaluate__also": ()},
+        ),
+    ],
+)
+def test_results_of_the_version_before_are_known(result, overrides, changes):
+    config = base.get_config()
+    config.unlock()
+
+    def wanted(settings):
+        new = config.copy_and_resolve_references()
+        for name, value in settings.items():
+            new.update_from_flattened_dict({name.replace("__", "."): value})
+        return provenance.identity(result, new, 3)
+
+    assert provenance.is_same(FORMER[result], wanted(overrides))
+    for name, value in changes.items():
+        assert not provenance.is_same(FORMER[result], wanted(overrides | {name: value})), name
+
+
+def test_nothing_but_the_table_lists_results():
+    """The files that a new training run removes are those that have an identity of a run."""
+    root = pathlib.Path(provenance.__file__).parents[3]
+    assert (root / "main.py").exists()
+    files = {name for name in RESULTS if pathlib.PurePath(name).suffix}
+    assert files == set(provenance.FILES_OF_A_RUN)
