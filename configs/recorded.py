@@ -3,23 +3,30 @@
 What `main.py` uses where a work directory holds a run and no config is named.
 """
 
+import json
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from configs import base
-from experiments.harness.workdir import record
 
 
 def get_config(workdir: str) -> ConfigDict:
-    """The settings in the work directory's config.json, over the defaults."""
-    config = base.get_config()
-    config.update(_tuples(record.recorded_config(workdir)))
+    """The settings in the work directory's config.json, over the defaults.
+
+    Raises:
+      ValueError: if there is no such file, or it is damaged.
+    """
+    config, path = base.get_config(), epath.Path(workdir) / "config.json"
+    if not path.exists():
+        raise ValueError(f"--config=configs/recorded.py:{workdir}: {path} does not exist")
+    config.update(_with_tuples(json.loads(path.read_text())))
     return config
 
 
-def _tuples(value: Any) -> Any:
+def _with_tuples(value: Any) -> Any:
     """JSON has lists where a config has tuples."""
     if isinstance(value, dict):
-        return {name: _tuples(item) for name, item in value.items()}
+        return {name: _with_tuples(item) for name, item in value.items()}
     return tuple(value) if isinstance(value, list) else value

@@ -1,4 +1,7 @@
-"""Imports point one way: diffusion ← models ← experiments/harness ← experiments ← main.py."""
+"""Imports point one way: diffusion ← models ← experiments/harness ← experiments ← main.py.
+
+Within the harness they point down from room to room, and configs import nothing else of ours.
+"""
 
 import ast
 import pathlib
@@ -9,6 +12,22 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = ("diffusion", "models", "experiments.harness", "experiments", "main")
 MATHEMATICS = {"jax", "numpy", "jaxtyping", "diffrax"}
+CONFIGS = {"ml_collections", "etils"}  # etils: a recorded config may lie in a bucket
+
+# The rooms of the harness. A room may import those on the levels above it in this list, and none on
+# its own level, so there are no circles.
+LEVELS = (
+    ("errors", "seeds"),
+    ("checks", "processes", "devices"),
+    ("data", "pictures", "workdir"),
+    ("setup",),
+    ("training", "evaluation", "sampling", "command_line"),
+)
+LEVEL_OF = {room: number for number, rooms in enumerate(LEVELS, 1) for room in rooms}
+EXCEPTIONS = {
+    ("experiments.harness.training.loop", "evaluation"),
+    ("experiments.harness.training.loop", "sampling"),
+}
 
 
 def layer(module: str) -> str | None:
@@ -23,7 +42,7 @@ def modules() -> list[tuple[str, pathlib.Path]]:
     """Our modules by dotted name; a package has the name of its directory."""
     paths = [
         path
-        for name in ("diffusion", "models", "experiments")
+        for name in ("diffusion", "models", "experiments", "configs")
         for path in (ROOT / name).rglob("*.py")
     ]
     paths += [path for path in [ROOT / "main.py"] if path.exists()]
@@ -36,17 +55,36 @@ def modules() -> list[tuple[str, pathlib.Path]]:
 
 def imports(path: pathlib.Path) -> set[str]:
     """Every module that a file imports, inside functions too."""
-    found = set()
+    imported = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
+            imported.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: a relative import"
-            found.update(f"{node.module}.{alias.name}" for alias in node.names)
-    return found
+            imported.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return imported
+
+
+def room(module: str) -> str | None:
+    """The room of the harness that a module is in; None outside of the harness."""
+    prefix = "experiments.harness."
+    return module[len(prefix) :].split(".")[0] if module.startswith(prefix) else None
+
+
+def tops(path: pathlib.Path) -> set[str]:
+    """The packages that a file imports, without the standard library."""
+    return {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names)
+
+
+def each(name: str):
+    """Parametrises a test by the modules of a layer."""
+    chosen = [module for module in MODULES if module[0].split(".")[0] == name]
+    return pytest.mark.parametrize(("name", "path"), chosen, ids=[name for name, _ in chosen])
 
 
 MODULES = modules()
+LAYERED = [module for module in MODULES if layer(module[0])]
+HARNESS = [module for module in MODULES if room(module[0])]
 
 
 def test_there_is_something_to_look_at():
@@ -54,7 +92,7 @@ def test_there_is_something_to_look_at():
     assert {"diffusion.bound", "diffusion.schedules", "models", "experiments"} <= names
 
 
-@pytest.mark.parametrize(("name", "path"), MODULES, ids=[name for name, _ in MODULES])
+@pytest.mark.parametrize(("name", "path"), LAYERED, ids=[name for name, _ in LAYERED])
 def test_imports_point_one_way(name, path):
     rank = LAYERS.index(layer(name))
     for imported in imports(path):
@@ -66,11 +104,22 @@ def test_imports_point_one_way(name, path):
             assert top not in ("configs", "main"), f"{name} imports {imported}"
 
 
-@pytest.mark.parametrize(
-    ("name", "path"),
-    [module for module in MODULES if layer(module[0]) == "diffusion"],
-    ids=[name for name, _ in MODULES if layer(name) == "diffusion"],
-)
+@pytest.mark.parametrize(("name", "path"), HARNESS, ids=[name for name, _ in HARNESS])
+def test_rooms_of_the_harness_import_lower_rooms_only(name, path):
+    here = room(name)
+    assert here in LEVEL_OF, f"{here} is a new room: give it a level in LEVELS"
+    others = {room(imported) for imported in imports(path)} - {None, here}
+    unknown = others - LEVEL_OF.keys()
+    assert not unknown, f"{name} imports {unknown}; import the module, not what it defines"
+    upward = {other for other in others if LEVEL_OF[other] >= LEVEL_OF[here]}
+    assert upward == {other for module, other in EXCEPTIONS if module == name}
+
+
+@each("diffusion")
 def test_the_mathematics_needs_arrays_and_nothing_else(name, path):
-    tops = {imported.split(".")[0] for imported in imports(path)}
-    assert tops <= MATHEMATICS | {"diffusion"} | set(sys.stdlib_module_names), name
+    assert tops(path) <= MATHEMATICS | {"diffusion"}, name
+
+
+@each("configs")
+def test_configs_need_no_code_of_ours(name, path):
+    assert tops(path) <= CONFIGS | {"configs"}, name
