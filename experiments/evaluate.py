@@ -18,11 +18,9 @@ from experiments.harness.evaluation.estimates import ESTIMATES, allocate, alloca
 from experiments.harness.evaluation.full_bound import full_bound, summary
 from experiments.harness.pictures import plots
 from experiments.harness.sampling import quality
-from experiments.harness.setup import analytic
+from experiments.harness.setup import analytic, trained
 from experiments.harness.setup.definition import ModelDefinition, define_model
-from experiments.harness.setup.params import abstract_params
-from experiments.harness.setup.trained import Trained, load_ema
-from experiments.harness.workdir import provenance, record
+from experiments.harness.workdir import provenance
 from experiments.harness.workdir.checkpoints import CHECKPOINTS
 from experiments.harness.workdir.files import append_jsonl, write_json, write_npz
 
@@ -53,22 +51,11 @@ def evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
       ConfigError: for a setting or a checkpoint that does not fit.
     """
     check(config)
-    record.check_network(config, workdir)
-    definition = define_model(config)
-    params, step = load_ema(workdir, config.evaluate.checkpoint, abstract_params(definition))
-    definition = definition.learned(params)
-    record.check_writable(workdir)
-    definition = analytic.choose(
-        config,
-        config.evaluate.variance,
-        "config.evaluate.variance",
-        definition,
-        params,
-        step,
-        workdir,
-    )
+    loaded = trained.load(config, workdir, config.evaluate.checkpoint)
+    run = loaded.with_variance(config.evaluate.variance, "config.evaluate.variance")
+    definition, params = run.definition, run.params
     if "quality" in config.evaluate.also:
-        sampled = _sampled(config, params, step, workdir)
+        sampled = loaded.with_variance(config.sample.variance, "config.sample.variance")
         sampled.levels(config.sample.num_timesteps)  # if there are none, better said now
     dataset = splits.load_measured(config, config.evaluate.split)
     start = time.monotonic()
@@ -80,7 +67,7 @@ def evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
         "checkpoint": config.evaluate.checkpoint,
         "num_timesteps": definition.levels.num_timesteps,
         "seed": config.seed,
-        **provenance.identity(RESULT_FILE, config, step, workdir),
+        **provenance.identity(RESULT_FILE, config, run.step, workdir),
     }
     for name in config.evaluate.also:
         if name != "quality":
@@ -90,14 +77,6 @@ def evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
     result["seconds"] = round(time.monotonic() - start, 1)
     _write(epath.Path(workdir), result, curves, definition)
     return result
-
-
-def _sampled(config: ConfigDict, params: Any, step: int, workdir: epath.PathLike) -> Trained:
-    """These weights as `sample` would draw from them."""
-    definition, of = define_model(config).learned(params), config.sample
-    setting = "config.sample.variance"
-    definition = analytic.choose(config, of.variance, setting, definition, params, step, workdir)
-    return Trained(config, epath.Path(workdir), definition, params, step)
 
 
 class Curves(NamedTuple):

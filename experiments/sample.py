@@ -31,7 +31,7 @@ EXTRAS = {
     "guidance": edits.guidance,
     "sweep": sweep.sweep,
 }
-"""What `sample.also` can name: each takes a `Trained` and writes to samples/."""
+"""What `sample.also` can name: each takes a `Run` and writes to samples/."""
 
 CHECKS = {
     "inpaint": edits.check_inpaint,
@@ -66,22 +66,23 @@ def sample(config: ConfigDict, workdir: epath.PathLike) -> np.ndarray:
       ConfigError: for a setting or a checkpoint that does not fit.
     """
     check(config)
-    trained = load(config, workdir)
-    for num_timesteps in sampler.needed_levels(config, trained.definition):
-        trained.levels(num_timesteps)  # raises, where some are missing
-    definition, of = trained.definition, config.sample
-    levels = trained.levels(of.num_timesteps)
+    run = load(config, workdir, config.sample.checkpoint)
+    run = run.with_variance(config.sample.variance, "config.sample.variance")
+    for num_timesteps in sampler.needed_levels(config, run.definition):
+        run.levels(num_timesteps)  # raises, where some are missing
+    definition, of = run.definition, config.sample
+    levels = run.levels(of.num_timesteps)
     record = strip_levels(levels.num_timesteps, of.strip_columns)
     drawer = Drawer(config, definition)
-    parts = drawer(trained.params, levels, of.num_samples, record, of.strip_rows)
+    parts = drawer(run.params, levels, of.num_samples, record, of.strip_rows)
     samples = np.asarray(definition.quantization.to_level(parts.x_0), np.uint8)
-    directory = trained.workdir / "samples"
+    directory = run.workdir / "samples"
     directory.mkdir(parents=True, exist_ok=True)
     save_png(directory / "samples.png", grid(to_bytes(definition, parts.x_0)))
     _save_reverse_strip(directory / "reverse.png", definition, parts, record, of.strip_rows)
     _save_forward_strip(directory / "forward.png", config, definition)
     for name in of.also:
-        EXTRAS[name](trained)
+        EXTRAS[name](run)
     labels = drawer.given(np.arange(of.num_samples)).labels
     # Last, and whole: with it the samples are finished.
     write_npz(
@@ -90,9 +91,9 @@ def sample(config: ConfigDict, workdir: epath.PathLike) -> np.ndarray:
         x_0=parts.x_0,
         evaluations=parts.evaluations,
         **({} if labels is None else {"labels": labels}),
-        step=trained.step,
+        step=run.step,
         seed=config.seed,
-        identity=json.dumps(provenance.identity(SAMPLES, config, trained.step, workdir)),
+        identity=json.dumps(provenance.identity(SAMPLES, config, run.step, workdir)),
     )
     return samples
 

@@ -12,11 +12,7 @@ from diffusion.variances import VARIANCES
 from experiments.harness.data import splits
 from experiments.harness.evaluation import paired
 from experiments.harness.evaluation.paired import Choice, Entry
-from experiments.harness.setup import analytic
-from experiments.harness.setup.definition import define_model
-from experiments.harness.setup.params import abstract_params
-from experiments.harness.setup.trained import load_ema
-from experiments.harness.workdir import record
+from experiments.harness.setup import analytic, trained
 from experiments.harness.workdir.files import write_json
 
 REFERENCE = "beta_tilde"  # what the others are compared with
@@ -44,15 +40,11 @@ def sigma(config: ConfigDict, workdir: epath.PathLike) -> list[Entry]:
       ConfigError: for a setting or a checkpoint that does not fit.
     """
     check(config)
-    record.check_network(config, workdir)
-    definition = define_model(config)
-    params, step = load_ema(workdir, config.sigma.checkpoint, abstract_params(definition))
-    definition = definition.learned(params)
-    record.check_writable(workdir)
-    variances = {}
-    for name in _names(config):
-        chosen = analytic.choose(config, name, "config.sigma", definition, params, step, workdir)
-        variances[name] = chosen.variance
+    run = trained.load(config, workdir, config.sigma.checkpoint)
+    definition = run.definition
+    variances = {
+        name: run.with_variance(name, "config.sigma").definition.variance for name in _names(config)
+    }
     dataset = splits.load_measured(config, config.sigma.split)
     choices = {
         (num_timesteps, name): Choice(definition.schedule.levels(num_timesteps), variance)
@@ -60,12 +52,12 @@ def sigma(config: ConfigDict, workdir: epath.PathLike) -> list[Entry]:
         for name, variance in variances.items()
     }
     draws = config.sigma.draws
-    totals = paired.measure_totals(config, definition, params, dataset, choices, draws)
+    totals = paired.measure_totals(config, definition, run.params, dataset, choices, draws)
     entries = paired.summarize(totals, REFERENCE, int(np.prod(definition.image_shape)))
     result = {
         "split": config.sigma.split,
         "checkpoint": config.sigma.checkpoint,
-        "step": step,
+        "step": run.step,
         "seed": config.seed,
         "draws": draws,
         "num_examples": len(dataset.images),

@@ -4,8 +4,6 @@ The best levels are those of the lowest expected bound, found from the network's
 training data; all are measured on the same examples with the same noise.
 """
 
-from typing import Any
-
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
@@ -16,11 +14,8 @@ from experiments.harness import checks
 from experiments.harness.data import splits
 from experiments.harness.evaluation import paired
 from experiments.harness.evaluation.paired import Choice, Entry
-from experiments.harness.setup import analytic, optimal_steps
-from experiments.harness.setup.definition import ModelDefinition, define_model
-from experiments.harness.setup.params import abstract_params
-from experiments.harness.setup.trained import load_ema
-from experiments.harness.workdir import record
+from experiments.harness.setup import analytic, optimal_steps, trained
+from experiments.harness.setup.trained import Run
 from experiments.harness.workdir.files import write_json
 
 REFERENCE = "uniform"  # what the others are compared with
@@ -50,21 +45,17 @@ def spacing(config: ConfigDict, workdir: epath.PathLike) -> list[Entry]:
       ConfigError: for a setting or a checkpoint that does not fit.
     """
     check(config)
-    record.check_network(config, workdir)
-    definition = define_model(config)
-    params, step = load_ema(workdir, config.spacing.checkpoint, abstract_params(definition))
-    definition = definition.learned(params)
-    record.check_writable(workdir)
-    name = config.spacing.variance
-    definition = analytic.choose(config, name, _SETTING, definition, params, step, workdir)
+    run = trained.load(config, workdir, config.spacing.checkpoint)
+    run = run.with_variance(config.spacing.variance, _SETTING)
+    definition = run.definition
     dataset = splits.load_measured(config, config.spacing.split)
-    optimal = _optimal(config, definition, params, step, workdir)
+    optimal = _optimal(run)
     result = {
         "split": config.spacing.split,
         "checkpoint": config.spacing.checkpoint,
-        "step": step,
+        "step": run.step,
         "seed": config.seed,
-        "variance": name or config.model.variance,
+        "variance": config.spacing.variance or config.model.variance,
         "candidates": config.spacing.candidates,
         "draws": config.spacing.draws,
         "num_examples": len(dataset.images),
@@ -81,7 +72,7 @@ def spacing(config: ConfigDict, workdir: epath.PathLike) -> list[Entry]:
         }.items()
     }
     draws = config.spacing.draws
-    totals = paired.measure_totals(config, definition, params, dataset, choices, draws)
+    totals = paired.measure_totals(config, definition, run.params, dataset, choices, draws)
     entries = paired.summarize(totals, REFERENCE, int(np.prod(definition.image_shape)))
     paired.write(workdir, "spacing", entries, "spacing", REFERENCE)
     write_json(path, result | {"entries": paired.rows(entries, "spacing")})
@@ -99,19 +90,14 @@ def check(config: ConfigDict) -> None:
     )
 
 
-def _optimal(
-    config: ConfigDict, definition: ModelDefinition, params: Any, step: int, workdir: epath.PathLike
-) -> dict[int, Levels]:
-    """The best levels of the schedule for the model's Σ_θ, by their number."""
-    variance = definition.variance
-    if variance.is_learned:
-        # Mean errors do not tell its KL; this is the Σ_θ that it is trained to be.
-        name = "analytic_diagonal"
-        chosen = analytic.choose(config, name, _SETTING, definition, params, step, workdir)
-        variance = chosen.variance
+def _optimal(run: Run) -> dict[int, Levels]:
+    """The best levels of the schedule for the run's Σ_θ, by their number."""
+    if run.definition.variance.is_learned:
+        # Mean errors do not determine its KL; the analytic Σ_θ is what it is trained to equal.
+        run = run.with_variance("analytic_diagonal", _SETTING)
     return optimal_steps.find(
-        definition.schedule.levels(config.spacing.candidates),
-        *analytic.measured_errors(config, definition, params, step, workdir),
-        variance,
-        tuple(config.spacing.num_timesteps),
+        run.definition.schedule.levels(run.config.spacing.candidates),
+        *run.measured_errors(),
+        run.definition.variance,
+        tuple(run.config.spacing.num_timesteps),
     )

@@ -19,16 +19,15 @@ from diffusion.timesteps import Proposal
 from diffusion.variances import beta_tilde
 from experiments.harness import checks, devices
 from experiments.harness.data import splits
-from experiments.harness.data.order import padded_batches
+from experiments.harness.data.batches import over_examples
 from experiments.harness.data.sources import source
 from experiments.harness.evaluation import estimates, programs
 from experiments.harness.evaluation.allocate import Estimator, allocated_bound, fit_control
 from experiments.harness.pictures import plots
 from experiments.harness.seeds import stream
+from experiments.harness.setup import trained
 from experiments.harness.setup.definition import ModelDefinition, define_model
-from experiments.harness.setup.params import abstract_params
-from experiments.harness.setup.trained import load_ema
-from experiments.harness.workdir import record
+from experiments.harness.setup.trained import Run
 from experiments.harness.workdir.checkpoints import CHECKPOINTS
 from experiments.harness.workdir.files import write_json
 
@@ -93,11 +92,9 @@ def variance(config: ConfigDict, workdir: epath.PathLike) -> dict[str, list[Row]
       ConfigError: for a setting or a checkpoint that does not fit.
     """
     check(config)
-    record.check_network(config, workdir)
-    trained = _trained(config, workdir)
-    record.check_writable(workdir)
+    run = trained.load(config, workdir, config.variance.checkpoint)
     tables = {}
-    for subject in (gaussian(config), trained):
+    for subject in (gaussian(config), of_run(run)):
         tqdm.write(f"{subject.name}: {len(subject.dataset.images)} examples")
         tables[subject.name] = measure_all(config, subject)
     directory = epath.Path(workdir)
@@ -132,17 +129,16 @@ def check(config: ConfigDict) -> None:
     checks.check_setting(config, "schedule.num_timesteps", lambda _: enough, at_least_two)
 
 
-def _trained(config: ConfigDict, workdir: epath.PathLike) -> Subject:
-    """The work directory's model on examples of a split."""
-    definition = define_model(config)
-    params, step = load_ema(workdir, config.variance.checkpoint, abstract_params(definition))
+def of_run(run: Run) -> Subject:
+    """The work directory's model on the first examples of a split."""
+    config, definition = run.config, run.definition
     split, n = config.variance.split, config.variance.examples
     dataset = splits.load_measured(config, split, splits.first(n))
-    name = f"{config.data.name}, {split}, step {step}, T = {definition.levels.num_timesteps}"
+    name = f"{config.data.name}, {split}, step {run.step}, T = {definition.levels.num_timesteps}"
     name += "" if dataset.labels is None else ", given labels"
-    control, learned = fit_control(config, definition), definition.learned(params)
-    straight = None if definition.noise_schedule is None else definition
-    return Subject(name, learned, straight, params, dataset, control, None)
+    control = fit_control(config, definition)
+    straight = None if definition.noise_schedule is None else define_model(config)
+    return Subject(name, definition, straight, run.params, dataset, control, None)
 
 
 class _ClosedForm:
@@ -308,12 +304,13 @@ def one_log_ratio(config: ConfigDict, subject: Subject, draws: Draws) -> Row:
     n, num_draws = draws.shape
     time = draws.rng.random(draws.shape)
     slot = np.broadcast_to(np.arange(num_draws), time.shape)
-    values = np.zeros(time.shape)
-    for index, mask in padded_batches(n, config.evaluate.batch_size):
+
+    def log_ratios(index):
         points = programs.Points.at(subject.definition, time[index], slot[index], continuous=False)
         examples, draw = subject.dataset.examples(index), np.full(len(index), 70)
-        found = np.asarray(run(draws.estimator.params, examples, index, points, draw), np.float64)
-        values[index[mask]] = found[mask]
+        return run(draws.estimator.params, examples, index, points, draw)
+
+    values = over_examples(log_ratios, n, config.evaluate.batch_size)
     # With the means of what telescopes, so that the two ends are those of (13.26).
     return draws.row("(13.10), one t, uniform", (values + _telescoped(subject)[:, None]).T, 1)
 

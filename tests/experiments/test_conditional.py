@@ -27,9 +27,9 @@ from experiments.harness.evaluation.programs import (
     make_terms_at,
     make_trajectory,
 )
-from experiments.harness.setup import analytic
 from experiments.harness.setup.definition import define_model
 from experiments.harness.setup.params import init_params
+from experiments.harness.setup.trained import Run, load
 from experiments.harness.training import step as steps
 from experiments.harness.training.optimizer import make_optimizer
 from experiments.harness.training.state import init_state
@@ -205,7 +205,7 @@ def test_errors_are_measured_with_labels_and_without(trained, tmp_path):
 
     def errors(is_given):
         config = conditional(evaluate__labels=is_given, analytic__levels=3, analytic__examples=64)
-        return analytic.measured_errors(config, definition, params, 12, workdir)[1]
+        return Run(config, workdir, definition, params, 12).measured_errors()[1]
 
     given, withheld, again = errors(True), errors(False), errors(True)
     assert (given != withheld).mean() > 0.9
@@ -304,7 +304,7 @@ def test_each_example_is_measured_with_its_own_label(name):
 def test_what_estimators_cost_is_told_with_labels(trained, tmp_path):
     """The examples are a split's first, and the table's name says what they come with."""
     config = conditional(variance__examples=5)
-    subject = variance._trained(config, trained[1])
+    subject = variance.of_run(load(config, trained[1]))
     assert subject.name.endswith("given labels")
     whole = splits.load("digits", "test")
     np.testing.assert_array_equal(subject.dataset.labels, whole.labels[:5])

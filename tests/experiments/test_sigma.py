@@ -18,6 +18,7 @@ from experiments.harness.errors import ConfigError
 from experiments.harness.evaluation import paired, programs
 from experiments.harness.setup import analytic
 from experiments.harness.setup.definition import define_model
+from experiments.harness.setup.trained import Run
 from tests.experiments import tiny
 
 pytest_plugins = ["tests.experiments.tiny"]
@@ -40,17 +41,20 @@ def some_digits(config, split, n):
     return dataset._replace(images=dataset.images[:n], labels=None)
 
 
-def measured(config, workdir, scale, step=1):
-    definition = define_model(config)
+def run_of(config, workdir, scale=1.0, step=1):
+    """A run with random weights."""
     params = tiny.state_of(config, scale).ema_params
-    return analytic.measured_errors(config, definition, params, step, workdir)
+    return Run(config, workdir, define_model(config), params, step)
+
+
+def measured(config, workdir, scale, step=1):
+    return run_of(config, workdir, scale, step).measured_errors()
 
 
 def zero_measured(config, workdir):
     """Errors of a network whose parameters, and so predictions, are zero."""
-    definition = define_model(config)
-    zero = jax.tree.map(np.zeros_like, tiny.state_of(config).ema_params)
-    return analytic.measured_errors(config, definition, zero, 1, workdir)
+    run = run_of(config, workdir)
+    return run._replace(params=jax.tree.map(np.zeros_like, run.params)).measured_errors()
 
 
 def test_errors_of_a_prediction_that_x_0_is_zero_are_the_data(tmp_path):
@@ -121,12 +125,11 @@ def test_another_step_is_measured_anew(tmp_path):
 def test_errors_of_zero_make_beta_tilde(tmp_path, monkeypatch):
     """A pixel that is always predicted exactly has a point mass for its data."""
     config, shape = small_config(), (LEVELS, 8, 8, 1)
-    monkeypatch.setattr(analytic, "_measure", lambda *_: (LOG_SNR, np.zeros(shape)))
-    definition = define_model(config)
+    monkeypatch.setattr(analytic, "measure_errors", lambda *_: (LOG_SNR, np.zeros(shape)))
     for name in analytic.ANALYTIC:
-        chosen = analytic.choose(config, name, "setting", definition, None, 1, tmp_path)
+        chosen = run_of(config, tmp_path).with_variance(name)
         x = np.zeros((2, 8, 8, 1), np.float32)
-        reverse = Reverse(None, "eps", chosen.variance)
+        reverse = Reverse(None, "eps", chosen.definition.variance)
         step = Step(np.float32([3.0, -4.0]), np.float32([0.5, 2.0]))
         # log(1 + expm1(gap) e) at the least positive float32.
         assert np.all(np.abs(reverse.log_variance_ratio(step, x)) < 1e-36)
@@ -134,8 +137,8 @@ def test_errors_of_zero_make_beta_tilde(tmp_path, monkeypatch):
 
 def test_an_empty_name_is_the_models_own(tmp_path):
     config = small_config(model__variance="beta")
-    definition = define_model(config)
-    assert analytic.choose(config, "", "setting", definition, None, 1, tmp_path) is definition
+    run = run_of(config, tmp_path)
+    assert run.with_variance("") is run
     assert not list(tmp_path.iterdir())
 
 
@@ -149,9 +152,8 @@ def test_an_empty_name_is_the_models_own(tmp_path):
 )
 def test_a_variance_that_the_network_does_not_have_is_one_line(name, of_model, words, tmp_path):
     config = small_config(model__variance=of_model)
-    definition, setting = define_model(config), "config.evaluate.variance"
     with pytest.raises(ConfigError) as error:
-        analytic.choose(config, name, setting, definition, None, 1, tmp_path)
+        run_of(config, tmp_path).with_variance(name, "config.evaluate.variance")
     message = str(error.value)
     assert message.startswith(f"config.evaluate.variance = {name!r}")
     assert "\n" not in message
@@ -253,9 +255,9 @@ def test_on_the_training_data_the_analytic_variances_give_the_lowest_bounds(tmp_
     config = small_config()
     config.sigma.num_timesteps = (LEVELS,)
     config.analytic.examples = 256
-    definition, params = define_model(config), tiny.state_of(config, 0.1).ema_params
+    run = run_of(config, tmp_path, 0.1)
     variances = {
-        name: analytic.choose(config, name, "name", definition, params, 1, tmp_path).variance
+        name: run.with_variance(name).definition.variance
         for name in ("beta_tilde", "beta", *analytic.ANALYTIC)
     }
     totals, *_ = totals_of(config, "train", 256, variances)

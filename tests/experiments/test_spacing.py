@@ -17,8 +17,9 @@ from experiments.harness import devices
 from experiments.harness.data import splits
 from experiments.harness.errors import ConfigError
 from experiments.harness.evaluation import paired, programs
-from experiments.harness.setup import analytic, optimal_steps
+from experiments.harness.setup import optimal_steps
 from experiments.harness.setup.definition import define_model
+from experiments.harness.setup.trained import Run
 from experiments.harness.workdir import record
 from tests.experiments import tiny
 
@@ -64,8 +65,8 @@ def test_on_the_training_data_the_best_levels_have_the_lowest_bounds(name, tmp_p
     config = small_config(decoder__name="categorical")
     config.analytic.update(levels=9, examples=256)
     definition, params = define_model(config), tiny.state_of(config, 0.1).ema_params
-    definition = analytic.choose(config, name, "name", definition, params, 1, tmp_path)
-    measured = analytic.measured_errors(config, definition, params, 1, tmp_path)
+    run = Run(config, tmp_path, definition, params, 1).with_variance(name)
+    definition, measured = run.definition, run.measured_errors()
     candidates = definition.schedule.levels(9)
     best = optimal_steps.find(candidates, *measured, definition.variance, (4,))[4]
     choices = {(4, "best"): paired.Choice(best, definition.variance)}

@@ -8,7 +8,6 @@ design, independent of the pilot and of one another, tell its error.
 
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Float
 from ml_collections import ConfigDict
@@ -17,7 +16,8 @@ from diffusion.statistics.control import GaussianControl
 from diffusion.statistics.standard_errors import bits_per_dim
 from diffusion.timesteps import Proposal, jittered
 from experiments.harness import devices
-from experiments.harness.data import order, splits
+from experiments.harness.data import splits
+from experiments.harness.data.batches import over_examples
 from experiments.harness.errors import RunError
 from experiments.harness.evaluation import programs
 from experiments.harness.evaluation.programs import Points, Rates
@@ -135,7 +135,7 @@ class Estimator:
             examples, draws = self.dataset.examples(index), np.full(len(index), draw)
             return self._rates(self.params, self.control, examples, index, points, draws)
 
-        return self._over_batches(run)
+        return over_examples(run, self.num_examples, self.config.evaluate.batch_size)
 
     def ends(self, draw: int, m: int) -> tuple[np.ndarray, np.ndarray]:
         """The prior of every example, [n], and m draws of its reconstruction, [n, m]; float64."""
@@ -146,14 +146,7 @@ class Estimator:
             slots = np.broadcast_to(slot, (len(index), m))
             return self._ends(self.params, self.definition.levels, examples, index, draws, slots)
 
-        return self._over_batches(run)
-
-    def _over_batches(self, run: Any) -> Any:
-        parts = []
-        for index, mask in order.padded_batches(self.num_examples, self.config.evaluate.batch_size):
-            host = jax.device_get(run(index))
-            parts.append(jax.tree.map(lambda a, mask=mask: np.asarray(a, np.float64)[mask], host))
-        return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+        return over_examples(run, self.num_examples, self.config.evaluate.batch_size)
 
 
 def fit_control(config: ConfigDict, definition: ModelDefinition) -> GaussianControl:

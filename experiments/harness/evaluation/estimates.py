@@ -17,7 +17,8 @@ from diffusion.statistics.standard_errors import bits_per_dim, estimate
 from diffusion.trajectory import k_sample_bound
 from experiments.harness import devices
 from experiments.harness.checks import check_positive, check_setting, pick
-from experiments.harness.data import order, splits
+from experiments.harness.data import splits
+from experiments.harness.data.batches import over_examples
 from experiments.harness.errors import ConfigError
 from experiments.harness.evaluation import programs
 from experiments.harness.evaluation.allocate import Allocated, Estimator, allocated_bound
@@ -99,18 +100,17 @@ def trajectories(
     run = programs.make_trajectory(config, definition, mesh)
     params = devices.place(params, devices.replicated(mesh))
     levels, n = definition.schedule.levels(num_timesteps), len(dataset.images)
-    totals = np.zeros(num_draws * n)
-    # Draws and examples side by side: as many rows as elsewhere chunks of examples.
-    smallest = config.evaluate.batch_size
-    rows = min(smallest * config.evaluate.chunk_size, -(-len(totals) // smallest) * smallest)
-    cost = len(totals) * num_timesteps
-    with progress(cost, "trajectories", "eval", unit_scale=True, leave=False) as bar:
-        for row, mask in order.padded_batches(len(totals), rows):
-            draw, index = row // n, row % n
-            found = run(params, levels, dataset.examples(index), index, draw)
-            totals[row[mask]] = np.asarray(found, np.float64)[mask]
-            bar.update(int(mask.sum()) * num_timesteps)
-    return totals.reshape(num_draws, n)
+    num_rows, smallest = num_draws * n, config.evaluate.batch_size
+    # Draws and examples side by side: a batch is as large as elsewhere a chunk of timesteps.
+    batch_size = min(smallest * config.evaluate.chunk_size, -(-num_rows // smallest) * smallest)
+
+    def totals(row):
+        draw, index = row // n, row % n
+        return run(params, levels, dataset.examples(index), index, draw)
+
+    cost = num_timesteps
+    with progress(num_rows * cost, "trajectories", "eval", unit_scale=True, leave=False) as bar:
+        return over_examples(totals, num_rows, batch_size, bar, cost).reshape(num_draws, n)
 
 
 def ode(
@@ -120,19 +120,18 @@ def ode(
     mesh, n = devices.mesh(), len(dataset.images)
     run = programs.make_ode(config, definition, mesh)
     params = devices.place(params, devices.replicated(mesh))
-    parts = []
+    draws = []
     with progress(DRAWS * n, "ode", "solve", leave=False) as bar:
         for draw in range(DRAWS):
-            for index, mask in order.padded_batches(n, config.evaluate.batch_size):
-                examples, draws = dataset.examples(index), np.full(len(index), draw)
-                found = jax.device_get(run(params, definition.levels, examples, index, draws))
-                parts.append(
-                    jax.tree.map(lambda a, mask=mask: np.asarray(a, np.float64)[mask], found)
-                )
-                bar.update(int(mask.sum()))
-    bound = jax.tree.map(lambda *a: np.concatenate(a), *parts)
+
+            def solve(index, draw=draw):
+                examples, of_rows = dataset.examples(index), np.full(len(index), draw)
+                return run(params, definition.levels, examples, index, of_rows)
+
+            draws.append(over_examples(solve, n, config.evaluate.batch_size, bar))
+    bound = jax.tree.map(lambda *arrays: np.stack(arrays), *draws)
     num_dims = int(np.prod(definition.image_shape))
-    total, solver_error = bound.total.reshape(DRAWS, n), bound.ode.solver_error.mean()
+    total, solver_error = bound.total, bound.ode.solver_error.mean()
     trace_se = np.sqrt((bound.ode.trace_se**2).sum()) / (DRAWS * n)
     return {
         **_summary(

@@ -14,7 +14,8 @@ from diffusion.statistics.standard_errors import (
     replicate_timesteps,
 )
 from experiments.harness import devices
-from experiments.harness.data import order, splits
+from experiments.harness.data import splits
+from experiments.harness.data.batches import over_examples
 from experiments.harness.evaluation import programs
 from experiments.harness.processes.progress import progress
 from experiments.harness.setup.definition import ModelDefinition
@@ -34,22 +35,17 @@ def full_bound(
     num_timesteps, batch_size = definition.levels.num_timesteps, config.evaluate.batch_size
     params = devices.place(params, devices.replicated(mesh))
     n = len(dataset.images)
-    terms, variances, seen = [], [], 0
-    evaluations = num_timesteps + min(config.evaluate.replicates, num_timesteps - 1) + 1
-    with progress(n * evaluations, "evaluate", "eval", unit_scale=True) as bar:
-        for index, mask in order.padded_batches(n, batch_size):
-            examples = dataset.examples(index)
-            t = replicate_timesteps(index, num_timesteps, config.evaluate.replicates)
-            once = jax.device_get(first(params, definition.levels, examples, index))
-            again = jax.device_get(second(params, definition.levels, examples, index, t))
-            variance = _noise_variance(once, again, t, num_timesteps)
-            terms.append(jax.tree.map(lambda a, mask=mask: np.asarray(a, np.float64)[mask], once))
-            variances.append(variance[mask])
-            seen += int(mask.sum())
-            bar.update(int(mask.sum()) * evaluations)
-    if seen != n:
-        raise AssertionError(f"{seen} examples evaluated of {n}")
-    return jax.tree.map(lambda *parts: np.concatenate(parts), *terms), np.concatenate(variances)
+    cost = num_timesteps + min(config.evaluate.replicates, num_timesteps - 1) + 1
+
+    def run(index):
+        examples = dataset.examples(index)
+        t = replicate_timesteps(index, num_timesteps, config.evaluate.replicates)
+        once = jax.device_get(first(params, definition.levels, examples, index))
+        again = jax.device_get(second(params, definition.levels, examples, index, t))
+        return once, _noise_variance(once, again, t, num_timesteps)
+
+    with progress(n * cost, "evaluate", "eval", unit_scale=True) as bar:
+        return over_examples(run, n, batch_size, bar, cost)
 
 
 def _noise_variance(once: Bound, again: Bound, t: np.ndarray, num_timesteps: int) -> np.ndarray:

@@ -21,6 +21,7 @@ from diffusion.statistics.standard_errors import Estimate, estimate
 from diffusion.variances import Variance
 from experiments.harness import checks, devices
 from experiments.harness.data import order, splits
+from experiments.harness.data.batches import over_examples
 from experiments.harness.data.sources import source
 from experiments.harness.errors import ConfigError
 from experiments.harness.evaluation.programs import evaluation_noise, jit_evaluation
@@ -122,24 +123,27 @@ def measure_totals(
     for key, choice in choices.items():
         groups.setdefault(choice.levels.log_snr.tobytes(), []).append(key)
     evaluations = draws * sum(choices[keys[0]].levels.num_timesteps for keys in groups.values())
-    programs, totals = {}, {key: np.empty((n, draws)) for key in choices}
+    programs, totals = {}, dict.fromkeys(choices)
     with progress(n * evaluations, "compare", "eval", unit_scale=True) as bar:
         for keys in groups.values():
             levels = choices[keys[0]].levels
             variances = tuple(choices[key].variance for key in keys)
             if variances not in programs:
                 programs[variances] = _make_terms(config, definition, mesh, draws, variances)
-            for index, mask in order.padded_batches(n, config.evaluate.batch_size):
+            run_terms = programs[variances]
+
+            def run(index, levels=levels, run_terms=run_terms):
                 examples = dataset.examples(index)
                 total = np.asarray(run_ends(params, *_ends(levels), examples, index), np.float64)
                 total = total[:, None]  # the same for every Σ_θ
                 for steps, is_step in _chunks(levels, config.evaluate.chunk_size):
-                    kl = programs[variances](params, *steps, examples, index)
+                    kl = run_terms(params, *steps, examples, index)
                     total = total + np.asarray(kl, np.float64)[..., is_step].sum(axis=-1)
-                    bar.update(int(mask.sum()) * draws * int(is_step.sum()))
-                for key, of_choice in zip(keys, total.swapaxes(0, 1), strict=True):
-                    totals[key][index[mask]] = of_choice[mask]
-                bar.update(int(mask.sum()) * draws)
+                return total
+
+            cost = draws * levels.num_timesteps
+            total = over_examples(run, n, config.evaluate.batch_size, bar, cost)
+            totals |= zip(keys, total.swapaxes(0, 1), strict=True)
     return totals
 
 

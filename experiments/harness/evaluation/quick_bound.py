@@ -9,7 +9,8 @@ from ml_collections import ConfigDict
 
 from diffusion.statistics.standard_errors import bits_per_dim, replicate_timesteps
 from experiments.harness import devices
-from experiments.harness.data import order, splits
+from experiments.harness.data import splits
+from experiments.harness.data.batches import over_examples
 from experiments.harness.evaluation import programs
 from experiments.harness.setup.definition import ModelDefinition
 
@@ -26,16 +27,17 @@ def make_quick_bound(
     some = programs.make_terms_at(config, definition, mesh, draw=0)
     num_timesteps, n = definition.levels.num_timesteps, len(dataset.images)
     num_dims = int(np.prod(definition.image_shape))
-    batches = list(order.padded_batches(n, config.evaluate.batch_size))
 
     def quick_bound(params: Any) -> float:
-        total, levels = 0.0, definition.learned(params).levels
-        for index, mask in batches:
+        levels = definition.learned(params).levels
+
+        def nats(index):
             t = replicate_timesteps(index, num_timesteps, config.train.validation_timesteps)
             terms = jax.device_get(some(params, levels, dataset.examples(index), index, t))
             diffusion = terms.kl.mean(axis=1) * (num_timesteps - 1) if t.size else 0.0
-            nats = terms.prior.astype(np.float64) + diffusion + terms.reconstruction
-            total += nats[mask].sum()
+            return terms.prior.astype(np.float64) + diffusion + terms.reconstruction
+
+        total = over_examples(nats, n, config.evaluate.batch_size).sum()
         return float(bits_per_dim(total / n, num_dims))
 
     return quick_bound

@@ -13,7 +13,8 @@ from diffusion.samplers import interpolation
 from diffusion.samplers.base import sample
 from diffusion.samplers.ddpm import ddim, ddim_encode
 from experiments.harness import checks, devices
-from experiments.harness.data import order, splits
+from experiments.harness.data import splits
+from experiments.harness.data.batches import over_examples
 from experiments.harness.errors import ConfigError
 from experiments.harness.pictures.images import save_png, strip
 from experiments.harness.processes.progress import progress
@@ -21,16 +22,16 @@ from experiments.harness.sampling import quality, sweep
 from experiments.harness.sampling.draw import Drawer, to_bytes
 from experiments.harness.sampling.sampler import Given, check_unconditional
 from experiments.harness.setup.definition import ModelDefinition
-from experiments.harness.setup.trained import Trained
+from experiments.harness.setup.trained import Run
 from experiments.harness.workdir.files import write_npz
 
 MASKS = ("left", "right", "top", "bottom", "border")
 _UNKNOWN = 0.0  # grey: how a picture shows what is not known
 
 
-def inpaint(trained: Trained) -> None:
+def inpaint(run: Run) -> None:
     """Test images of which a part is kept, and samples of the rest: inpaint.png and inpaint.npz."""
-    config, definition = trained.config, trained.definition
+    config, definition = run.config, run.definition
     of = config.sample.inpaint
     dataset = splits.load_data(config, "test", splits.first(config.sample.strip_rows))
     known = np.asarray(definition.quantization.to_data(dataset.images))
@@ -42,12 +43,12 @@ def inpaint(trained: Trained) -> None:
         masks = np.broadcast_to(mask, (len(index), *mask.shape))
         return Given(index, labels, known[index // each], masks)
 
-    levels = trained.levels(of.num_timesteps)
-    made = Drawer(config, definition)(trained.params, levels, n * each, give=give).x_0
+    levels = run.levels(of.num_timesteps)
+    made = Drawer(config, definition)(run.params, levels, n * each, give=give).x_0
     made = made.reshape(n, each, *made.shape[1:])
     frames = [known, np.where(mask, known, _UNKNOWN), *made.swapaxes(0, 1)]
     captions = ["data", "known", *(f"sample {i + 1}" for i in range(each))]
-    directory = trained.workdir / "samples"
+    directory = run.workdir / "samples"
     table = strip(to_bytes(definition, np.stack(frames)), captions)
     save_png(directory / "inpaint.png", table)
     samples = np.asarray(definition.quantization.to_level(made), np.uint8)
@@ -91,64 +92,63 @@ def _mask_of_file(name: str) -> Bool[np.ndarray, "..."]:
         ) from error
 
 
-def interpolate(trained: Trained) -> None:
+def interpolate(run: Run) -> None:
     """Test images blended into one another by their noise: interpolate.png and interpolate.npz.
 
     Encoded and decoded by deterministic DDIM, without labels: two images may be of two classes.
     """
-    config, definition = trained.config, trained.definition
+    config, definition = run.config, run.definition
     of, rows = config.sample.interpolate, config.sample.strip_rows
     images = splits.load_data(config, "test", splits.first(2 * rows)).images
     x_0 = np.asarray(definition.quantization.to_data(images))
     x_0_a, x_0_b = x_0[: len(x_0) // 2], x_0[len(x_0) - len(x_0) // 2 :]
-    levels = trained.levels(of.num_timesteps)
+    levels = run.levels(of.num_timesteps)
     weights = np.linspace(0.0, 1.0, of.columns)
 
     @jax.jit
-    def run(params, x_0_a: Array, x_0_b: Array) -> Array:
+    def blend(params, x_0_a: Array, x_0_b: Array) -> Array:
         reverse = definition.reverse(params)
         ways = reverse, ddim(reverse), x_0_a, x_0_b
         return interpolation.interpolate(*ways, np.float32(weights), levels)
 
-    params = devices.place(trained.params, devices.replicated(devices.mesh()))
-    made = np.asarray(run(params, x_0_a, x_0_b))
+    params = devices.place(run.params, devices.replicated(devices.mesh()))
+    made = np.asarray(blend(params, x_0_a, x_0_b))
     frames = np.stack([x_0_a, *made, x_0_b])
     captions = ["data", *(f"{weight:.2f}" for weight in weights), "data"]
-    directory = trained.workdir / "samples"
+    directory = run.workdir / "samples"
     table = strip(to_bytes(definition, frames), captions)
     save_png(directory / "interpolate.png", table)
     write_npz(directory / "interpolate.npz", x_0=made, weights=weights)
 
 
-def encode(trained: Trained) -> None:
+def encode(run: Run) -> None:
     """The test split encoded to noise and decoded: encode.png, encode.npz, and the error printed.
 
     By deterministic DDIM and its inverse, every image once, given its label if the model knows any.
     """
-    config, definition = trained.config, trained.definition
+    config, definition = run.config, run.definition
     of, size = config.sample.encode, config.sample.batch_size
     dataset = splits.load_data(config, "test")
     x_0 = np.asarray(definition.quantization.to_data(dataset.images))
-    levels, mesh = trained.levels(of.num_timesteps), devices.mesh()
+    levels, mesh = run.levels(of.num_timesteps), devices.mesh()
     whole, split = devices.replicated(mesh), devices.split_batch(mesh)
 
     @functools.partial(jax.jit, in_shardings=(whole, split, split), out_shardings=split)
-    def run(params: Any, x_0: Array, labels: Array | None) -> tuple[Array, Array]:
+    def encode_decode(params: Any, x_0: Array, labels: Array | None) -> tuple[Array, Array]:
         reverse = definition.reverse(params, labels=labels)
         x_T = ddim_encode(reverse, x_0, levels, of.iterations)
         return x_T, sample(ddim(reverse), levels, lambda t: x_T, len(x_T), x_T=x_T).x_0
 
-    params = devices.place(trained.params, whole)
-    noises, decoded = [], []
+    params = devices.place(run.params, whole)
+
+    def encode_batch(index):
+        return encode_decode(params, x_0[index], dataset.examples(index).labels)
+
     with progress(len(x_0), "encode and decode", "img", leave=False) as bar:
-        for index, mask in order.padded_batches(len(x_0), size):
-            made = run(params, x_0[index], dataset.examples(index).labels)
-            for parts, part in zip((noises, decoded), made, strict=True):
-                parts.append(np.asarray(part)[mask])
-            bar.update(int(mask.sum()))
-    noise, back = np.concatenate(noises), np.concatenate(decoded)
-    error = float(np.abs(np.float64(back) - x_0).mean() / np.ptp(definition.quantization.values))
-    directory, rows = trained.workdir / "samples", config.sample.strip_rows
+        noise, back = over_examples(encode_batch, len(x_0), size, bar)
+    error = float(np.abs(back - x_0).mean() / np.ptp(definition.quantization.values))
+    noise, back = np.float32(noise), np.float32(back)
+    directory, rows = run.workdir / "samples", config.sample.strip_rows
     frames = np.stack([x_0[:rows], noise[:rows], back[:rows]])
     table = strip(to_bytes(definition, frames), ["data", "noise", "decoded"])
     save_png(directory / "encode.png", table)
@@ -156,25 +156,25 @@ def encode(trained: Trained) -> None:
     print(f"encoded and decoded {len(x_0)} test images: mean error {error:.3%} of the range")
 
 
-def guidance(trained: Trained) -> None:
+def guidance(run: Run) -> None:
     """Several scales of guidance: guidance.png, a row a class, and the quality of each.
 
     By the config's sampler and number of levels; guidance.md has the table.
     """
-    config, definition = trained.config, trained.definition
-    levels, frames, entries = trained.levels(config.sample.num_timesteps), [], []
-    against = quality.reference(config, trained.workdir)
+    config, definition = run.config, run.definition
+    levels, frames, entries = run.levels(config.sample.num_timesteps), [], []
+    against = quality.reference(config, run.workdir)
     classes = np.array(config.sample.labels or range(definition.num_classes), np.int32)
     for scale in config.sample.guidance.scales:
-        changed = trained._replace(config=with_scale(config, scale))
+        changed = run._replace(config=with_scale(config, scale))
         drawer, n = Drawer(changed.config, definition), config.quality.num_samples
-        made = drawer(trained.params, levels, n)  # of the classes in turn
+        made = drawer(run.params, levels, n)  # of the classes in turn
         frames.append(made.x_0[: len(classes)])
         name = f"{config.sample.sampler}, scale {scale:g}"
         entries.append(sweep.measure(changed, against, name, levels.num_timesteps, made))
     captions = [f"scale {scale:g}" for scale in config.sample.guidance.scales]
     table = strip(to_bytes(definition, np.stack(frames)), captions)
-    directory = trained.workdir / "samples"
+    directory = run.workdir / "samples"
     save_png(directory / "guidance.png", table)
     (directory / "guidance.md").write_text(sweep.to_markdown(entries) + "\n")
 

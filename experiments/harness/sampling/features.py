@@ -4,7 +4,7 @@ To add one, write a function (config, directory) -> Features and list it in `FEA
 what it needs in the directory, as the classifier keeps its weights.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from diffusion.schedules import Array
 from experiments.harness.data import order, splits
+from experiments.harness.data.batches import batch_results
 from experiments.harness.errors import ConfigError
 from experiments.harness.processes.progress import progress
 from experiments.harness.workdir.files import write_npz
@@ -104,10 +105,12 @@ def name_of(config: ConfigDict) -> str:
     return config.quality.features or OF_DATA.get(config.data.name, "pixels")
 
 
-def batches_of(features: Features, images: UInt8[np.ndarray, "n h w c"]) -> Any:
+def feature_batches(
+    features: Features, images: UInt8[np.ndarray, "n h w c"]
+) -> Iterator[Float[np.ndarray, "_ f"]]:
     """The features of every image exactly once, as float64 host arrays [≤ BATCH, f]."""
-    for index, mask in order.padded_batches(len(images), min(BATCH, len(images))):
-        yield np.asarray(features.of(images[index]), np.float64)[mask]
+    n = len(images)
+    return batch_results(lambda index: features.of(images[index]), n, min(BATCH, n))
 
 
 def _scaled(images: Array, highest: int) -> Array:

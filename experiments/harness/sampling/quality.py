@@ -23,12 +23,12 @@ from experiments.harness.sampling.draw import Drawer
 from experiments.harness.sampling.features import (
     FEATURES,
     Features,
-    batches_of,
     choose,
+    feature_batches,
     name_of,
 )
 from experiments.harness.setup.definition import ModelDefinition
-from experiments.harness.setup.trained import Trained
+from experiments.harness.setup.trained import Run
 from experiments.harness.workdir.files import write_npz
 from experiments.harness.workdir.provenance import fingerprint
 
@@ -110,13 +110,13 @@ def quality(
     )
 
 
-def of_samples(trained: Trained) -> dict[str, Any]:
+def of_samples(run: Run) -> dict[str, Any]:
     """The quality of `quality.num_samples` samples by the config's sampler."""
-    config = trained.config
-    against = reference(config, trained.workdir)
-    levels = trained.levels(config.sample.num_timesteps)
-    made = Drawer(config, trained.definition)(trained.params, levels, config.quality.num_samples)
-    images = np.asarray(trained.definition.quantization.to_level(made.x_0), np.uint8)
+    config = run.config
+    against = reference(config, run.workdir)
+    levels = run.levels(config.sample.num_timesteps)
+    made = Drawer(config, run.definition)(run.params, levels, config.quality.num_samples)
+    images = np.asarray(run.definition.quantization.to_level(made.x_0), np.uint8)
     return {
         **quality(config, images, against)._asdict(),
         "features": against.features.name,
@@ -134,7 +134,7 @@ def _measure(
     moments, some, seen = None, [], 0
     chosen = np.zeros(len(images), bool)
     chosen[splits.some(limit)(len(images))] = True
-    for batch in batches_of(features, images):
+    for batch in feature_batches(features, images):
         moments = (moments or Moments.empty(batch.shape[1])).update(batch)
         some.append(batch[chosen[seen : seen + len(batch)]])
         seen += len(batch)

@@ -19,7 +19,7 @@ from experiments.harness.sampling import quality as qualities
 from experiments.harness.sampling.draw import Drawer, to_bytes
 from experiments.harness.sampling.quality import Quality, Reference, reference
 from experiments.harness.setup.definition import ModelDefinition
-from experiments.harness.setup.trained import Trained
+from experiments.harness.setup.trained import Run
 from experiments.harness.workdir import provenance
 from experiments.harness.workdir.files import write_json
 
@@ -54,7 +54,7 @@ class Entry(NamedTuple):
         return cls(told["sampler"], told["num_timesteps"], told["evaluations"], of)
 
 
-def sweep(trained: Trained) -> list[Entry]:
+def sweep(run: Run) -> list[Entry]:
     """Draws with every sampler at every number of steps, and with ancestral sampling at all T.
 
     All start from the same x_T. An entry is kept in samples/sweep.json as soon as it is measured,
@@ -64,49 +64,47 @@ def sweep(trained: Trained) -> list[Entry]:
     Returns:
       The entries, in the order asked for; the reference first.
     """
-    config = trained.config
-    against = reference(config, trained.workdir)
-    path, identity = trained.workdir / provenance.SWEEP, _identity(trained, against)
+    config = run.config
+    against = reference(config, run.workdir)
+    path, identity = run.workdir / provenance.SWEEP, _identity(run, against)
     saved = _saved(path, identity)
     entries, drawers = [], {}
-    for name, num_timesteps in _plan(trained):
-        drawer = drawers.setdefault(name, Drawer(_with_sampler(config, name), trained.definition))
-        key, grid = f"{name} {num_timesteps}", _grid_path(trained, name, num_timesteps)
+    for name, num_timesteps in _plan(run):
+        drawer = drawers.setdefault(name, Drawer(_with_sampler(config, name), run.definition))
+        key, grid = f"{name} {num_timesteps}", _grid_path(run, name, num_timesteps)
         if key not in saved or not grid.exists():
-            levels = _levels(trained, name, num_timesteps)
-            made = drawer(trained.params, levels, config.quality.num_samples)
-            saved[key] = measure(trained, against, name, num_timesteps, made)
-            save_png(grid, images.grid(to_bytes(trained.definition, made.x_0[:64])))
+            levels = _levels(run, name, num_timesteps)
+            made = drawer(run.params, levels, config.quality.num_samples)
+            saved[key] = measure(run, against, name, num_timesteps, made)
+            save_png(grid, images.grid(to_bytes(run.definition, made.x_0[:64])))
             write_json(path, identity | {"entries": [entry.to_dict() for entry in saved.values()]})
             tqdm.write(_row(saved[key]))
         entries.append(saved[key])
-    _write(trained, entries)
+    _write(run, entries)
     return entries
 
 
-def _plan(trained: Trained) -> list[tuple[str, int]]:
+def _plan(run: Run) -> list[tuple[str, int]]:
     """Samplers and numbers of steps; the reference first, and nothing twice."""
-    of = trained.config.sample.sweep
+    of = run.config.sample.sweep
     names = of.samplers or tuple(SAMPLERS)
-    plan = [(REFERENCE, trained.definition.levels.num_timesteps)]
+    plan = [(REFERENCE, run.definition.levels.num_timesteps)]
     plan += [(name, int(steps)) for name in names for steps in of.num_timesteps]
     return list(dict.fromkeys(plan))
 
 
-def _levels(trained: Trained, name: str, num_timesteps: int) -> Levels:
+def _levels(run: Run, name: str, num_timesteps: int) -> Levels:
     """By the config's spacing, but for the reference: all of the schedule's own."""
-    own = trained.definition.levels
+    own = run.definition.levels
     if (name, num_timesteps) == (REFERENCE, own.num_timesteps):
         return own
-    return trained.levels(num_timesteps)
+    return run.levels(num_timesteps)
 
 
-def measure(
-    trained: Trained, against: Reference, name: str, num_timesteps: int, made: Samples
-) -> Entry:
+def measure(run: Run, against: Reference, name: str, num_timesteps: int, made: Samples) -> Entry:
     """The entry of some samples."""
-    images = np.asarray(trained.definition.quantization.to_level(made.x_0), np.uint8)
-    found = qualities.quality(trained.config, images, against)
+    images = np.asarray(run.definition.quantization.to_level(made.x_0), np.uint8)
+    found = qualities.quality(run.config, images, against)
     return Entry(name, num_timesteps, float(made.evaluations.mean()), found)
 
 
@@ -116,13 +114,13 @@ def _with_sampler(config: ConfigDict, name: str) -> ConfigDict:
     return changed
 
 
-def _grid_path(trained: Trained, name: str, num_timesteps: int) -> epath.Path:
-    return trained.workdir / "samples" / "sweep" / f"{name}_{num_timesteps:04d}.png"
+def _grid_path(run: Run, name: str, num_timesteps: int) -> epath.Path:
+    return run.workdir / "samples" / "sweep" / f"{name}_{num_timesteps:04d}.png"
 
 
-def _identity(trained: Trained, against: Reference) -> dict[str, Any]:
+def _identity(run: Run, against: Reference) -> dict[str, Any]:
     """What all entries of a file have in common."""
-    identity = provenance.identity(provenance.SWEEP, trained.config, trained.step, trained.workdir)
+    identity = provenance.identity(provenance.SWEEP, run.config, run.step, run.workdir)
     return identity | {"features": against.features.name}
 
 
@@ -158,9 +156,9 @@ def _row(entry: Entry) -> str:
     )
 
 
-def _write(trained: Trained, entries: list[Entry]) -> None:
+def _write(run: Run, entries: list[Entry]) -> None:
     """The table and the plot."""
-    directory = trained.workdir / "samples"
+    directory = run.workdir / "samples"
     (directory / "sweep.md").write_text(to_markdown(entries) + "\n")
     plots.plot_quality(directory / "sweep.png", [entry.to_dict() for entry in entries])
 

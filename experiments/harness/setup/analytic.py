@@ -1,24 +1,20 @@
-"""Which Σ_θ a trained network is measured or sampled with; one of them from its measured errors.
+"""Analytic-DPM's Σ_θ: computed from the mean squared error of ε̂ at each noise level.
 
-Analytic-DPM's Σ needs the mean squared error of the network's ε̂ at each noise level, and no
-training. It is measured on the training split, once for a checkpoint, and kept in the work
-directory. Bao et al. (2022), "Analytic-DPM".
+The error is measured on the training split; nothing is trained. Bao et al. (2022), "Analytic-DPM".
 """
 
-import json
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from diffusion.forward import example_noise
-from diffusion.variances import VARIANCES, of_measured_error
+from diffusion.variances import VARIANCES, Variance, of_measured_error
 from experiments.harness import checks, devices
 from experiments.harness.data import order, splits
 from experiments.harness.data.splits import Examples
@@ -27,12 +23,10 @@ from experiments.harness.processes.progress import progress
 from experiments.harness.seeds import stream
 from experiments.harness.setup.definition import ModelDefinition
 from experiments.harness.workdir import provenance
-from experiments.harness.workdir.files import write_npz
 
 ANALYTIC = ("analytic_isotropic", "analytic_diagonal")
-SIGMAS = (*VARIANCES, *ANALYTIC)
 ERRORS_FILE = provenance.MEASURED_ERRORS
-_DRAW = 2**30  # sets these noises apart from all others of their stream
+_DRAW = 2**30  # keeps these noises apart from all others of their stream
 
 
 def check(config: ConfigDict, name: str, setting: str) -> None:
@@ -40,13 +34,14 @@ def check(config: ConfigDict, name: str, setting: str) -> None:
 
     Args:
       config: the config.
-      name: one of SIGMAS, or empty for the model's own.
+      name: a key of VARIANCES or one of ANALYTIC, or empty for the model's own.
       setting: where the name was given, for the message.
     """
-    checks.pick(("", *SIGMAS), name, setting)
+    known = (*VARIANCES, *ANALYTIC)
+    checks.pick(("", *known), name, setting)
     own = config.model.variance
     if name in VARIANCES and VARIANCES[name]().is_learned and name != own:
-        fixed = [n for n in SIGMAS if n in ANALYTIC or not VARIANCES[n]().is_learned]
+        fixed = [n for n in known if n in ANALYTIC or not VARIANCES[n]().is_learned]
         raise ConfigError(
             f"{setting} = {name!r} is for a network that was trained with it, and this one's "
             f"config.model.variance is {own!r}; use {', '.join(dict.fromkeys([*fixed, own]))}"
@@ -56,76 +51,35 @@ def check(config: ConfigDict, name: str, setting: str) -> None:
     checks.check_setting(config, "analytic.levels", lambda n: n >= 2, remedy)
 
 
-def choose(
-    config: ConfigDict,
-    name: str,
-    setting: str,
-    definition: ModelDefinition,
-    params: Any,
-    step: int,
-    workdir: epath.PathLike,
-) -> ModelDefinition:
-    """The definition with the Σ_θ of this name.
+def variance_of_errors(
+    name: str, log_snr: Float[np.ndarray, "L"], error: Float[np.ndarray, "L *d"]
+) -> Variance:
+    """The Σ_θ of this name, one of ANALYTIC, from measured errors.
 
-    Args:
-      config: the config.
-      name: one of SIGMAS, or empty for the model's own.
-      setting: where the name was given, for error messages.
-      definition: the mathematics; its schedule, if learned, the learned one.
-      params: the networks' parameters.
-      step: the step that they are of.
-      workdir: keeps the measured errors of an analytic Σ_θ; must be writable for that.
-
-    Raises:
-      ConfigError: for an unknown name, or for a learned Σ_θ that the network does not have.
+    The isotropic one has a single value at each level, the diagonal one a value per coordinate.
     """
-    check(config, name, setting)
-    if not name:
-        return definition
-    if name in VARIANCES:
-        return definition._replace(variance=VARIANCES[name]())
-    log_snr, error = measured_errors(config, definition, params, step, workdir)
     if name == "analytic_isotropic":
         error = error.mean(axis=tuple(range(1, error.ndim)))
-    # An error of zero, at a pixel that is the same in every image, has no logarithm.
-    error = np.maximum(error, np.finfo(np.float32).tiny)
-    return definition._replace(variance=of_measured_error(log_snr, error))
+    # A pixel that is the same in every image has error zero, and that has no logarithm.
+    return of_measured_error(log_snr, np.maximum(error, np.finfo(np.float32).tiny))
 
 
-def measured_errors(
-    config: ConfigDict, definition: ModelDefinition, params: Any, step: int, workdir: epath.PathLike
+def measure_errors(
+    config: ConfigDict, definition: ModelDefinition, params: Any
 ) -> tuple[Float[np.ndarray, "L"], Float[np.ndarray, "L *d"]]:
-    """E[(ε − ε̂)²] of every coordinate over the training split, at levels over the schedule.
+    """E[(ε − ε̂)²] of every coordinate over training data, at levels across the schedule.
 
-    Of the first `analytic.examples` examples, each once, with its label where `evaluate.labels`
-    gives a network labels, and with noise that is a function of
-    (seed, example, level). Kept in eps_errors.npz, and measured anew where that is of something
-    else.
+    Uses `analytic.examples` training examples, each once, with their labels where
+    `evaluate.labels` gives a network labels. The noise is a function of (seed, example, level).
 
     Args:
-      config: the config; `analytic` says at how many levels, and on how many examples.
-      definition: the mathematics; its schedule, if learned, the learned one.
+      config: the config; `analytic` has the number of levels and of examples.
+      definition: the model, a learned schedule tabulated.
       params: the networks' parameters.
-      step: the step that they are of.
-      workdir: where the errors are kept.
 
     Returns:
       The log-SNRs of the levels, falling, and the errors there, both float64.
     """
-    path = epath.Path(workdir) / ERRORS_FILE
-    identity = provenance.identity(ERRORS_FILE, config, step)
-    if path.exists():
-        with path.open("rb") as file, np.load(file) as saved:
-            if provenance.is_same(json.loads(str(saved["identity"])), identity):
-                return saved["log_snr"], saved["error"]
-    log_snr, error = _measure(config, definition, params)
-    write_npz(path, log_snr=log_snr, error=error, step=step, identity=json.dumps(identity))
-    return log_snr, error
-
-
-def _measure(
-    config: ConfigDict, definition: ModelDefinition, params: Any
-) -> tuple[Float[np.ndarray, "L"], Float[np.ndarray, "L *d"]]:
     # A schedule of a single level has no others.
     num_levels = config.analytic.levels if len(definition.schedule.knots) > 1 else 1
     log_snr = definition.schedule.levels(num_levels).log_snr[1:]
@@ -134,14 +88,14 @@ def _measure(
     squared_errors = _make_squared_errors(config, definition, mesh)
     params = devices.place(params, devices.replicated(mesh))
     total = np.zeros((num_levels, *definition.image_shape))
-    at = np.float32(log_snr)
     with progress(n * num_levels, "measure Σ", "eval", unit_scale=True, leave=False) as bar:
         for index, mask in order.padded_batches(n, config.evaluate.batch_size):
+            examples = dataset.examples(index)
             with jax.default_matmul_precision("highest"):
-                summed = squared_errors(
-                    params, at, dataset.examples(index), index, np.float32(mask)
+                sums = squared_errors(
+                    params, np.float32(log_snr), examples, index, np.float32(mask)
                 )
-            total += np.asarray(summed, np.float64)
+            total += np.asarray(sums, np.float64)
             bar.update(int(mask.sum()) * num_levels)
     return log_snr, total / n
 

@@ -1,66 +1,158 @@
-"""The averaged weights of a work directory, to evaluate or to sample from."""
+"""A trained run: what a work directory holds, ready to be measured or sampled."""
 
+import json
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from etils import epath
+from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from diffusion.schedules import Levels
 from diffusion.spacing import SPACINGS
+from diffusion.variances import VARIANCES
 from experiments.harness.errors import ConfigError
 from experiments.harness.processes import distributed
 from experiments.harness.setup import analytic
 from experiments.harness.setup.definition import ModelDefinition, define_model
 from experiments.harness.setup.optimal_steps import optimal_levels
 from experiments.harness.setup.params import abstract_params
+from experiments.harness.workdir import provenance
 from experiments.harness.workdir.checkpoints import Checkpoints, RemovedError
+from experiments.harness.workdir.files import write_npz
 from experiments.harness.workdir.record import check_network, check_writable
 
-_ATTEMPTS = 5  # while training goes on in the directory
+_ATTEMPTS = 5  # a training that goes on in the directory may remove the chosen checkpoint
+
+
+class Run(NamedTuple):
+    """A trained model and the work directory that it comes from.
+
+    Attributes:
+      config: the config.
+      workdir: where it was trained, and where results are written.
+      definition: the model without parameters. A learned schedule is already tabulated.
+      params: the EMA weights.
+      step: the training step of the weights.
+      writes: whether measured errors are saved in the work directory.
+    """
+
+    config: ConfigDict
+    workdir: epath.Path
+    definition: ModelDefinition
+    params: Any
+    step: int
+    writes: bool = True
+
+    def levels(self, num_timesteps: int = 0) -> Levels:
+        """The levels that a sampler steps through; 0 for as many as the schedule has.
+
+        Raises:
+          ConfigError: if the config's spacing has no such levels.
+        """
+        return make_levels(self.config, self.definition, num_timesteps, self.workdir, self.step)
+
+    def with_variance(self, name: str, setting: str = "variance") -> "Run":
+        """The same run with another Σ_θ.
+
+        Args:
+          name: a key of VARIANCES or one of `analytic.ANALYTIC`; empty for the model's own.
+          setting: the setting that gave the name, for error messages.
+
+        Raises:
+          ConfigError: for an unknown name, or a learned Σ_θ that the network does not have.
+        """
+        analytic.check(self.config, name, setting)
+        if not name:
+            return self
+        if name in VARIANCES:
+            variance = VARIANCES[name]()
+        else:
+            variance = analytic.variance_of_errors(name, *self.measured_errors())
+        return self._replace(definition=self.definition._replace(variance=variance))
+
+    def measured_errors(self) -> tuple[Float[np.ndarray, "L"], Float[np.ndarray, "L *d"]]:
+        """E[(ε − ε̂)²] of every coordinate on training data, as `analytic.measure_errors` has it.
+
+        Read from eps_errors.npz where that holds the errors of these weights and settings. Else
+        measured, and saved there unless the run does not write.
+        """
+        path = self.workdir / analytic.ERRORS_FILE
+        identity = provenance.identity(analytic.ERRORS_FILE, self.config, self.step)
+        if path.exists():
+            with path.open("rb") as file, np.load(file) as saved:
+                if provenance.is_same(json.loads(str(saved["identity"])), identity):
+                    return saved["log_snr"], saved["error"]
+        log_snr, error = analytic.measure_errors(self.config, self.definition, self.params)
+        if self.writes:
+            identity = json.dumps(identity)
+            write_npz(path, log_snr=log_snr, error=error, step=self.step, identity=identity)
+        return log_snr, error
+
+
+def load(
+    config: ConfigDict, workdir: epath.PathLike, checkpoint: str = "best", writes: bool = True
+) -> Run:
+    """Loads the EMA weights of a work directory.
+
+    Args:
+      config: the config; its model must be the trained one.
+      workdir: holds the checkpoints.
+      checkpoint: "best" or "latest", as for `load_ema`.
+      writes: whether results will be written to the directory.
+
+    Raises:
+      ConfigError: if the directory holds no such model, or results can't be written to it.
+    """
+    check_network(config, workdir)
+    definition = define_model(config)
+    params, step = load_ema(workdir, checkpoint, abstract_params(definition))
+    if writes:
+        check_writable(workdir)
+    return Run(config, epath.Path(workdir), definition.learned(params), params, step, writes)
 
 
 def load_ema(
     workdir: epath.PathLike, which: str, like: Any, setting: str = "workdir"
 ) -> tuple[Any, int]:
-    """The averaged weights of a work directory, and the step they are of; changes nothing there.
+    """The EMA weights of a work directory and their training step; changes nothing there.
 
     Args:
       workdir: a work directory, also one that is still training.
-      which: "best" (on validation; the latest where none was measured) or "latest". Of a damaged
-        checkpoint it says so, and takes the next.
+      which: "best" (lowest bound on validation; the latest where none was measured) or "latest".
+        A damaged checkpoint is reported, and the next one taken.
       like: the parameters' shapes and dtypes.
-      setting: where `workdir` was given, for error messages.
+      setting: the setting that gave `workdir`, for error messages.
 
     Raises:
-      ConfigError: for a directory without good checkpoints, or of another architecture.
+      ConfigError: for a directory without an intact checkpoint, or of another architecture.
     """
     with Checkpoints(workdir, read_only=True, setting=setting) as checkpoints:
-        if jax.process_count() > 1:  # while training goes on each would see others
-            chosen = checkpoints.choose(which) if distributed.is_first() else None
-            step = distributed.of_first(-1 if chosen is None else chosen)
-            if step < 0:
-                raise _none_good(setting, workdir)
-            return checkpoints.restore_part(step, "ema_params", like), step
 
         def read(step: int) -> tuple[Any, int]:
             return checkpoints.restore_part(step, "ema_params", like), step
 
-        for attempt in range(_ATTEMPTS):
-            try:
-                found = checkpoints.first_good(which, read)
-            except RemovedError:
-                if attempt == _ATTEMPTS - 1:
-                    raise
-                continue
-            if found is not None:
-                return found
-            break
-        raise _none_good(setting, workdir)
+        if jax.process_count() > 1:  # the processes must agree, so the first one chooses
+            chosen = checkpoints.choose(which) if distributed.is_first() else None
+            step = distributed.of_first(-1 if chosen is None else chosen)
+            restored = None if step < 0 else read(step)
+        else:
+            restored = _first_good(checkpoints, which, read)
+    if restored is None:
+        raise ConfigError(f"{setting}={workdir} holds no checkpoint that is not damaged")
+    return restored
 
 
-def _none_good(setting: str, workdir: epath.PathLike) -> ConfigError:
-    return ConfigError(f"{setting}={workdir} holds no checkpoint that is not damaged")
+def _first_good(checkpoints: Checkpoints, which: str, read: Any) -> tuple[Any, int] | None:
+    """`Checkpoints.first_good`, again where training removed the checkpoint that was chosen."""
+    for attempt in range(_ATTEMPTS):
+        try:
+            return checkpoints.first_good(which, read)
+        except RemovedError:
+            if attempt == _ATTEMPTS - 1:
+                raise
+    return None
 
 
 def make_levels(
@@ -70,14 +162,14 @@ def make_levels(
     workdir: epath.PathLike,
     step: int,
 ) -> Levels:
-    """The levels that samples step through, by the config's spacing.
+    """The levels that a sampler steps through, by the config's spacing.
 
     Args:
       config: `sample.spacing` and its options.
-      definition: its schedule, if learned, the learned one.
-      num_timesteps: how many; 0 for all of the schedule's.
-      workdir: holds the bound-optimal levels, if these are asked for.
-      step: the step that the parameters are of.
+      definition: has the schedule, a learned one tabulated.
+      num_timesteps: number of levels; 0 for as many as the schedule has.
+      workdir: holds the bound-optimal levels, if the spacing is that.
+      step: the training step of the weights.
 
     Raises:
       ConfigError: if there are no such levels.
@@ -89,43 +181,3 @@ def make_levels(
         return SPACINGS[name](definition.schedule, num_timesteps, **config.sample.get(name, {}))
     except ValueError as error:
         raise ConfigError(f"config.sample.spacing = {name!r}: {error}") from error
-
-
-class Trained(NamedTuple):
-    """A trained model, as `sample` and its extras use it.
-
-    Attributes:
-      config: the config.
-      workdir: where it was trained, and where results go.
-      definition: its mathematics, with the learned schedule and the chosen Σ_θ.
-      params: the EMA weights.
-      step: the step that they are of.
-    """
-
-    config: ConfigDict
-    workdir: epath.Path
-    definition: ModelDefinition
-    params: Any
-    step: int
-
-    def levels(self, num_timesteps: int) -> Levels:
-        """The levels that samples step through, 0 for as many as the schedule has."""
-        return make_levels(self.config, self.definition, num_timesteps, self.workdir, self.step)
-
-
-def load(config: ConfigDict, workdir: epath.PathLike) -> Trained:
-    """What a work directory holds, ready to sample from.
-
-    Raises:
-      ConfigError: if it holds no such model, or can't be written to.
-    """
-    check_network(config, workdir)
-    definition = define_model(config)
-    params, step = load_ema(workdir, config.sample.checkpoint, abstract_params(definition))
-    definition = definition.learned(params)
-    check_writable(workdir)
-    setting = "config.sample.variance"
-    definition = analytic.choose(
-        config, config.sample.variance, setting, definition, params, step, workdir
-    )
-    return Trained(config, epath.Path(workdir), definition, params, step)

@@ -67,7 +67,7 @@ def test_the_classifiers_features_tell_digits_apart(workdir):
     train, test = target[:1000], target[1350:]
     means = np.stack([reference.some[train == k].mean(axis=0) for k in range(10)])
     images = splits.load("digits", "test").images
-    found = np.concatenate(list(features.batches_of(reference.features, images)))
+    found = np.concatenate(list(features.feature_batches(reference.features, images)))
     distance = np.square(found[:, None] - means).sum(axis=-1)
     assert (distance.argmin(axis=1) == test).mean() > 0.6  # by chance 0.1
 
@@ -126,7 +126,7 @@ def test_every_image_is_featured_once(workdir):
     images = np.arange(501 * 64).reshape(501, 8, 8, 1) % 17
     pixels = features.pixels(config(), epath.Path(workdir))
     for n in (1, 499, 500, 501):
-        found = np.concatenate(list(features.batches_of(pixels, images[:n].astype(np.uint8))))
+        found = np.concatenate(list(features.feature_batches(pixels, images[:n].astype(np.uint8))))
         np.testing.assert_allclose(found, images[:n].reshape(n, -1) / 16, rtol=1e-6)
         assert found.dtype == np.float64
 
