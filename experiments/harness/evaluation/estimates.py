@@ -129,9 +129,9 @@ def ode(
                 return run(params, definition.levels, examples, index, of_rows)
 
             draws.append(over_examples(solve, n, config.evaluate.batch_size, bar))
-    bound = jax.tree.map(lambda *arrays: np.stack(arrays), *draws)
+    bound = jax.tree.map(lambda *arrays: np.concatenate(arrays), *draws)
     num_dims = int(np.prod(definition.image_shape))
-    total, solver_error = bound.total, bound.ode.solver_error.mean()
+    total, solver_error = bound.total.reshape(DRAWS, n), bound.ode.solver_error.mean()
     trace_se = np.sqrt((bound.ode.trace_se**2).sum()) / (DRAWS * n)
     return {
         **_summary(
