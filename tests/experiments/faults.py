@@ -36,7 +36,8 @@ def assert_ends_as(uninterrupted, workdir):
 
 PROGRAM = """
 import os, signal, sys, time
-from experiments.harness import command_line, data
+from experiments.harness import command_line
+from experiments.harness.data import order
 from tests.experiments import tiny
 workdir = sys.argv[1]
 {before}
@@ -47,7 +48,7 @@ sys.exit(status)
 AT_STEP = """
 def do():
     {do}
-data.batch_indices = tiny.Interruption({step}, data.batch_indices, do)
+order.batch_indices = tiny.Interruption({step}, order.batch_indices, do)
 """
 
 

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 def test_killed_inside_a_save_a_run_goes_on(uninterrupted, tmp_path, quick_compiles):
     """While the checksums of the second checkpoint are being written."""
     before = """
-from experiments.harness import checksums
+from experiments.harness.workdir import checksums
 write, calls = checksums.write, []
 def kill(item):
     calls.append(item)
@@ -189,7 +189,7 @@ def test_no_space_for_a_line_of_the_log_is_a_line(uninterrupted, tmp_path, monke
 
 
 def test_a_second_run_is_refused_while_the_first_one_lives(tmp_path, quick_compiles):
-    held = "from experiments.harness import lock; import os, sys, time\n"
+    held = "from experiments.harness.workdir import lock; import os, sys, time\n"
     held += "with lock.held(sys.argv[1]): print('held', flush=True); time.sleep(60)"
     first = subprocess.Popen(
         [sys.executable, "-c", held, str(tmp_path)],

@@ -70,12 +70,12 @@ def test_a_killed_run_goes_on_as_if_it_never_stopped(uninterrupted, tmp_path, qu
     """SIGKILL two steps after a checkpoint, which may still be on its way to the disk."""
     program = """
 import os, signal, sys
-from experiments.harness import data
+from experiments.harness.data import order
 from experiments.train import train
 from tests.experiments import tiny
 
 kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
-data.batch_indices = tiny.Interruption(6, data.batch_indices, kill)
+order.batch_indices = tiny.Interruption(6, order.batch_indices, kill)
 train(tiny.config(), sys.argv[1])
 """
     command = [sys.executable, "-c", program, str(tmp_path)]

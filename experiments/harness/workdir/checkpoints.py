@@ -16,33 +16,33 @@ from experiments.harness.workdir import checksums, orbax
 
 CHECKPOINTS = ("best", "latest")
 _SUBDIRECTORY = "checkpoints"
-_INTERRUPTED = "interrupted"  # what a signal made a run save, between two of its checkpoints
+_INTERRUPTED = "interrupted"  # the state that a run saves when a signal stops it
 _DAMAGED = "damaged_checkpoints"
 
 Read = TypeVar("Read")
 
 
 class DamagedError(ConfigError):
-    """A checkpoint's files are not what was written."""
+    """The files of a checkpoint differ from those that were written."""
 
 
 class RemovedError(ConfigError):
-    """The run that trains here removed the checkpoint while it was being read."""
+    """A training run removed the checkpoint while it was being read."""
 
 
 class Checkpoints:
     """The checkpoints of a work directory: the last few, and the best by a validation metric.
 
-    A context manager; leaving it waits for the save that is under way. A checkpoint appears under
-    its step's name only when it is complete, its checksums included, so a kill at any time leaves
-    the earlier ones intact and another process may read while this one writes.
+    A context manager; on exit it waits for the current save. A checkpoint gets its step's name
+    only when it is complete, its checksums included. So a kill at any time leaves the earlier ones
+    intact, and another process may read while this one writes.
 
     Args:
-      workdir: the work directory, local or a bucket; checkpoints lie in its `checkpoints/`.
+      workdir: the work directory, local or a bucket; the checkpoints are in its `checkpoints/`.
       keep_last: how many of the latest checkpoints to keep, besides the best one.
-      read_only: look but never create, change or remove anything: for evaluation, sampling and warm
-        starts, also while another process trains in this work directory.
-      setting: the setting that `workdir` came from, for error messages.
+      read_only: create, change and remove nothing: for evaluation, sampling and warm starts, also
+        while another process trains in this work directory.
+      setting: the setting that named `workdir`, for error messages.
 
     Raises:
       ConfigError: the directory cannot be written, or (read_only) it holds no checkpoint.
@@ -66,14 +66,10 @@ class Checkpoints:
                 raise self._no_checkpoint()
             return
         self._create_directory()
-        # orbax chooses what to keep by the metrics, and can't open a directory with a broken one.
-        broken = {
-            step: wrong
-            for step in orbax.complete_steps(self._directory)
-            if (wrong := orbax.damaged_metric(self._directory / str(step)))
-        }
-        for step, wrong in broken.items():
-            self._move_aside(step, wrong)
+        # orbax reads every metric to decide what to keep, and fails at a damaged one.
+        for step in orbax.complete_steps(self._directory):
+            if damage := orbax.damaged_metric(self._directory / str(step)):
+                self._move_aside(step, damage)
         self._manager = orbax.open_manager(self._directory, keep_last)
         self._clear_up()
 
@@ -87,17 +83,16 @@ class Checkpoints:
         """Saves `state` in the background; on return its buffers may be donated or overwritten.
 
         Args:
-          step: number of training steps behind `state`.
+          step: number of training steps that led to `state`.
           state: pytree of arrays.
-          validation: metric of this state on validation data, lower is better. Without one, or with
-            one that is not finite, the state is never the best.
+          validation: metric of this state on validation data; lower is better. A state without a
+            finite metric is never the best.
 
         Returns:
-          Whether a save was started: False if `step` is saved already, and then `validation` too
-          stays what it was.
+          Whether a save was started. If `step` was saved before, its checkpoint stays as it is.
 
         Raises:
-          RunError: it, or an earlier save in the background, failed (a full disk, say).
+          RunError: this save, or an earlier one in the background, failed (a full disk, say).
         """
         self._require_writing()
         self.wait()
@@ -114,18 +109,21 @@ class Checkpoints:
     def check(self) -> None:
         """Raises RunError if a save in the background has failed; does not wait.
 
-        Of several processes each would see the end at another time; there the next save tells.
+        Several processes would see the end at different times; there the next save reports it.
         """
-        if jax.process_count() > 1:
-            return
-        if self._is_saving and not self._manager.is_saving_in_progress():
+        if (
+            jax.process_count() == 1
+            and self._is_saving
+            and not self._manager.is_saving_in_progress()
+        ):
             self.wait()
 
     def save_interrupted(self, step: int, state: Any) -> None:
-        """Saves, completely, where a signal stops a run: a state of which no more is done.
+        """Saves the state of a run that a signal stops, and waits until it is complete.
 
-        It is none of the checkpoints that the run makes by itself, and changes nothing of which of
-        them are kept; a later one takes its place.
+        The tasks scheduled after this step, such as validation, are still to do. The state lies
+        beside the run's own checkpoints, and has no influence on which of them are kept. The next
+        own checkpoint replaces it.
 
         Raises:
           RunError: as for `save`.
@@ -142,7 +140,7 @@ class Checkpoints:
                 manager.close()
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, ascending; waits for the save that is under way."""
+        """Steps of the complete checkpoints, ascending; waits for the current save."""
         self.wait()
         interrupted = orbax.complete_steps(self._workdir / _INTERRUPTED)
         steps = sorted({*orbax.complete_steps(self._directory), *interrupted})
@@ -154,16 +152,13 @@ class Checkpoints:
         return max(self.steps(), default=None)
 
     def best_step(self) -> int | None:
-        """Step of the kept checkpoint with the lowest validation metric, the later of equals.
-
-        None if no checkpoint has a metric.
-        """
+        """Step with the lowest validation metric, the later of equals; None without metrics."""
         return next(iter(self._measured()), None)
 
     def choose(self, which: str) -> int | None:
-        """The step of the "best" or the "latest" whose files are as they were written.
+        """Step of the "best" or the "latest" checkpoint without damage; None if there is none.
 
-        The latest too where none was measured; None where none is good.
+        Without any metric the latest is the best.
         """
 
         def verified(step: int) -> int:
@@ -173,9 +168,16 @@ class Checkpoints:
         return self.first_good(which, verified)
 
     def first_good(self, which: str, read: Callable[[int], Read]) -> Read | None:
-        """What `read` makes of the best or the latest checkpoint; of a damaged one, of the next.
+        """Applies `read` to the best or the latest checkpoint; to the next one if it is damaged.
 
-        It says which are damaged, and moves them aside unless it may only read.
+        Prints a warning for each damaged checkpoint, and moves it aside unless this is read-only.
+
+        Args:
+          which: "best" or "latest".
+          read: from a step to a value; raises DamagedError.
+
+        Returns:
+          The value; None if no checkpoint is good.
         """
         steps = self.steps()[::-1]
         if which == "best":
@@ -184,11 +186,16 @@ class Checkpoints:
             try:
                 return read(step)
             except DamagedError as error:
-                self._set_aside(step, str(error))
+                if self._manager is None:
+                    warning = self._damage_warning(step, str(error))
+                    tqdm.write(f"{warning}; going on without it")
+                else:
+                    self._move_aside(step, str(error))
+                    self._manager.reload()
         return None
 
     def was_interrupted(self, step: int) -> bool:
-        """Whether a signal made this one: what is due after its step is still to be done."""
+        """Whether this is the state of a stopped run: its scheduled tasks are still to do."""
         return self._path(step).parent.name == _INTERRUPTED
 
     def restore(self, step: int, like: Any) -> Any:
@@ -196,40 +203,36 @@ class Checkpoints:
 
         Args:
           step: step of a complete checkpoint.
-          like: pytree of jax.Arrays or jax.ShapeDtypeStructs, with the structure, shapes and dtypes
-            of the saved state. Each array comes back with the sharding of its leaf here, however it
-            was sharded when saved; without one, on this process's first device. A NumPy leaf comes
-            back as NumPy.
+          like: pytree of jax.Arrays or jax.ShapeDtypeStructs with the structure, shapes and dtypes
+            of the saved state. Each array is restored with the sharding of its leaf here, or on
+            this process's first device if the leaf has none. A NumPy leaf is restored as NumPy.
 
         Returns:
           A pytree of the structure of `like`.
 
         Raises:
-          ConfigError: no such step, or the checkpoint differs from `like` in structure, shape or
-            dtype (it is of another architecture).
-          DamagedError: its files are not what was written.
-          RemovedError: it went while it was being read.
+          ConfigError: there is no such step, or the checkpoint differs from `like` in structure,
+            shape or dtype (it is of another architecture).
+          DamagedError: its files differ from those that were written.
+          RemovedError: it was removed while it was being read.
         """
         return self._restore(step, like, part=None)
 
     def restore_part(self, step: int, part: str, like: Any) -> Any:
-        """One field of the state saved at `step`, such as `ema_params`, without reading the rest.
+        """One field of the state saved at `step`, such as `ema_params`; the rest is not read.
 
         Args:
           step: step of a complete checkpoint.
           part: name of a field (or, for a dictionary, key) of the saved state.
-          like: as for `restore`, of that field alone; of a dictionary, of the keys that are wanted.
-
-        Returns:
-          A pytree of the structure of `like`.
+          like: as for `restore`, of that field alone; a dictionary may leave out keys.
 
         Raises:
-          ConfigError: as for `restore`, and the others.
+          ConfigError, DamagedError, RemovedError: as for `restore`.
         """
         return self._restore(step, like, part)
 
     def wait(self) -> None:
-        """Returns once the save under way is complete; raises RunError if it failed."""
+        """Waits until the current save is complete; raises RunError if it failed."""
         if self._manager is None:
             return
         with self._writing(self._last_saved):
@@ -238,7 +241,7 @@ class Checkpoints:
             self._clear_up()
 
     def close(self) -> None:
-        """Waits for the save under way, then releases threads and files."""
+        """Waits for the current save, then releases threads and files."""
         try:
             self.wait()
         finally:
@@ -246,9 +249,9 @@ class Checkpoints:
                 self._manager.close()
 
     def _clear_up(self) -> None:
-        """Deletes what was removed, and what a signal made a run save if it has got further since.
+        """Deletes removed checkpoints, and the state of a stopped run once an own one is as late.
 
-        The latter too goes by its name first, so that a reader finds it whole or not at all.
+        That state is renamed first, so that a reader finds it whole or not at all.
         """
         if not distributed.is_first():
             return
@@ -262,8 +265,8 @@ class Checkpoints:
             _remove(removed)
 
     def _restore(self, step: int, like: Any, part: str | None) -> Any:
-        was_there, steps = step in self._seen, self.steps()
-        if step not in steps and was_there:
+        was_seen, steps = step in self._seen, self.steps()
+        if step not in steps and was_seen:
             raise self._removed(step)
         if not steps:
             raise self._no_checkpoint()
@@ -277,30 +280,27 @@ class Checkpoints:
             except orbax.DifferentError as error:
                 raise ConfigError(
                     f"{self._name}: the checkpoint at step {step} is of another architecture: "
-                    f"{error}: use the config it was trained with, or another work directory"
+                    f"{error}: use the config of its training, or another work directory"
                 ) from error
 
     def _verify(self, step: int) -> None:
-        """Raises DamagedError unless the files are as they were written."""
+        """Raises DamagedError unless the files agree with their checksums."""
         with self._while_it_exists(step):
-            wrong = checksums.damage(self._path(step))
-            if wrong and self._path(step).exists():
-                raise DamagedError(wrong)
-            if wrong:
-                raise FileNotFoundError(wrong)
+            if damage := checksums.damage(self._path(step)):
+                raise DamagedError(damage)
 
     @contextmanager
     def _while_it_exists(self, step: int) -> Iterator[None]:
+        """Turns errors of reading into RemovedError or DamagedError."""
         path = self._path(step)
         try:
             yield
-        except ConfigError:
-            raise
         except Exception as error:
             if not path.exists():
                 raise self._removed(step) from error
-            if checksums.are_written(path) or isinstance(error, RuntimeError | MemoryError):
-                raise  # not for what is in the files
+            is_explained = checksums.are_written(path) or isinstance(error, ConfigError)
+            if is_explained or isinstance(error, RuntimeError | MemoryError):
+                raise  # the files are not the cause, or the error names it
             raise DamagedError(f"it can't be read: {in_short(error)}") from error
 
     def _path(self, step: int) -> epath.Path:
@@ -311,34 +311,24 @@ class Checkpoints:
         """The steps that have a metric, the best first."""
         self.wait()
         steps = orbax.complete_steps(self._directory)
-        found = {step: orbax.validation_of(self._directory / str(step)) for step in steps}
-        return sorted((s for s in steps if math.isfinite(found[s])), key=lambda s: (found[s], -s))
+        metric = {step: orbax.validation_of(self._directory / str(step)) for step in steps}
+        measured = [step for step in steps if math.isfinite(metric[step])]
+        return sorted(measured, key=lambda step: (metric[step], -step))
 
-    def _set_aside(self, step: int, wrong: str) -> None:
-        """Says that a checkpoint is damaged, and moves it out of the way of a run."""
-        if self._manager is None:
-            tqdm.write(f"{self._damaged(step, wrong)}; going on without it")
-        else:
-            self._move_aside(step, wrong)
-            self._manager.reload()
-
-    def _move_aside(self, step: int, wrong: str) -> None:
+    def _move_aside(self, step: int, damage: str) -> None:
+        """Moves a damaged checkpoint to damaged_checkpoints/ and prints a warning."""
         distributed.wait_for_all(f"damage of {step} is seen")
         if distributed.is_first():
-            self._rename_damaged(step, wrong)
+            directory = self._workdir / _DAMAGED
+            directory.mkdir(exist_ok=True)
+            names = (f"{step}.{i}" if i else f"{step}" for i in itertools.count())
+            target = next(directory / n for n in names if not (directory / n).exists())
+            self._path(step).rename(target)
+            tqdm.write(f"{self._damage_warning(step, damage)}; it was moved to {target}")
         distributed.wait_for_all(f"{step} is moved")
 
-    def _rename_damaged(self, step: int, wrong: str) -> None:
-        directory = self._workdir / _DAMAGED
-        directory.mkdir(exist_ok=True)
-        taken = {path.name for path in directory.iterdir()}
-        names = (f"{step}.{i}" if i else f"{step}" for i in itertools.count())
-        target = directory / next(name for name in names if name not in taken)
-        self._path(step).rename(target)
-        tqdm.write(f"{self._damaged(step, wrong)}; it was moved to {target}")
-
-    def _damaged(self, step: int, wrong: str) -> str:
-        return f"warning: {self._name}: the checkpoint at step {step} is damaged ({wrong})"
+    def _damage_warning(self, step: int, damage: str) -> str:
+        return f"warning: {self._name}: the checkpoint at step {step} is damaged ({damage})"
 
     def _require_writing(self) -> None:
         if self._manager is None:
@@ -346,7 +336,7 @@ class Checkpoints:
 
     @contextmanager
     def _writing(self, step: int, directory: epath.Path | None = None) -> Iterator[None]:
-        """An error of the body as one line."""
+        """Turns an error of saving into a RunError of one line."""
         directory = directory or self._directory
         try:
             yield
@@ -385,11 +375,8 @@ class Checkpoints:
 
 def is_new(workdir: epath.PathLike) -> bool:
     """Whether a work directory has no complete checkpoint yet; changes nothing there."""
-    try:
-        with Checkpoints(workdir, read_only=True):
-            return False
-    except ConfigError:
-        return True
+    places = (epath.Path(workdir) / name for name in (_SUBDIRECTORY, _INTERRUPTED))
+    return not any(orbax.complete_steps(place) for place in places)
 
 
 def _remove(directory: epath.Path) -> None:

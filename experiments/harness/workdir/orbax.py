@@ -1,4 +1,4 @@
-"""A saved pytree read back: into the shapes that are asked for, bit for bit or not at all."""
+"""Saving and restoring pytrees with orbax: bit for bit, or not at all."""
 
 import json
 import logging
@@ -14,20 +14,24 @@ from experiments.harness.errors import in_short
 from experiments.harness.processes import distributed
 from experiments.harness.workdir import checksums
 
+ITEM = "default"  # the part of a checkpoint that is the state
+METRIC = "validation"
+REMOVED = "removed"  # a checkpoint is renamed to here before its files are deleted
+_METRIC_FILE = "metrics/metrics"
 _DIFFERENCES_SHOWN = 3
 
 
 class DifferentError(Exception):
-    """What was saved is not of the structure, shapes and dtypes that are asked for."""
+    """A saved pytree has not the expected structure, shapes and dtypes."""
 
 
 def read(item: epath.Path, like: Any, part: str | None) -> Any:
-    """What was saved in a directory, or one field of it, as `like` describes it.
+    """A saved pytree, or one field of it.
 
     Args:
       item: the directory that orbax wrote.
-      like: pytree of arrays or jax.ShapeDtypeStructs; of a part that is a dictionary, of the keys
-        that are wanted.
+      like: pytree of arrays or jax.ShapeDtypeStructs; where `part` is a dictionary, it may leave
+        out keys.
       part: name of a field of the saved pytree; None for all of it.
 
     Raises:
@@ -41,10 +45,10 @@ def read(item: epath.Path, like: Any, part: str | None) -> Any:
     if part is not None:
         stored = {part: stored[part]} if part in stored else {}
     if part in stored and isinstance(like, dict) and isinstance(stored[part], dict):
-        # Such as a network without the schedule that was learned beside it.
+        # A network, for instance, without the schedule that was learned with it.
         stored[part] = {k: tree for k, tree in stored[part].items() if k in like}
     _require_same(stored, wanted)
-    # Asked for in the checkpoint's own structure, which knows no NamedTuples.
+    # orbax stores NamedTuples as dictionaries, and wants the target in its own structure.
     target = jax.tree_util.tree_map_with_path(
         lambda path, _: _on_device(wanted[_key(path)]), stored
     )
@@ -62,14 +66,14 @@ def read(item: epath.Path, like: Any, part: str | None) -> Any:
 def _require_same(stored: Any, wanted: dict[str, Any]) -> None:
     there = {_key(path): _describe(leaf) for path, leaf in _leaves(stored)}
     here = {name: _describe(leaf) for name, leaf in wanted.items()}
-    different = [
+    differences = [
         f"{name} is {there.get(name, 'absent')} there and {here.get(name, 'absent')} here"
         for name in here | there
         if here.get(name) != there.get(name)
     ]
-    more = len(different) - _DIFFERENCES_SHOWN
-    if different:
-        shown = "; ".join(different[:_DIFFERENCES_SHOWN])
+    more = len(differences) - _DIFFERENCES_SHOWN
+    if differences:
+        shown = "; ".join(differences[:_DIFFERENCES_SHOWN])
         raise DifferentError(shown + (f"; and {more} more" if more > 0 else ""))
 
 
@@ -94,19 +98,8 @@ def _on_device(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-ITEM = "default"  # the part of a checkpoint that is the state
-METRIC = "validation"
-REMOVED = "removed"  # where one goes before it is deleted: it is there whole, or not at all
-_METRIC_FILE = "metrics/metrics"
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """Not the trace of an error that orbax also raises."""
-    return not (record.exc_info and "orbax" in record.pathname)
-
-
 def open_manager(directory: epath.Path, keep_last: int) -> Any:
-    """orbax's manager of a directory, which keeps the last few and the best."""
+    """orbax's manager of a directory, which keeps the last few checkpoints and the best."""
     import orbax.checkpoint as ocp
 
     class Handler(ocp.PyTreeCheckpointHandler):
@@ -116,23 +109,17 @@ def open_manager(directory: epath.Path, keep_last: int) -> Any:
                 if distributed.is_first():
                     checksums.write(epath.Path(directory))
             except Exception as error:
-                # In one process the next save tells; several would wait for one another for ever.
+                # One process reports this at the next save; several would block one another there.
                 distributed.end_all(f"{directory} could not be written ({in_short(error)})")
                 raise
 
-    logging.getLogger("absl").addFilter(_is_news)
+    # orbax logs the trace of an error that it also raises.
+    logging.getLogger("absl").addFilter(lambda r: not (r.exc_info and "orbax" in r.pathname))
     policies = ocp.checkpoint_managers
-    keep = policies.AnyPreservationPolicy(
-        [
-            policies.LatestN(keep_last),
-            policies.BestN(
-                get_metric_fn=_metric,
-                reverse=True,
-                n=1,
-                keep_checkpoints_without_metrics=False,
-            ),
-        ]
+    best = policies.BestN(
+        get_metric_fn=_metric, reverse=True, n=1, keep_checkpoints_without_metrics=False
     )
+    keep = policies.AnyPreservationPolicy([policies.LatestN(keep_last), best])
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     handler = Handler()
     registry.add(ITEM, ocp.args.PyTreeSave, handler)
@@ -142,17 +129,17 @@ def open_manager(directory: epath.Path, keep_last: int) -> Any:
         best_fn=_metric,
         best_mode="min",
         create=False,
-        cleanup_tmp_directories=True,  # what a killed save left
+        cleanup_tmp_directories=True,  # left by a killed save
         todelete_subdir=REMOVED,
     )
     return ocp.CheckpointManager(directory, options=options, handler_registry=registry)
 
 
 def start_save(manager: Any, step: int, state: Any, metrics: dict[str, float]) -> None:
-    """Begins to save; on return the state's buffers may be donated or overwritten."""
+    """Starts to save; on return the state's buffers may be donated or overwritten."""
     import orbax.checkpoint as ocp
 
-    # Whether it is time to save is the caller's decision: force leaves it to no policy.
+    # `force`: the caller decides when to save, not a policy of orbax.
     manager.save(step, args=ocp.args.PyTreeSave(state), metrics=metrics, force=True)
 
 
@@ -162,37 +149,37 @@ def complete_steps(directory: epath.Path) -> list[int]:
 
     if not directory.exists():
         return []
-    found = []
+    steps = []
     for path in directory.iterdir():
-        # A save under way has another name; in a bucket it has this one, and lacks a file.
+        # An incomplete save has another name; in a bucket it has this name and lacks a file.
         if path.name.isdigit():
-            with suppress(ValueError, FileNotFoundError):  # removed since
+            with suppress(ValueError, FileNotFoundError):  # it was removed meanwhile
                 if is_checkpoint_finalized(path):
-                    found.append(int(path.name))
-    return sorted(found)
+                    steps.append(int(path.name))
+    return sorted(steps)
 
 
 def damaged_metric(checkpoint: epath.Path) -> str | None:
-    """What is wrong with the file of a checkpoint's metric; None if nothing is."""
-    if wrong := checksums.damage_of(checkpoint, _METRIC_FILE):
-        return wrong
+    """The damage to the file of a checkpoint's metric, in a few words; None if there is none."""
+    if damage := checksums.damage(checkpoint, _METRIC_FILE):
+        return damage
     try:
         path = checkpoint / _METRIC_FILE
         if not path.exists() or isinstance(json.loads(path.read_bytes()), dict):
             return None
     except ValueError:
         pass
-    return f"{_METRIC_FILE} is not as it was written"
+    return checksums.changed(_METRIC_FILE)
 
 
 def validation_of(checkpoint: epath.Path) -> float:
-    """The metric of a checkpoint on disk; infinite where it has none that can be trusted."""
+    """The metric of a checkpoint on disk; infinite if it has none or a damaged one."""
     path = checkpoint / _METRIC_FILE
     try:
         if damaged_metric(checkpoint) or not path.exists():
             return math.inf
         return _metric(json.loads(path.read_bytes()))
-    except FileNotFoundError:  # removed since
+    except FileNotFoundError:  # it was removed meanwhile
         return math.inf
 
 

@@ -34,154 +34,71 @@ SWEEP = "samples/sweep.json"  # what its entries have in common
 CLASSIFIER = "quality/classifier"
 REFERENCE = "quality/reference"  # the statistics of the data that samples are compared with
 
-GROUPS: dict[str, tuple[str, ...]] = {
-    "seed": ("seed",),
-    "data set": ("data.name",),
-    "images": (
-        "data.splits.",
-        "data.image_size",
-        "data.channels",
-        "data.skip_corrupt",
-        "data.held_out",
-        "data.split_seed",
-    ),
-    "data directory": ("data.data_dir",),
-    "augmentation": ("data.flip",),
-    "num_timesteps": ("schedule.num_timesteps",),
-    "schedule": (
-        "schedule.name",
-        "schedule.linear_beta.",
-        "schedule.cosine.",
-        "schedule.sigmoid.",
-        "schedule.linear_log_snr.",
-        "schedule.betas.",
-        "schedule.learned.",
-    ),
-    "prediction": (
-        "model.name",
-        "model.parameterization",
-        "model.class_conditional",
-        "model.unet.",
-        "decoder.scaling",
-    ),
-    "variance": ("model.variance",),
-    "training precision": ("model.dtype", "model.remat"),
-    "decoder": ("decoder.name", "decoder.discretized_gaussian."),
-    "training": (
-        "train.objective",
-        "train.hybrid.",
-        "train.min_snr.",
-        "train.p2.",
-        "train.sigmoid.",
-        "train.time",
-        "train.timesteps",
-        "train.label_dropout",
-        "train.batch_size",
-        "train.accumulate",
-        "train.num_steps",
-        "train.optimizer",
-        "train.learning_rate",
-        "train.schedule_learning_rate",
-        "train.beta2",
-        "train.weight_decay",
-        "train.warmup_steps",
-        "train.decay",
-        "train.gradient_clip",
-        "train.ema_decay",
-        "train.init_from",
-    ),
-    "error measurement": ("analytic.levels", "analytic.examples"),
-    "evaluation labels": ("evaluate.labels",),
-    "evaluation": (
-        "evaluate.split",
-        "evaluate.checkpoint",
-        "evaluate.replicates",
-        "evaluate.variance",
-        "evaluate.target",
-        "evaluate.also",
-    ),
-    "allocation": ("evaluate.max_evaluations", "evaluate.pilot"),
-    "k_sample": ("evaluate.k_sample.",),
-    "ode": ("evaluate.ode.",),
-    "sampling": (
-        "sample.checkpoint",
-        "sample.spacing",
-        "sample.x_0_treatment",
-        "sample.corrector.num_steps",
-    ),
-    "sampler": ("sample.sampler", "sample.num_timesteps"),
-    "karras": ("sample.karras.",),
-    "ancestral": ("sample.variance",),
-    "ddim": ("sample.ddim.",),
-    "euler": ("sample.euler.",),
-    "heun": ("sample.heun.",),
-    "unipc": ("sample.unipc.",),
-    "adaptive": ("sample.adaptive.",),
-    "langevin": ("sample.langevin.",),
-    "corrector": ("sample.corrector.snr",),
-    "guidance": (
-        "sample.labels",
-        "sample.guidance.scale",
-        "sample.guidance.min_log_snr",
-        "sample.guidance.max_log_snr",
-        "sample.guidance.rescale",
-    ),
-    "pictures": (
-        "sample.num_samples",
-        "sample.strip_rows",
-        "sample.strip_columns",
-        "sample.also",
-    ),
-    "inpaint": ("sample.inpaint.",),
-    "interpolate": ("sample.interpolate.",),
-    "encode": ("sample.encode.",),
-    "guidance scales": ("sample.guidance.scales",),
-    "sweep": ("sample.sweep.",),
-    "reference": ("quality.features", "quality.split", "quality.max_pairs"),
-    "classifier": ("quality.classifier.",),
-    "quality": ("quality.num_samples", "quality.neighbors"),
-    "level search": ("spacing.candidates", "spacing.variance", "spacing.checkpoint"),
-    # What no kept result depends on. The tables of the experiments sigma, spacing and variance are
-    # written anew by each run, and nothing reads them.
-    "speed": (
-        "data.stream",
-        "data.memory_limit_mb",
-        "data.workers",
-        "data.prefetch",
-        "devices.fsdp",
-        "profile.first_step",
-        "profile.num_steps",
-        "train.steps_per_dispatch",
-        "evaluate.batch_size",
-        "evaluate.chunk_size",
-        "sample.batch_size",
-    ),
-    "monitoring": (
-        "train.log_every",
-        "train.checkpoint_every",
-        "train.sample_every",
-        "train.sample_timesteps",
-        "train.keep_checkpoints",
-        "train.validation_timesteps",
-        "train.skip_nonfinite",
-        "train.allow_changes",
-    ),
-    "tables": (
-        "sigma.num_timesteps",
-        "sigma.split",
-        "sigma.checkpoint",
-        "sigma.draws",
-        "spacing.num_timesteps",
-        "spacing.split",
-        "spacing.draws",
-        "variance.split",
-        "variance.checkpoint",
-        "variance.examples",
-        "variance.draws",
-        "variance.num_samples",
-        "variance.num_timesteps",
-    ),
+# A name that ends in a dot stands for a whole section: the options of one choice.
+_GROUPS = {
+    "seed": "seed",
+    "data set": "data.name",
+    "images": """data.splits. data.image_size data.channels data.skip_corrupt data.held_out
+        data.split_seed""",
+    "data directory": "data.data_dir",
+    "augmentation": "data.flip",
+    "num_timesteps": "schedule.num_timesteps",
+    "schedule": """schedule.name schedule.linear_beta. schedule.cosine. schedule.sigmoid.
+        schedule.linear_log_snr. schedule.betas. schedule.learned.""",
+    "prediction": """model.name model.parameterization model.class_conditional model.unet.
+        decoder.scaling""",
+    "variance": "model.variance",
+    "training precision": "model.dtype model.remat",
+    "decoder": "decoder.name decoder.discretized_gaussian.",
+    "training": """train.objective train.hybrid. train.min_snr. train.p2. train.sigmoid. train.time
+        train.timesteps train.label_dropout train.batch_size train.accumulate train.num_steps
+        train.optimizer train.learning_rate train.schedule_learning_rate train.beta2
+        train.weight_decay train.warmup_steps train.decay train.gradient_clip train.ema_decay
+        train.init_from""",
+    "error measurement": "analytic.levels analytic.examples",
+    "evaluation labels": "evaluate.labels",
+    "evaluation": """evaluate.split evaluate.checkpoint evaluate.replicates evaluate.variance
+        evaluate.target evaluate.also""",
+    "allocation": "evaluate.max_evaluations evaluate.pilot",
+    "k_sample": "evaluate.k_sample.",
+    "ode": "evaluate.ode.",
+    "sampling": """sample.checkpoint sample.spacing sample.x_0_treatment
+        sample.corrector.num_steps""",
+    "sampler": "sample.sampler sample.num_timesteps",
+    "karras": "sample.karras.",
+    "ancestral": "sample.variance",
+    "ddim": "sample.ddim.",
+    "euler": "sample.euler.",
+    "heun": "sample.heun.",
+    "unipc": "sample.unipc.",
+    "adaptive": "sample.adaptive.",
+    "langevin": "sample.langevin.",
+    "corrector": "sample.corrector.snr",
+    "guidance": """sample.labels sample.guidance.scale sample.guidance.min_log_snr
+        sample.guidance.max_log_snr sample.guidance.rescale""",
+    "pictures": "sample.num_samples sample.strip_rows sample.strip_columns sample.also",
+    "inpaint": "sample.inpaint.",
+    "interpolate": "sample.interpolate.",
+    "encode": "sample.encode.",
+    "guidance scales": "sample.guidance.scales",
+    "sweep": "sample.sweep.",
+    "reference": "quality.features quality.split quality.max_pairs",
+    "classifier": "quality.classifier.",
+    "quality": "quality.num_samples quality.neighbors",
+    "level search": "spacing.candidates spacing.variance spacing.checkpoint",
+    # No kept result depends on the rest. Each run of the experiments sigma, spacing and variance
+    # writes its table anew, and nothing reads it.
+    "speed": """data.stream data.memory_limit_mb data.workers data.prefetch devices.fsdp
+        profile.first_step profile.num_steps train.steps_per_dispatch evaluate.batch_size
+        evaluate.chunk_size sample.batch_size""",
+    "monitoring": """train.log_every train.checkpoint_every train.sample_every
+        train.sample_timesteps train.keep_checkpoints train.validation_timesteps
+        train.skip_nonfinite train.allow_changes""",
+    "tables": """sigma.num_timesteps sigma.split sigma.checkpoint sigma.draws spacing.num_timesteps
+        spacing.split spacing.draws variance.split variance.checkpoint variance.examples
+        variance.draws variance.num_samples variance.num_timesteps""",
 }
+GROUPS: dict[str, tuple[str, ...]] = {key: tuple(text.split()) for key, text in _GROUPS.items()}
 
 
 class When(NamedTuple):

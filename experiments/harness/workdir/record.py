@@ -1,4 +1,4 @@
-"""What a work directory is of: its config, written once and held to on resume."""
+"""The config and the data of a work directory, recorded at its start and checked on resume."""
 
 import difflib
 import json
@@ -40,7 +40,7 @@ class DataSummary(NamedTuple):
 
 
 def check(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Raises ConfigError if the directory can't be used, or holds a run of another config."""
+    """Raises ConfigError if the directory can't be used, or holds a run with another config."""
     directory = epath.Path(workdir)
     try:
         existing = [p for p in (directory, *directory.parents) if p.exists()]
@@ -54,16 +54,16 @@ def check(config: ConfigDict, workdir: epath.PathLike) -> None:
         raise ConfigError(f"workdir={workdir} cannot be read: {error.strerror}") from error
     except ImportError as error:  # a bucket without the package for it
         raise ConfigError(f"workdir={workdir}: {error}") from error
-    # A run that saved nothing has nothing to hold it to its settings.
+    # A run without a checkpoint starts anew, with any settings.
     if recorded is not None and not is_new(workdir):
         allowed = tuple(config.train.allow_changes)
         # With a constant learning rate a longer run begins as the shorter one.
         allowed += ("train.num_steps",) if config.train.decay == "constant" else ()
-        changes = differences(RUN, recorded, config).items()
-        changed = [change for name, change in changes if not is_named(name, allowed)]
-        if changed:
+        differing = differences(RUN, recorded, config).items()
+        changes = [change for name, change in differing if not is_named(name, allowed)]
+        if changes:
             raise ConfigError(
-                f"workdir={workdir} holds a run of another config: {'; '.join(changed)}; "
+                f"workdir={workdir} holds a run of another config: {'; '.join(changes)}; "
                 "use the same settings to resume it, or another workdir"
             )
 
@@ -98,48 +98,44 @@ def _recorded_data(workdir: epath.PathLike) -> DataSummary | None:
 
 
 def _read_json(path: epath.Path) -> dict[str, Any] | None:
-    """What a file of the work directory holds; None if it does not exist."""
+    """The content of a JSON file of the work directory; None if it does not exist."""
     try:
         return json.loads(path.read_text()) if path.exists() else None
     except ValueError as error:
         raise ConfigError(
-            f"{path} is damaged ({error}); put it back as it was, or remove it: then nothing tells "
-            "whether this run goes on as it began"
+            f"{path} is damaged ({error}); restore it, or remove it: then nothing can check that "
+            "the resumed run has the same settings and data"
         ) from error
 
 
 def check_names(config: ConfigDict, setting: str) -> None:
     """Raises ConfigError unless a setting lists names of settings, or sections as `data.`."""
-    known = flatten(config.to_dict())
-    for name in known[setting]:
-        if not (isinstance(name, str) and any(is_named(other, (name,)) for other in known)):
-            close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    settings = flatten(config.to_dict())
+    for name in settings[setting]:
+        if not (isinstance(name, str) and any(is_named(other, (name,)) for other in settings)):
+            close = difflib.get_close_matches(str(name), settings, n=1, cutoff=0.5)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise ConfigError(f"config.{setting} has {name!r}, which is no setting{hint}")
 
 
 def recorded_config(workdir: epath.PathLike) -> dict[str, Any] | None:
-    """The config that a work directory was trained with, as nested dictionaries; None if new."""
+    """The config of a work directory's training, as nested dictionaries; None if it has none."""
     return _read_json(epath.Path(workdir) / CONFIG_FILE)
 
 
 def make(workdir: epath.PathLike) -> None:
-    """Makes the directory where it is missing.
-
-    Raises:
-      ConfigError: if it can't be made.
-    """
+    """Makes the directory if it does not exist; raises ConfigError if it can't."""
     with _written(workdir):
         epath.Path(workdir).mkdir(parents=True, exist_ok=True)
 
 
 def record(config: ConfigDict, workdir: epath.PathLike, step: int | None = None) -> None:
-    """Writes config.json; and what changed in it beyond what may, at which step of the run.
+    """Writes config.json, and the changes that affect the training to config_changes.jsonl.
 
     Args:
-      config: the config of now.
-      workdir: the work directory, made where it is missing.
-      step: that the run goes on from; None if it begins.
+      config: the present config.
+      workdir: the work directory; made if it does not exist.
+      step: the step at which the run resumes; None if it starts.
 
     Raises:
       ConfigError: if it can't be written.
@@ -149,16 +145,15 @@ def record(config: ConfigDict, workdir: epath.PathLike, step: int | None = None)
     with _written(workdir):
         if step is None:
             (epath.Path(workdir) / CHANGES_FILE).unlink(missing_ok=True)
-        elif recorded is not None:
-            changed = list(differences(RUN, recorded, config).values())
-            if changed:
-                line = {"step": step, "changes": changed}
-                append_jsonl(epath.Path(workdir) / CHANGES_FILE, line)
+        elif recorded is not None and (changes := differences(RUN, recorded, config)):
+            line = {"step": step, "changes": list(changes.values())}
+            append_jsonl(epath.Path(workdir) / CHANGES_FILE, line)
         write_json(epath.Path(workdir) / CONFIG_FILE, config.to_dict())
 
 
 @contextmanager
 def _written(workdir: epath.PathLike) -> Iterator[None]:
+    """Turns an error of writing into a ConfigError."""
     try:
         yield
     except OSError as error:
@@ -174,24 +169,22 @@ def forget_results(workdir: epath.PathLike) -> None:
 
 
 def check_network(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Raises ConfigError unless the trained network is read as it was trained.
+    """Raises ConfigError if the config gives the trained parameters another meaning.
 
-    Its parameters fit other settings too, which would make it another network: what it predicts,
-    how the noise level or the data are put to it. How it is measured may change.
+    The parameters fit other settings too, but then they are another network: with another
+    prediction, or another scaling of the noise level or the data.
     """
     recorded = recorded_config(workdir)
-    if recorded is None:
-        return
-    changed = list(differences(NETWORK, recorded, config).values())
-    if changed:
+    changes = {} if recorded is None else differences(NETWORK, recorded, config)
+    if changes:
         raise ConfigError(
-            f"workdir={workdir} holds a network that was trained otherwise: {'; '.join(changed)}; "
-            "leave these settings as they were"
+            f"workdir={workdir} holds a network that was trained otherwise: "
+            f"{'; '.join(changes.values())}; leave these settings as they were"
         )
 
 
 def check_writable(workdir: epath.PathLike) -> None:
-    """Raises ConfigError unless files can be written here: before hours of work, not after."""
+    """Raises ConfigError if no files can be written here: before hours of work, not after."""
     probe = epath.Path(workdir) / f".probe.{os.getpid()}"
     try:
         probe.write_text("")

@@ -142,11 +142,11 @@ def test_tensorflow_is_never_imported(cifar10, tmp_path):
     trap.mkdir()
     (trap / "__init__.py").write_text("raise SystemExit('TensorFlow was imported')")
     script = (
-        "import sys; from experiments.harness import data\n"
+        "import sys; from experiments.harness.data import splits\n"
         "from tests.mock_cifar10 import mock_tfds\n"
         "assert not {'sklearn', 'tensorflow_datasets'} & set(sys.modules), 'heavy imports'\n"
-        f"data.load('cifar10', 'train', data_dir={cifar10[0]!r})\n"
-        "with mock_tfds(3): data.load('cifar10', 'train')\n"
+        f"splits.load('cifar10', 'train', data_dir={cifar10[0]!r})\n"
+        "with mock_tfds(3): splits.load('cifar10', 'train')\n"
         "assert 'tensorflow' not in sys.modules"
     )
     path = os.pathsep.join([str(tmp_path), str(ROOT)])

@@ -269,7 +269,7 @@ def test_a_run_goes_on_with_other_devices(tmp_path):
         import sys
         import jax, jax.numpy as jnp
         from jax.sharding import Mesh, NamedSharding, PartitionSpec
-        from experiments.harness.checkpoints import Checkpoints
+        from experiments.harness.workdir.checkpoints import Checkpoints
 
         mesh = jax.make_mesh((8,), ("data",))
         split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
