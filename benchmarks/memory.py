@@ -31,7 +31,7 @@ from experiments.harness.setup.definition import define_model
 from experiments.harness.setup.params import abstract_params
 from experiments.harness.training import step
 from experiments.harness.training.loss import init_history, make_loss
-from experiments.harness.training.optimizer import make_optimizer
+from experiments.harness.training.state import abstract_state, make_setup
 
 _BATCH = flags.DEFINE_integer("batch", 128, "Examples in a batch.")
 _TOPOLOGY = flags.DEFINE_string("topology", "", "TPUs to compile for; empty: the first device.")
@@ -79,13 +79,13 @@ def _device() -> jax.Device:
 def _memory(dtype: str, remat: bool, device: jax.Device) -> tuple[int, int]:
     """Bytes that a step has at once at most, and those of the state."""
     config = _config(dtype, remat)
-    definition, optimizer = define_model(config), make_optimizer(config.train)
     mesh = Mesh(np.array([[device]]), devices.AXES)
-    state = step.abstract_state(config, definition, optimizer, mesh)
-    images = (config.train.batch_size, *definition.image_shape)
+    setup = make_setup(config)._replace(mesh=mesh)
+    state = abstract_state(setup)
+    images = (config.train.batch_size, *setup.definition.image_shape)
     batch = devices.split_batch(mesh)
     examples = Examples(jax.ShapeDtypeStruct(images, jnp.uint8, sharding=batch), None)
-    train_step = step.make_train_step(config, definition, optimizer, mesh, streamed=True)
+    train_step = step.make_train_step(setup, streamed=True)
     options = CPU_OPTIONS if device.platform == "cpu" else None
     lowered = train_step.lower(state, examples, None)
     plan = lowered.compile(compiler_options=options).memory_analysis()

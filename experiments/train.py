@@ -1,10 +1,11 @@
 """Training: from a config to checkpoints in a work directory, resumed by the same call."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
-import optax
+import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -13,18 +14,28 @@ from experiments.harness import checks, devices
 from experiments.harness.data import splits
 from experiments.harness.data.feed import require_same_data
 from experiments.harness.data.stream import is_streamed
-from experiments.harness.errors import ConfigError
+from experiments.harness.errors import ConfigError, RunError
+from experiments.harness.evaluation.quick_bound import make_quick_bound
+from experiments.harness.pictures import images
+from experiments.harness.processes import signals
 from experiments.harness.sampling import sampler
-from experiments.harness.setup.definition import ModelDefinition, define_model
-from experiments.harness.setup.params import init_params
+from experiments.harness.sampling.draw import Drawer, to_bytes
+from experiments.harness.setup.definition import define_model
 from experiments.harness.setup.trained import load_ema
 from experiments.harness.training import speed
 from experiments.harness.training import step as steps
-from experiments.harness.training.loop import Trainer
-from experiments.harness.training.loss import init_history, make_objective
+from experiments.harness.training.log_line import LogLine
+from experiments.harness.training.loop import Task, Trainer
+from experiments.harness.training.loss import make_objective
 from experiments.harness.training.optimizer import make_optimizer
-from experiments.harness.training.state import TrainState, init_state
-from experiments.harness.training.step import abstract_state, state_shardings
+from experiments.harness.training.speed import Timing
+from experiments.harness.training.state import (
+    TrainingSetup,
+    TrainState,
+    abstract_state,
+    first_state,
+    make_setup,
+)
 from experiments.harness.workdir import lock, record
 from experiments.harness.workdir.checkpoints import Checkpoints, is_new
 from experiments.harness.workdir.metrics import MetricsLog
@@ -56,13 +67,13 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
       Interrupted: where signals are listened to, by a first one; the state is saved.
     """
     check(config)
-    definition, optimizer = define_model(config), _optimizer(config)
+    setup = make_setup(config)
     source = splits.describe_data(config, "train")
     record.check(config, workdir)
     data = record.DataSummary(source.num_examples, source.image_shape)
     record.check_data(config, workdir, data)
     require_same_data(source)
-    load, starts = initial_params(config, definition, optimizer, workdir), is_new(workdir)
+    load, starts = initial_params(setup, workdir), is_new(workdir)
     record.make(workdir)
     with (
         lock.held(workdir),
@@ -70,17 +81,94 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
     ):
         if starts:
             record.forget_results(workdir)
-        state = restore_or_start(config, definition, optimizer, checkpoints, load)
+        state = restore_or_start(setup, checkpoints, load)
         step = int(state.step)
         record.record(config, workdir, None if starts else step)
         record.record_data(workdir, data)
-        is_open = step > 0 and checkpoints.was_interrupted(step)
-        if step >= config.train.num_steps and not is_open:
+        tasks_pending = step > 0 and checkpoints.was_interrupted(step)
+        if step >= config.train.num_steps and not tasks_pending:
             return state
-        # What is due after the step that a signal came in is done once more, and logged anew.
-        with MetricsLog(workdir, step - is_open if step else None) as log:
-            trainer = Trainer(config, workdir, definition, optimizer, checkpoints, log)
-            return trainer.run(state, is_open)
+        # The pending tasks of a step write its log lines again.
+        with MetricsLog(workdir, step - tasks_pending if step else None) as log:
+            tasks = scheduled_tasks(setup, workdir, checkpoints, log)
+            return Trainer(setup, workdir, checkpoints, tasks).run(state, tasks_pending)
+
+
+def scheduled_tasks(
+    setup: TrainingSetup, workdir: epath.PathLike, checkpoints: Checkpoints, log: MetricsLog
+) -> list[Task]:
+    """What training does every so many steps besides taking them.
+
+    At a step that has several tasks they run in this order. The log line comes before the
+    checkpoint, so that a resumed run finds the lines of all steps before its checkpoint.
+    """
+    train = setup.config.train
+    save = validate_and_save(setup, checkpoints, log)
+    return [
+        Task("log line", train.log_every, LogLine(setup.config, log)),
+        Task("sample grid", train.sample_every, draw_samples(setup, workdir, log)),
+        Task("validation bound and checkpoint", train.checkpoint_every, save),
+    ]
+
+
+def draw_samples(
+    setup: TrainingSetup, workdir: epath.PathLike, log: MetricsLog
+) -> Callable[[TrainState, Timing], None]:
+    """The task that writes samples/step_….png from the EMA weights, always with the same noise."""
+    config, definition = setup.config, setup.definition
+    drawer = Drawer(config, definition)
+
+    def run(state: TrainState, timing: Timing) -> None:
+        del timing
+        step, params = int(state.step), ema_everywhere(setup, state)
+        levels = definition.learned(params).schedule.levels(config.train.sample_timesteps)
+        try:
+            with interruptible():
+                samples = drawer(params, levels, config.sample.batch_size)
+        except RunError as error:  # a young network's samples may diverge: training goes on
+            tqdm.write(f"step {step}: no picture of samples ({error})")
+            return
+        grid = images.grid(to_bytes(definition, samples.x_0))
+        images.save_png(epath.Path(workdir) / "samples" / f"step_{step:08d}.png", grid)
+        log.image("samples", step, grid)
+
+    return run
+
+
+def validate_and_save(
+    setup: TrainingSetup, checkpoints: Checkpoints, log: MetricsLog
+) -> Callable[[TrainState, Timing], None]:
+    """The task that estimates the bound on validation data and saves a checkpoint with it."""
+    validation = splits.load_data(setup.config, "validation")
+    quick_bound = make_quick_bound(setup.config, setup.definition, validation)
+
+    def run(state: TrainState, timing: Timing) -> None:
+        del timing
+        step = int(state.step)
+        with interruptible():
+            bits_per_dim = quick_bound(ema_everywhere(setup, state))
+        if not np.isfinite(bits_per_dim):
+            raise RunError(
+                f"the bound on validation is {bits_per_dim} at step {step}; it is not saved"
+            )
+        log.write(step, validation_bits_per_dim=bits_per_dim)
+        tqdm.write(f"step {step}: validation bits/dim {bits_per_dim:.4f}")
+        checkpoints.save(step, state, bits_per_dim)
+
+    return run
+
+
+def ema_everywhere(setup: TrainingSetup, state: TrainState) -> Any:
+    """The EMA weights, whole on every device."""
+    return devices.place(state.ema_params, devices.replicated(setup.mesh))
+
+
+def interruptible() -> AbstractContextManager[None]:
+    """In the body a signal interrupts at once, if the run is a single process.
+
+    Several processes must all take part in a computation, or those that do would wait forever.
+    """
+    return signals.raising() if jax.process_count() == 1 else nullcontext()
 
 
 def check(config: ConfigDict) -> None:
@@ -88,7 +176,7 @@ def check(config: ConfigDict) -> None:
     definition = define_model(config)
     sampler.check(config, definition)
     make_objective(config)
-    _optimizer(config)
+    make_optimizer(config)
     steps.check(config, definition)
     speed.check(config)
     for section in ("evaluate", "sample"):
@@ -122,78 +210,39 @@ def check(config: ConfigDict) -> None:
         )
 
 
-def _optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    return make_optimizer(config.train, learns_schedule=config.schedule.name == "learned")
-
-
-def initial_params(
-    config: ConfigDict,
-    definition: ModelDefinition,
-    optimizer: optax.GradientTransformation,
-    workdir: epath.PathLike,
-) -> Callable[[], Any] | None:
-    """Loads another run's EMA weights as the parameters of step 0; None where they are random."""
-    source = config.train.init_from
+def initial_params(setup: TrainingSetup, workdir: epath.PathLike) -> Callable[[], Any] | None:
+    """A function that loads another run's EMA weights for step 0; None for random weights."""
+    source = setup.config.train.init_from
     if not source:
         return None
-    like = abstract_state(config, definition, optimizer, devices.mesh(config)).params
+    like = abstract_state(setup).params
 
     def load():
         return load_ema(source, "best", like, setting="config.train.init_from")[0]
 
     if not is_new(workdir):
-        return load  # for nothing, unless all checkpoints turn out to be damaged
+        return load  # used only if all checkpoints are damaged
     params = load()
     return lambda: params
 
 
 def restore_or_start(
-    config: ConfigDict,
-    definition: ModelDefinition,
-    optimizer: optax.GradientTransformation,
-    checkpoints: Checkpoints,
-    load: Callable[[], Any] | None,
+    setup: TrainingSetup, checkpoints: Checkpoints, load_params: Callable[[], Any] | None
 ) -> TrainState:
-    """The state of the latest checkpoint that is good, or of step 0, laid out on the devices."""
-    mesh = devices.mesh(config)
+    """The state of the latest undamaged checkpoint, else of step 0; laid out on the devices."""
+    train = setup.config.train
     if checkpoints.latest_step() is not None:
-        like = abstract_state(config, definition, optimizer, mesh)
+        like = abstract_state(setup)
         state = checkpoints.first_good("latest", lambda step: checkpoints.restore(step, like))
         if state is not None:
-            step, several = int(state.step), config.train.steps_per_dispatch
-            if step % several:
+            step = int(state.step)
+            if step % train.steps_per_dispatch:
                 raise ConfigError(
-                    f"config.train.steps_per_dispatch = {several}, but the run goes on from step "
-                    f"{step}; use a divisor of it"
+                    f"config.train.steps_per_dispatch = {train.steps_per_dispatch}, but the run "
+                    f"goes on from step {step}; use a divisor of it"
                 )
-            if step < config.train.num_steps:
-                tqdm.write(f"resuming from step {step} of {config.train.num_steps}")
+            if step < train.num_steps:
+                tqdm.write(f"resuming from step {step} of {train.num_steps}")
             return state
         tqdm.write("no checkpoint is left: starting anew")
-    return first_state(config, definition, optimizer, load)
-
-
-def first_state(
-    config: ConfigDict,
-    definition: ModelDefinition,
-    optimizer: optax.GradientTransformation,
-    load: Callable[[], Any] | None = None,
-) -> TrainState:
-    """The state of step 0. Each device makes its own part of it, and never has all.
-
-    Args:
-      config: the config.
-      definition: the mathematics it names.
-      optimizer: whose state it has.
-      load: makes the parameters, on the devices; None for random ones.
-    """
-    shardings = state_shardings(definition, optimizer, devices.mesh(config))
-
-    def start(params):
-        return init_state(params, optimizer, init_history(config, definition))
-
-    if load is None:
-        return jax.jit(
-            lambda: start(init_params(definition, config.seed)), out_shardings=shardings
-        )()
-    return jax.jit(start, out_shardings=shardings)(load())
+    return first_state(setup, load_params)

@@ -23,16 +23,16 @@ from experiments.harness import command_line, devices
 from experiments.harness.data import feed, order, splits
 from experiments.harness.errors import ConfigError
 from experiments.harness.processes import distributed
-from experiments.harness.setup.definition import MODELS, define_model
+from experiments.harness.setup.definition import MODELS
 from experiments.harness.setup.params import init_params
-from experiments.harness.training.optimizer import make_optimizer
-from experiments.harness.training.state import TrainState, init_state
-from experiments.harness.training.step import (
+from experiments.harness.training.state import (
+    TrainState,
     abstract_state,
-    make_gradients,
-    make_train_step,
+    init_state,
+    make_setup,
     state_shardings,
 )
+from experiments.harness.training.step import make_gradients, make_train_step
 from experiments.harness.workdir.checkpoints import Checkpoints
 from tests.experiments import tiny
 
@@ -71,13 +71,13 @@ class Training:
 
     def __init__(self, config: ConfigDict, mesh: Mesh, streamed: bool = False, dtype: Any = None):
         self.config, self.mesh, self.streamed = config, mesh, streamed
-        self.definition, self.optimizer = define_model(config), make_optimizer(config.train)
+        self.setup = make_setup(config)._replace(mesh=mesh)
         self.dataset = splits.load_data(config, "train")
-        params = init_params(self.definition, config.seed)
+        params = init_params(self.setup.definition, config.seed)
         params = jax.tree.map(lambda a: np.asarray(a, dtype), params)
-        self.shardings = state_shardings(self.definition, self.optimizer, mesh)
-        self.state = devices.place(init_state(params, self.optimizer), self.shardings)
-        self.compiled = make_train_step(config, self.definition, self.optimizer, mesh, streamed)
+        self.shardings = state_shardings(self.setup)
+        self.state = devices.place(init_state(params, self.setup.optimizer), self.shardings)
+        self.compiled = make_train_step(self.setup, streamed)
 
     def batch(self, step: int) -> tuple[splits.Examples, Any]:
         """What the step after so many, or several steps, are given beside the state."""
@@ -104,7 +104,7 @@ class Training:
 
     def gradients(self) -> Any:
         """Of the step to come, on the host."""
-        compute = jax.jit(make_gradients(self.config, self.definition, self.mesh))
+        compute = jax.jit(make_gradients(self.setup))
         return devices.gather(compute(self.state, *self.batch(int(self.state.step)))[1])
 
 
@@ -150,7 +150,7 @@ def resume(workdir: str, fsdp: int, num_steps: int) -> TrainState:
     with Checkpoints(workdir) as checkpoints:
         latest = checkpoints.latest_step()
         if latest is not None:
-            like = abstract_state(changed, training.definition, training.optimizer, training.mesh)
+            like = abstract_state(training.setup)
             training.state = checkpoints.restore(latest, like)
         for _ in range(num_steps):
             training.step()

@@ -28,11 +28,9 @@ from experiments.harness.evaluation.programs import (
     make_trajectory,
 )
 from experiments.harness.setup.definition import define_model
-from experiments.harness.setup.params import init_params
 from experiments.harness.setup.trained import Run, load
 from experiments.harness.training import step as steps
-from experiments.harness.training.optimizer import make_optimizer
-from experiments.harness.training.state import init_state
+from experiments.harness.training.state import first_state, make_setup
 from experiments.harness.training.step import make_train_step, withhold
 from experiments.train import check as check_train
 from experiments.train import train
@@ -51,13 +49,12 @@ def conditional(**overrides):
 
 def stepped(config, labels=None, num_steps=3):
     """The state before and after some steps, the training labels replaced where some are given."""
-    mesh, definition = devices.mesh(), define_model(config)
-    optimizer = make_optimizer(config.train)
+    setup = make_setup(config)
     examples = splits.load_data(config, "train").examples(slice(None))
     examples = examples if labels is None else examples._replace(labels=labels)
-    before = jax.device_get(init_state(init_params(definition, config.seed), optimizer))
-    state = devices.place(before, devices.replicated(mesh))
-    run = make_train_step(config, definition, optimizer, mesh)
+    before = jax.device_get(first_state(setup))
+    state = devices.place(before, devices.replicated(setup.mesh))
+    run = make_train_step(setup)
     for step in range(num_steps):
         indices = order.batch_indices(config.seed, step, 1000, config.train.batch_size)
         state = run(state, examples, indices)

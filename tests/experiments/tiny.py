@@ -95,7 +95,7 @@ def config(network: str = "convolution", **overrides: Any) -> ConfigDict:
 def state_of(config: ConfigDict, scale: float = 0.0, seed: int = 0) -> TrainState:
     """The state of step 0 on the host, its EMA weights moved by normal noise of this scale."""
     definition = define_model(config)
-    state = init_state(init_params(definition, config.seed), make_optimizer(config.train))
+    state = init_state(init_params(definition, config.seed), make_optimizer(config))
     rng = np.random.default_rng(seed)
     ema_params = jax.tree.map(
         lambda a: np.float32(a + scale * rng.standard_normal(a.shape)), state.ema_params
@@ -121,7 +121,7 @@ def untrained(
 def restore(config: ConfigDict, workdir: pathlib.Path, step: int | None = None) -> TrainState:
     """A saved state, the latest by default."""
     like = jax.eval_shape(
-        lambda: init_state(init_params(define_model(config), 0), make_optimizer(config.train))
+        lambda: init_state(init_params(define_model(config), 0), make_optimizer(config))
     )
     with Checkpoints(workdir, read_only=True) as checkpoints:
         return checkpoints.restore(step or checkpoints.latest_step(), like)
@@ -165,7 +165,7 @@ def files(directory: pathlib.Path) -> dict[pathlib.Path, Any]:
 
 @dataclasses.dataclass
 class Interruption:
-    """Stands in for `data.batch_indices`, and interrupts before the given step's batch is made."""
+    """Stands in for `order.batch_indices`, and interrupts before the given step's batch is made."""
 
     step: int
     batch_indices: Callable

@@ -4,23 +4,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
 from jaxtyping import Array, Int
-from ml_collections import ConfigDict
 
 from experiments.harness import devices
 from experiments.harness.data.splits import Examples
-from experiments.harness.setup.definition import ModelDefinition
-from experiments.harness.training.state import TrainState
+from experiments.harness.training.state import TrainingSetup, TrainState
 from experiments.harness.training.step import make_gradients, quartile_of
 
 _MODULES_SHOWN = 8
 
 
-def describe(
-    config: ConfigDict,
-    definition: ModelDefinition,
-    mesh: Mesh,
+def describe_bad_step(
+    setup: TrainingSetup,
     state: TrainState,
     examples: Examples,
     indices: Int[Array | np.ndarray, "b"] | None,
@@ -28,7 +23,7 @@ def describe(
     """The losses and gradients of a step in a line, computed again from the state before it."""
 
     def numbers(state, examples, indices):
-        batch, grads = make_gradients(config, definition, mesh)(state, examples, indices)
+        batch, grads = make_gradients(setup)(state, examples, indices)
         quartile = quartile_of(batch.time)
         sums = jnp.zeros(4).at[quartile].add(batch.unweighted)
         means = sums / jnp.zeros(4).at[quartile].add(1.0)  # NaN of none
@@ -39,7 +34,7 @@ def describe(
         }
         return batch.losses.mean(), means, modules
 
-    compute = jax.jit(numbers, out_shardings=devices.replicated(mesh))
+    compute = jax.jit(numbers, out_shardings=devices.replicated(setup.mesh))
     loss, means, modules = jax.device_get(compute(state, examples, indices))
     what = "the loss"
     if np.isfinite(loss):

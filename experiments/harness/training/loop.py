@@ -1,178 +1,154 @@
-"""The training loop: one compiled step after another, and what is due every so many of them."""
+"""The training loop: compiled steps, with tasks that run at scheduled steps between them."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-import optax
 from etils import epath
-from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from experiments.harness import devices
-from experiments.harness.data import splits
 from experiments.harness.data.feed import Feed
 from experiments.harness.errors import ConfigError, RunError
-from experiments.harness.evaluation.quick_bound import make_quick_bound
-from experiments.harness.pictures import images
 from experiments.harness.processes import signals
 from experiments.harness.processes.progress import progress
 from experiments.harness.processes.signals import Interrupted
-from experiments.harness.sampling.draw import Drawer, to_bytes
-from experiments.harness.setup.definition import ModelDefinition
 from experiments.harness.training import diagnosis
-from experiments.harness.training.optimizer import learning_rate
-from experiments.harness.training.speed import Compiled, Profile, Speed, flops
-from experiments.harness.training.state import TrainState
+from experiments.harness.training.speed import Profile, Timing, count_flops
+from experiments.harness.training.state import TrainingSetup, TrainState
 from experiments.harness.training.step import make_train_step
 from experiments.harness.workdir.checkpoints import Checkpoints
-from experiments.harness.workdir.metrics import MetricsLog
 
 
-class Clock:
-    """Seconds that training steps alone have taken since it was last read."""
+class Task(NamedTuple):
+    """Work that the loop does at scheduled steps. The clock of the training steps is paused.
 
-    def __init__(self):
-        self._seconds, self._steps, self._started = 0.0, 0, time.monotonic()
+    Attributes:
+      name: what it does, for a reader of the list of tasks.
+      every: number of steps from one run to the next. Every task also runs after the last step.
+      run: takes the state and the timing so far; returns a short text for the progress bar, or
+        None to leave the bar as it is.
+    """
 
-    def tick(self, steps: int) -> None:
-        """Counts steps."""
-        self._steps += steps
-
-    @contextmanager
-    def paused(self, state: TrainState) -> Iterator[None]:
-        """Waits for the steps under way, then leaves out what happens inside."""
-        jax.block_until_ready(state.step)
-        self._seconds += time.monotonic() - self._started
-        yield
-        self._started = time.monotonic()
-
-    def read(self) -> tuple[int, float]:
-        """Steps, and seconds that they took; starts anew. To be called while paused."""
-        read = self._steps, self._seconds
-        self._seconds, self._steps = 0.0, 0
-        return read
+    name: str
+    every: int
+    run: Callable[[TrainState, Timing], str | None]
 
 
 class Trainer:
-    """The loop, with what it does every so many steps.
+    """Takes training steps, and runs tasks at scheduled steps.
 
-    Nothing in the loop waits for the device but the lines of the log, the checks on validation and
-    the sample grids.
+    The host waits for the device only before a task, never between steps.
     """
 
     def __init__(
         self,
-        config: ConfigDict,
+        setup: TrainingSetup,
         workdir: epath.PathLike,
-        definition: ModelDefinition,
-        optimizer: optax.GradientTransformation,
         checkpoints: Checkpoints,
-        log: MetricsLog,
+        tasks: Sequence[Task],
     ):
-        self.config, self.workdir, self.definition = config, epath.Path(workdir), definition
-        self.optimizer, self.checkpoints, self.log = optimizer, checkpoints, log
-        self.mesh, self.several = devices.mesh(config), config.train.steps_per_dispatch
-        self.feed = Feed(config, self.mesh)
-        validation = splits.load_data(config, "validation")
-        self.quick_bound = make_quick_bound(config, definition, validation)
-        self.preview = Drawer(config, definition)
-        self.learning_rate = learning_rate(config.train)
-        self.profile, self.clock = Profile(config, workdir), Clock()
-        self.speed, self.compiling = Speed(config.train.batch_size), {}
-        self.asked_to_stop = devices.Agreed(self.mesh)
+        """Loads the training data.
 
-    def run(self, state: TrainState, is_open: bool = False) -> TrainState:
-        """Steps to the end, first doing what is due after the state's own step if it is open.
-
-        A signal is only noted while there are steps to lose, and looked for between them.
+        Args:
+          setup: what the step is compiled from.
+          workdir: the work directory.
+          checkpoints: its checkpoints, where an interrupted run saves its state.
+          tasks: run in this order at a step that has several.
         """
-        first, last = int(state.step), self.config.train.num_steps
+        self.setup, self.workdir = setup, epath.Path(workdir)
+        self.checkpoints, self.tasks = checkpoints, tasks
+        self.num_steps = setup.config.train.num_steps
+        self.steps_per_call = setup.config.train.steps_per_dispatch
+        self.feed, self.clock = Feed(setup.config, setup.mesh), Clock()
+        self.profile = Profile(setup.config, workdir)
+        self.largest_signal = devices.Agreed(setup.mesh)
+
+    def run(self, state: TrainState, tasks_pending: bool = False) -> TrainState:
+        """Trains from the state's step to the last one.
+
+        Args:
+          state: the state to start from; it is donated.
+          tasks_pending: whether the tasks of the state's own step have yet to run, because a signal
+            interrupted the run before them.
+
+        Returns:
+          The final state.
+
+        Raises:
+          RunError: if a step is not finite, or a batch cannot be read.
+          Interrupted: after a signal; the state is saved first.
+        """
+        first, last = int(state.step), self.num_steps
         with (
-            progress(last, "train", "step", initial=first) as bar,
+            progress(last, "train", "step", initial=first) as self.bar,
             self.profile,
             self.feed.start(first),
         ):
-            if is_open:
-                self.do_what_is_due(state, first, bar)
+            if tasks_pending:
+                self.run_tasks(state, first)
             if first < last:
-                state = self.first_step(state, bar)
+                state = self.compile_and_take_first_step(state)
             with signals.deferred():
                 try:
-                    for step in range(first + self.several, last, self.several):
-                        self.do_what_is_due(state, step, bar)
+                    for step in range(first + self.steps_per_call, last, self.steps_per_call):
+                        self.run_tasks(state, step)
                         self.profile.before(step - first, state)
                         state = self.train_step(state, *self.next_batch(state))
-                        self.clock.tick(self.several)
-                        bar.update(self.several)
+                        self.clock.count(self.steps_per_call)
+                        self.bar.update(self.steps_per_call)
                     if first < last:
-                        self.do_what_is_due(state, last, bar)
+                        self.run_tasks(state, last)
                 except Interrupted as interrupted:
-                    raise self.stop(state, interrupted.number) from None
+                    raise self.save_interrupted(state, interrupted.number) from None
                 self.checkpoints.wait()
-        self.heed_signals(wait=True)
+        self.check_for_signals(wait=True)
         return state
 
-    def first_step(self, state: TrainState, bar: tqdm) -> TrainState:
-        """Compiles the step, and takes it: it is no measure of speed."""
-        bar.set_postfix_str("compiling")
-        make = make_train_step
-        step = make(self.config, self.definition, self.optimizer, self.mesh, self.feed.streamed)
-        given = self.feed.next()
-        compiled = Compiled(step, state, *given)
-        self.train_step, self.compiling = compiled.call, {"compile_seconds": compiled.seconds}
-        self.speed = Speed.of(self.config, self.model_flops(compiled.flops, state, given))
+    def compile_and_take_first_step(self, state: TrainState) -> TrainState:
+        """The first step is left out of the timing, since the first call of a program is slow."""
+        self.bar.set_postfix_str("compiling")
+        batch, began = self.feed.next(), time.monotonic()
+        self.train_step = make_train_step(self.setup, self.feed.streamed)
+        self.train_step = self.train_step.lower(state, *batch).compile()
+        self.clock.compile_seconds = time.monotonic() - began
+        self.clock.flops = count_flops(self.train_step, self.setup.config)
         self.profile.before(0, state)
-        state = self.train_step(state, *given)
-        bar.set_postfix_str("")
-        bar.update(self.several)
-        with self.clock.paused(state):
-            self.clock.read()
-            self.feed.read_waited()
+        state = self.train_step(state, *batch)
+        self.bar.set_postfix_str("")
+        self.bar.update(self.steps_per_call)
+        jax.block_until_ready(state.step)
+        self.feed.read_waited()
+        self.clock.start()
         return state
 
-    def model_flops(self, counted: float | None, state: TrainState, given: Any) -> float | None:
-        """Operations of a step of the model: none is counted again that is only repeated.
+    def run_tasks(self, state: TrainState, step: int) -> None:
+        """Runs the tasks that are scheduled after this step.
 
-        Neither rematerialisation nor a loop over the parts of a batch changes what a step is. Where
-        the devices do not count, it is counted for a CPU.
+        Raises:
+          Interrupted: if a signal came before the tasks, or in one that can be interrupted.
         """
-        of = self.config
-        if counted and not of.model.remat and of.train.accumulate == 1:
-            return counted
-        plain, mesh = of.copy_and_resolve_references(), devices.cpu_mesh()
-        plain.model.remat, plain.train.accumulate = False, 1
-        if mesh is None:
-            return None
-        step = make_train_step(plain, self.definition, self.optimizer, mesh, self.feed.streamed)
-        like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (state, *given))
-        return flops(step.lower(*like))
-
-    def do_what_is_due(self, state: TrainState, step: int, bar: tqdm) -> None:
-        """What belongs to the state after so many steps; raises Interrupted before or within it."""
-        self.heed_signals()
-        # The log before the checkpoint: what a checkpoint is of has been written down.
-        for setting, do in (
-            ("log_every", lambda: self.write_log(state, bar)),
-            ("sample_every", lambda: self.write_samples(state)),
-            ("checkpoint_every", lambda: self.save(state)),
-        ):
-            if self.is_due(setting, step):
+        self.check_for_signals()
+        for task in self.tasks:
+            if step % task.every == 0 or step == self.num_steps:
                 with self.clock.paused(state):
-                    do()
+                    self.checkpoints.check()
+                    self.check_finite(state)
+                    self.clock.waited += self.feed.read_waited()
+                    text = task.run(state, self.clock.timing())
+                if text is not None:
+                    self.bar.set_postfix_str(text)
 
     def next_batch(self, state: TrainState) -> Any:
-        """What the step is given; where it can't be read, the state is saved before it is said."""
+        """The next step's batch. If it can't be read, saves the state and raises RunError."""
         try:
             return self.feed.next()
         except (ConfigError, RunError) as error:
-            if jax.process_count() > 1:  # the others know nothing of it
+            if jax.process_count() > 1:  # saving needs all processes, and the others go on
                 raise
+            self.check_finite(state)
             step = int(state.step)
-            self.stop_if_not_finite(state)
             self.checkpoints.save_interrupted(step, state)
             raise RunError(
                 f"{error}; step {step} is saved in {self.workdir}, and the same command goes on "
@@ -180,100 +156,75 @@ class Trainer:
                 "config.train.allow_changes=('data.',))"
             ) from error
 
-    def heed_signals(self, wait: bool = False) -> None:
-        """Raises Interrupted if a signal has been noted; by any process, soon after, in all."""
-        number = self.asked_to_stop(signals.noted(), wait)
+    def check_for_signals(self, wait: bool = False) -> None:
+        """Raises Interrupted if any process got a signal; all processes raise at the same step.
+
+        Args:
+          wait: whether to wait for the other processes' answers; else they are some steps old.
+        """
+        number = self.largest_signal(signals.noted(), wait)
         if number:
             raise Interrupted(number, by_all=True)
 
-    def stop(self, state: TrainState, number: int) -> Interrupted:
-        """Saves the state as it is, whatever is due after its step; says how to go on."""
-        self.stop_if_not_finite(state)
+    def save_interrupted(self, state: TrainState, number: int) -> Interrupted:
+        """Saves the state; returns an exception that says how to resume."""
+        self.check_finite(state)
         step = int(state.step)
         self.checkpoints.save_interrupted(step, state)
-        told = f"step {step} is saved in {self.workdir}; the same command goes on from there"
-        return Interrupted(number, told, by_all=True)
+        message = f"step {step} is saved in {self.workdir}; the same command goes on from there"
+        return Interrupted(number, message, by_all=True)
 
-    def is_due(self, setting: str, done: int) -> bool:
-        """Whether this is done after so many steps; all of it is after the last."""
-        return done % self.config.train[setting] == 0 or done == self.config.train.num_steps
+    def check_finite(self, state: TrainState) -> None:
+        """Raises RunError if a step was not finite and could not be skipped.
 
-    def write_log(self, state: TrainState, bar: tqdm) -> None:
-        """A line of means over the steps since the last one, and of how fast they were."""
-        self.checkpoints.check()
-        self.stop_if_not_finite(state)
-        step, window = int(state.step), jax.device_get(state.window)
-        num_steps = int(window.steps) or np.nan  # all may have been skipped
-        loss = float(window.loss / num_steps)
-        seen = window.quartile_count > 0
-        by_quartile = np.where(
-            seen, window.quartile_loss / np.maximum(window.quartile_count, 1), np.nan
-        )
-        may_skip = self.config.train.skip_nonfinite > 0
-        speed = self.speed.values(*self.clock.read(), self.feed.read_waited())
-        self.log.write(
-            step,
-            loss=loss,
-            grad_norm=float(window.grad_norm / num_steps),
-            # The optimizer does not count what was skipped.
-            learning_rate=float(self.learning_rate(step - 1 - int(window.skipped_steps))),
-            **{f"loss_quartile_{i + 1}": float(mean) for i, mean in enumerate(by_quartile)},
-            **({"skipped_steps": int(window.skipped_steps)} if may_skip else {}),
-            **speed,
-            **self.compiling,
-        )
-        self.compiling = {}
-        bar.set_postfix_str(f"loss {loss:.4f}{self.speed.line(speed)}")
-
-    def write_samples(self, state: TrainState) -> None:
-        """A grid of samples from the EMA weights, always of the same noise."""
-        step, n = int(state.step), self.config.sample.batch_size
-        params = self.averaged(state)
-        levels = self.definition.learned(params).schedule.levels(self.config.train.sample_timesteps)
-        try:
-            with self.may_be_given_up():
-                made = self.preview(params, levels, n).x_0
-        except RunError as error:  # of the sampler, on a network that may be new: training goes on
-            tqdm.write(f"step {step}: no picture of samples ({error})")
-            return
-        grid = images.grid(to_bytes(self.definition, made))
-        images.save_png(self.workdir / "samples" / f"step_{step:08d}.png", grid)
-        self.log.image("samples", step, grid)
-
-    def save(self, state: TrainState) -> None:
-        """A quick bound on validation, and a checkpoint that remembers it."""
-        step = int(state.step)
-        self.stop_if_not_finite(state)
-        with self.may_be_given_up():
-            validation = self.quick_bound(self.averaged(state))
-        if not np.isfinite(validation):
-            raise RunError(
-                f"the bound on validation is {validation} at step {step}; it is not saved"
-            )
-        self.log.write(step, validation_bits_per_dim=validation)
-        tqdm.write(f"step {step}: validation bits/dim {validation:.4f}")
-        self.checkpoints.save(step, state, validation)
-
-    def averaged(self, state: TrainState) -> Any:
-        """The EMA weights, whole on every device."""
-        return devices.place(state.ema_params, devices.replicated(self.mesh))
-
-    def may_be_given_up(self) -> Any:
-        """Around what a signal may end: in one process alone, as several do the same or hang."""
-        return signals.raising() if jax.process_count() == 1 else nullcontext()
-
-    def stop_if_not_finite(self, state: TrainState) -> None:
-        """Raises RunError if a step was not finite and not to be skipped: the state's next one."""
+        The state stands still from that step on, so the bad step is the next one of the state.
+        """
         bad_step = int(state.window.first_bad_step)
         if bad_step < 0:
             return
-        given = self.feed.of_step(bad_step - 1)
-        described = diagnosis.describe(self.config, self.definition, self.mesh, state, *given)
+        batch = self.feed.of_step(bad_step - 1)
+        description = diagnosis.describe_bad_step(self.setup, state, *batch)
         latest = self.checkpoints.latest_step()
-        kept = "no checkpoint was saved" if latest is None else f"step {latest} is the last saved"
-        skipped = int(state.window.skipped_steps)
-        kept += f" ({skipped} such steps were skipped before)" if skipped else ""
+        saved = "no checkpoint was saved" if latest is None else f"step {latest} is the last saved"
+        num_skipped = int(state.window.skipped_steps)
+        skipped = f" ({num_skipped} such steps were skipped before)" if num_skipped else ""
         raise RunError(
-            f"{described}; {kept}; "
+            f"{description}; {saved}{skipped}; "
             "try a lower config.train.learning_rate or config.train.gradient_clip"
         )
+
+
+class Clock:
+    """Measures training steps alone: it is paused while tasks run.
+
+    Attributes:
+      waited: seconds of the measured time in which the loop waited for data.
+      compile_seconds: seconds that compilation took; None before it.
+      flops: floating-point operations of a step; None if unknown.
+    """
+
+    def __init__(self):
+        self.waited = 0.0
+        self.compile_seconds: float | None = None
+        self.flops: float | None = None
+        self._steps, self._seconds, self._started = 0, 0.0, time.monotonic()
+
+    def start(self) -> None:
+        """Starts the clock; the time until now does not count."""
+        self._started = time.monotonic()
+
+    def count(self, steps: int) -> None:
+        """Adds steps."""
+        self._steps += steps
+
+    @contextmanager
+    def paused(self, state: TrainState) -> Iterator[None]:
+        """Waits for the dispatched steps; then the clock stands still in the body."""
+        jax.block_until_ready(state.step)
+        self._seconds += time.monotonic() - self._started
+        yield
+        self._started = time.monotonic()
+
+    def timing(self) -> Timing:
+        """The totals so far; to be called while the clock is paused."""
+        return Timing(self._steps, self._seconds, self.waited, self.compile_seconds, self.flops)

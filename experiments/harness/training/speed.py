@@ -1,7 +1,6 @@
 """How fast a run is, and what its device could do: numbers for the log, and traces."""
 
-import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from etils import epath
@@ -58,14 +57,41 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
     return None
 
 
-def flops(program: jax.stages.Lowered) -> float | None:
-    """Floating-point operations of a program, over all devices, by the compiler's own count.
+class Timing(NamedTuple):
+    """Totals of a run since its first step, which is left out.
 
-    None where it has none: most accelerators count compiled programs alone, and those without what
-    they call of libraries, which is nearly all. What a loop repeats is counted once.
+    Attributes:
+      steps: number of training steps.
+      seconds: seconds that they took, waiting for data included.
+      waited: seconds of them in which the loop waited for data.
+      compile_seconds: seconds that compilation took; None before it.
+      flops: floating-point operations of a step, over all devices; None if unknown.
     """
-    costs = program.cost_analysis()
-    return float(costs["flops"]) if costs and costs.get("flops", 0) > 0 else None
+
+    steps: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+    compile_seconds: float | None = None
+    flops: float | None = None
+
+
+def count_flops(compiled: jax.stages.Compiled, config: ConfigDict) -> float | None:
+    """Floating-point operations of a step, over all devices, as the compiler counts them.
+
+    The count of a program with rematerialisation includes recomputation, that of a loop has its
+    body once, and that of a GPU's program leaves out library calls, which do nearly all the work:
+    there it is None, since it would not be the model's.
+
+    Args:
+      compiled: the compiled training step; a loop over several steps counts as one of them.
+      config: the config.
+    """
+    is_counted = not config.model.remat and config.train.accumulate == 1
+    if not is_counted or jax.default_backend() == "gpu":
+        return None
+    costs = compiled.cost_analysis() or {}
+    # One device's share of the program.
+    return costs["flops"] * jax.device_count() if costs.get("flops", 0) > 0 else None
 
 
 def peak_memory() -> int | None:
@@ -81,57 +107,46 @@ def check(config: ConfigDict) -> None:
         checks.check_setting(config, f"profile.{name}", lambda n: n >= 0, "it can't be negative")
 
 
-class Speed:
-    """What a line of the log says of the steps since the last one.
+def speed_values(
+    timing: Timing, last: Timing, batch_size: int, peak: float | None
+) -> dict[str, float]:
+    """The speed of the steps between two timings.
 
-    Attributes:
+    Args:
+      timing: the totals now.
+      last: the totals before the steps.
       batch_size: examples of a step, over all devices.
-      flops: floating-point operations of a step, over all devices; None if not known.
-      peak: of all devices together, a second; None if not known.
+      peak: floating-point operations a second that all devices can do; None if unknown.
+
+    Returns:
+      `images_per_second`, `step_seconds`, `data_wait` (the share of the time spent waiting for
+      data), and those of `flops_per_second`, `flop_utilization` and `peak_memory_bytes` that are
+      known; empty without steps.
     """
+    steps, seconds = timing.steps - last.steps, timing.seconds - last.seconds
+    if not steps or not seconds:
+        return {}
+    rate = steps / seconds
+    values = {
+        "images_per_second": rate * batch_size,
+        "step_seconds": 1 / rate,
+        "data_wait": (timing.waited - last.waited) / seconds,
+    }
+    if timing.flops is not None:
+        values["flops_per_second"] = rate * timing.flops
+        if peak is not None:
+            values["flop_utilization"] = rate * timing.flops / peak
+    memory = peak_memory()
+    return values if memory is None else values | {"peak_memory_bytes": memory}
 
-    def __init__(self, batch_size: int, flops: float | None = None, peak: float | None = None):
-        self.batch_size, self.flops, self.peak = batch_size, flops, peak
 
-    @classmethod
-    def of(cls, config: ConfigDict, flops: float | None) -> "Speed":
-        """Of a training run, on the devices that there are."""
-        each = peak_flops(jax.devices()[0].device_kind, config.model.dtype)
-        peak = None if each is None else each * jax.device_count()
-        return cls(config.train.batch_size, flops, peak)
-
-    def values(self, steps: int, seconds: float, waited: float) -> dict[str, float]:
-        """Numbers by name: `images_per_second`, `step_seconds`, `data_wait` and what is known of
-        `flops_per_second`, `flop_utilization` and `peak_memory_bytes`.
-
-        Args:
-          steps: how many steps.
-          seconds: that they took, the waiting included.
-          waited: seconds of them in which the loop waited for data; `data_wait` is their share.
-        """
-        if not steps or not seconds:
-            return {}
-        rate = steps / seconds
-        found = {
-            "images_per_second": rate * self.batch_size,
-            "step_seconds": 1 / rate,
-            "data_wait": waited / seconds,
-        }
-        if self.flops is not None:
-            found["flops_per_second"] = rate * self.flops
-            if self.peak is not None:
-                found["flop_utilization"] = rate * self.flops / self.peak
-        memory = peak_memory()
-        return found if memory is None else found | {"peak_memory_bytes": memory}
-
-    @staticmethod
-    def line(values: dict[str, float]) -> str:
-        """What a progress bar shows of these."""
-        if not values:
-            return ""
-        waiting = values["data_wait"]
-        told = f", {waiting:.0%} waiting for data" if waiting > 0.05 else ""
-        return f", {values['images_per_second']:.0f} images/s{told}"
+def speed_text(values: dict[str, float]) -> str:
+    """The part of `speed_values` that the progress bar shows."""
+    if not values:
+        return ""
+    waiting = values["data_wait"]
+    waiting_text = f", {waiting:.0%} waiting for data" if waiting > 0.05 else ""
+    return f", {values['images_per_second']:.0f} images/s{waiting_text}"
 
 
 class Profile:
@@ -185,21 +200,3 @@ class Profile:
         jax.profiler.stop_trace()
         self._is_on, self._is_over = False, True
         tqdm.write(f"a trace of the steps is in {self._directory}")
-
-
-class Compiled:
-    """A program compiled ahead of its first call.
-
-    Attributes:
-      seconds: what lowering and compiling took.
-      flops: of a call, over all devices, as `flops` counts them.
-      call: runs it.
-    """
-
-    def __init__(self, jitted: Any, *args: Any):
-        """Compiles for arguments of these shapes; runs nothing."""
-        began = time.monotonic()
-        lowered = jitted.lower(*args)
-        self.call = lowered.compile()
-        self.seconds = time.monotonic() - began
-        self.flops = flops(lowered)

@@ -18,9 +18,13 @@ from experiments.harness.data.splits import Examples
 from experiments.harness.errors import ConfigError
 from experiments.harness.seeds import stream
 from experiments.harness.setup.definition import ModelDefinition
-from experiments.harness.setup.params import abstract_params
-from experiments.harness.training.loss import Batch, LossFn, init_history, make_loss, whole
-from experiments.harness.training.state import TrainState, Window, init_state
+from experiments.harness.training.loss import Batch, LossFn, make_loss, whole
+from experiments.harness.training.state import (
+    TrainingSetup,
+    TrainState,
+    Window,
+    state_shardings,
+)
 
 TrainStep = Callable[[TrainState, Examples, Any], TrainState]
 LABELS = 2  # folded into a step's key: 0 and 1 would be the two that it is split into
@@ -72,84 +76,41 @@ def trained_network(config: ConfigDict, network: nn.Module) -> nn.Module:
         ) from error
 
 
-def state_shardings(
-    definition: ModelDefinition, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> TrainState:
-    """How a state lies on the devices; one sharding where it is the same for all of a field."""
-    everywhere, params = devices.replicated(mesh), abstract_params(definition)
-    parts = devices.shard_params(mesh, (params, jax.eval_shape(optimizer.init, params)))
-    return TrainState(everywhere, parts[0], parts[0], parts[1], everywhere, everywhere)
-
-
-def abstract_state(
-    config: ConfigDict,
-    definition: ModelDefinition,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-) -> TrainState:
-    """Shapes, dtypes and shardings of the state, as a checkpoint is restored to."""
-    params, history = abstract_params(definition), init_history(config, definition)
-    like = jax.eval_shape(lambda params: init_state(params, optimizer, history), params)
-
-    def with_sharding(sharding, tree):
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
-        )
-
-    return jax.tree.map(with_sharding, state_shardings(definition, optimizer, mesh), like)
-
-
-def make_train_step(
-    config: ConfigDict,
-    definition: ModelDefinition,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    streamed: bool = False,
-) -> TrainStep:
+def make_train_step(setup: TrainingSetup, streamed: bool = False) -> TrainStep:
     """One optimisation step as (state, examples of the whole set, indices [b]) -> state.
 
     The state is donated. The examples stay on the device and are indexed there. With
-    `train.steps_per_dispatch` = k > 1 it is k steps, and the indices are [k, b].
+    `train.steps_per_dispatch` = k > 1 it takes k steps, and the indices are [k, b].
 
     Args:
-      config: the config.
-      definition: the mathematics it names.
-      optimizer: what makes updates of gradients.
-      mesh: the devices.
+      setup: config, model, optimizer and devices.
       streamed: whether the examples are a batch, split over the devices, and the indices None; with
-        k > 1 they have an axis of k before that of the batch.
+        k > 1 their first axis is k.
     """
-    train_step = _make_one_step(config, definition, optimizer, mesh)
-    several = config.train.steps_per_dispatch
+    train_step, mesh = _make_one_step(setup), setup.mesh
+    is_scanned = setup.config.train.steps_per_dispatch > 1
 
     def train_steps(state, examples, indices):
-        def step(state, given):
-            return train_step(state, *(given if streamed else (examples, given))), None
+        def step(state, batch):
+            return train_step(state, *(batch if streamed else (examples, batch))), None
 
         return jax.lax.scan(step, state, (examples, indices) if streamed else indices)[0]
 
-    everywhere, state_sharding = (
-        devices.replicated(mesh),
-        state_shardings(definition, optimizer, mesh),
-    )
-    batch = devices.split_batch(mesh, leading=int(several > 1))
+    replicated, state_sharding = devices.replicated(mesh), state_shardings(setup)
+    batch = devices.split_batch(mesh, leading=int(is_scanned))
     return jax.jit(
-        train_steps if several > 1 else train_step,
+        train_steps if is_scanned else train_step,
         donate_argnums=0,
-        in_shardings=(state_sharding, batch if streamed else everywhere, batch),
+        in_shardings=(state_sharding, batch if streamed else replicated, batch),
         out_shardings=state_sharding,
     )
 
 
-def _make_one_step(
-    config: ConfigDict,
-    definition: ModelDefinition,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-) -> TrainStep:
-    """A step, not compiled."""
-    gradients = make_gradients(config, definition, mesh)
-    by_history, decay = config.train.timesteps == "importance", config.train.ema_decay
+def _make_one_step(setup: TrainingSetup) -> TrainStep:
+    """A single step, not compiled."""
+    config, _, optimizer, _ = setup
+    gradients = make_gradients(setup)
+    follows_losses, decay = config.train.timesteps == "importance", config.train.ema_decay
 
     def train_step(state, examples, indices):
         batch, grads = gradients(state, examples, indices)
@@ -164,17 +125,16 @@ def _make_one_step(
             state.window, restart, state.step, batch, grad_norm, is_bad, config.train.skip_nonfinite
         )
         history = state.history
-        if by_history:
+        if follows_losses:
             history = history.update(batch.t, batch.unweighted)
-        # A bad step changes nothing, and from one that is not to be skipped on all stands still.
+        # A bad step changes nothing. After one that may not be skipped nothing changes any more.
         stopped = window.first_bad_step >= 0
         old = state.params, state.ema_params, state.opt_state, state.history
-        kept = jax.tree.map(
+        params, ema_params, opt_state, history = jax.tree.map(
             lambda a, b: jnp.where(is_bad | stopped, a, b),
             old,
             (params, ema_params, opt_state, history),
         )
-        params, ema_params, opt_state, history = kept
         step = jnp.where(stopped, state.step, state.step + 1)
         return TrainState(step, params, ema_params, opt_state, window, history)
 
@@ -182,13 +142,14 @@ def _make_one_step(
 
 
 def make_gradients(
-    config: ConfigDict, definition: ModelDefinition, mesh: Mesh
+    setup: TrainingSetup,
 ) -> Callable[[TrainState, Examples, Any], tuple[Batch, Any]]:
     """What a step is made of, as (state, examples, indices) -> the batch's losses, its gradients.
 
     Not compiled; a function of the state's step as the step itself is. Without indices the examples
     are the batch.
     """
+    config, definition, _, mesh = setup
     definition = definition._replace(network=trained_network(config, definition.network))
     loss_fn, root = make_loss(config, definition), stream(config.seed, "train")
     if mesh.shape.get("fsdp", 1) > 1:

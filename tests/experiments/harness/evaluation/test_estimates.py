@@ -152,9 +152,7 @@ def test_a_network_is_measured_without_the_schedule_learned_beside_it(tmp_path):
         train__time="continuous",
     )
     definition = define_model(learned)
-    state = init_state(
-        init_params(definition, 0), make_optimizer(learned.train, learns_schedule=True)
-    )
+    state = init_state(init_params(definition, 0), make_optimizer(learned))
     tiny.save(tmp_path, {1: (state, None)})
     both = [evaluate(config, tmp_path) for config in (learned, tiny.config())]
     assert both[0]["bits_per_dim"] == pytest.approx(both[1]["bits_per_dim"], rel=1e-4)

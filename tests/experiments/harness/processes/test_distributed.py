@@ -19,11 +19,7 @@ from experiments.harness.data import splits
 from experiments.harness.errors import ConfigError
 from experiments.harness.processes import distributed
 from experiments.harness.setup.definition import define_model
-from experiments.harness.setup.params import init_params
 from experiments.harness.training import step
-from experiments.harness.training.loss import init_history
-from experiments.harness.training.optimizer import make_optimizer
-from experiments.harness.training.state import init_state
 from models import layers
 from tests.experiments import processes, tiny
 
@@ -228,12 +224,10 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(network, timesteps):
     found = []
     for parts in (1, 4):
         config = tiny.config(network, train__accumulate=parts, **overrides)
-        definition, mesh = define_model(config), devices.mesh()
-        history = init_history(config, definition)
-        params = init_params(definition, config.seed)
-        state = init_state(params, make_optimizer(config.train), history)
+        setup = make_setup(config)
+        state = first_state(setup)
         examples = splits.load_data(config, "train").examples(slice(None))
-        compute = jax.jit(step.make_gradients(config, definition, mesh))
+        compute = jax.jit(step.make_gradients(setup))
         found.append(jax.device_get(compute(state, examples, np.arange(16))))
     (batch, whole), (batch_in_parts, in_parts) = found
     np.testing.assert_array_equal(batch_in_parts.t, batch.t)

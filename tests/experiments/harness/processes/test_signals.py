@@ -6,11 +6,11 @@ import time
 
 import pytest
 
+from experiments import train
 from experiments.harness import command_line
 from experiments.harness.data import order
 from experiments.harness.processes import signals
 from experiments.harness.setup.trained import load_ema
-from experiments.harness.training import loop
 from tests.experiments import tiny
 from tests.experiments.faults import AT_STEP, assert_ends_as, last_line, program
 
@@ -40,30 +40,21 @@ def test_a_signal_saves_and_ends_and_changes_nothing(number, step, uninterrupted
     assert not (tmp_path / "interrupted").exists()
 
 
-@pytest.mark.parametrize("what", ["quick_bound", "preview"])
-def test_a_signal_ends_what_is_only_looked_at(what, uninterrupted, tmp_path, monkeypatch):
-    """The bound on validation and the samples are made again by the run that goes on."""
+@pytest.mark.parametrize(("name", "step"), [("make_quick_bound", 4), ("Drawer", 6)])
+def test_a_signal_interrupts_validation_and_samples(
+    name, step, uninterrupted, tmp_path, monkeypatch
+):
+    """They are not needed by the steps to come, and the resumed run does them again."""
 
-    build = loop.Trainer.__init__
+    def compute(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
 
-    def init(self, *args):
-        build(self, *args)
-        do = getattr(self, what)
-
-        def stopped(*args):
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(60)
-            return do(*args)
-
-        setattr(self, what, stopped)
-
-    config, _, _ = uninterrupted
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Trainer, "__init__", init)
+        patch.setattr(train, name, lambda *args: compute)
         started = time.monotonic()
-        assert command_line.run("train", config, str(tmp_path)) == 143
+        assert command_line.run("train", uninterrupted[0], str(tmp_path)) == 143
         assert time.monotonic() - started < 50
-    step = {"quick_bound": 4, "preview": 6}[what]
     assert max(tiny.saved_steps(tmp_path)) == step
     assert_ends_as(uninterrupted, tmp_path)
 

@@ -9,7 +9,6 @@ import optax
 import pytest
 
 from diffusion.timesteps import HISTORY_LENGTH, LossHistory
-from experiments.harness import devices
 from experiments.harness.data import order, splits
 from experiments.harness.errors import ConfigError
 from experiments.harness.seeds import stream
@@ -18,7 +17,7 @@ from experiments.harness.setup.params import init_params
 from experiments.harness.training import loss
 from experiments.harness.training.loss import init_history, make_loss
 from experiments.harness.training.optimizer import make_optimizer
-from experiments.harness.training.state import init_state
+from experiments.harness.training.state import first_state, make_setup
 from experiments.harness.training.step import make_train_step
 from experiments.train import train
 from tests.experiments import tiny
@@ -62,20 +61,16 @@ class Fixed:
 
 def stepped(config, num_steps):
     """The states of some steps from step 0, on the host."""
-    mesh, definition = devices.mesh(), define_model(config)
-    optimizer = make_optimizer(config.train, config.schedule.name == "learned")
-    state = init_state(
-        init_params(definition, config.seed), optimizer, init_history(config, definition)
-    )
+    setup = make_setup(config)
     examples = splits.load_data(config, "train").examples(slice(None))
-    compiled = make_train_step(config, definition, optimizer, mesh)
+    compiled = make_train_step(setup)
+    state = first_state(setup)
     states = [jax.device_get(state)]
-    state = devices.place(state, devices.replicated(mesh))
     for step in range(num_steps):
         sizes = len(examples.images), config.train.batch_size
         state = compiled(state, examples, order.batch_indices(config.seed, step, *sizes))
         states.append(jax.device_get(state))
-    return definition, states
+    return setup.definition, states
 
 
 def changed(before, after):
@@ -118,8 +113,10 @@ def test_a_learned_schedule_has_an_optimizer_of_its_own():
 
     The clip is of the network's gradient alone, and the schedule's rate knows no warm-up.
     """
-    config = tiny.config(train__gradient_clip=0.5, train__schedule_learning_rate=0.125).train
-    alone, both = make_optimizer(config), make_optimizer(config, learns_schedule=True)
+    config = tiny.config(train__gradient_clip=0.5, train__schedule_learning_rate=0.125)
+    alone = make_optimizer(config)
+    config.schedule.name = "learned"
+    both = make_optimizer(config)
     params = {"network": {"a": jnp.ones(3), "b": jnp.ones(())}, "noise_schedule": jnp.ones(2)}
     state_alone, state_both = alone.init(params["network"]), both.init(params)
     rng = np.random.default_rng(0)
@@ -347,7 +344,7 @@ def test_a_run_that_stops_goes_on_with_its_history_and_both_optimizers(
 )
 def test_settings_without_a_meaning_together_are_one_line(overrides, setting, remedy):
     with pytest.raises(ConfigError) as error:
-        define_model(tiny.config(**overrides))
+        loss.make_objective(tiny.config(**overrides))
     message = str(error.value)
     assert message.startswith(f"config.{setting}")
     assert remedy in message

@@ -1,15 +1,12 @@
 """What a run says of its speed, and the trace of its steps."""
 
-import types
-
 import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.harness import devices
 from experiments.harness.errors import ConfigError
-from experiments.harness.training import loop, speed
-from tests.experiments import processes, tiny
+from experiments.harness.training import speed
+from tests.experiments import tiny
 
 
 @pytest.mark.parametrize(
@@ -33,33 +30,19 @@ def test_the_peak_of_a_device_by_its_kind(kind, dtype, expected):
 def test_a_matrix_product_has_two_operations_for_each_term():
     m, k, n = 48, 40, 56
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((m, k), (k, n))]
-    compiled = speed.Compiled(jax.jit(jnp.dot), *shapes)
-    assert compiled.flops == 2 * m * k * n
-    assert compiled.seconds > 0
-    assert compiled.call(jnp.ones((m, k)), jnp.ones((k, n)))[0, 0] == k
+    compiled = jax.jit(jnp.dot).lower(*shapes).compile()
+    num_devices = jax.device_count()
+    assert speed.count_flops(compiled, tiny.config()) == 2 * m * k * n * num_devices
+    # A count with recomputation, or of one part of the batch, is not the model's.
+    assert speed.count_flops(compiled, tiny.config(train__accumulate=2)) is None
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_step_is_counted_for_a_cpu_where_the_devices_do_not_count(accumulate):
-    """Whole, and each part of its batch once."""
-    whole = processes.Training(tiny.config(), devices.mesh())
-    given = whole.batch(0)
-    expected = speed.flops(whole.compiled.lower(whole.state, *given))
-    # The convolution and its gradient, 8×8 pixels, 3×3 taps, three channels in and one out.
-    assert expected > 2 * 16 * 64 * 9
-    trainer = types.SimpleNamespace(
-        config=tiny.config(train__accumulate=accumulate),
-        definition=whole.definition,
-        optimizer=whole.optimizer,
-        feed=types.SimpleNamespace(streamed=False),
-    )
-    assert loop.Trainer.model_flops(trainer, None, whole.state, given) == expected
-
-
-def test_rates_of_a_stretch_of_steps():
-    """Ten steps of 32 images in five seconds, one of them waited, on a device half in use."""
-    values = speed.Speed(32, flops=1e6, peak=4e6).values(10, 5.0, 1.0)
-    values.pop("peak_memory_bytes", None)  # where a device tells it
+def test_the_speed_between_two_timings():
+    """Ten steps of 32 images in five seconds, one spent waiting, on a device half in use."""
+    last = speed.Timing(steps=7, seconds=2.0, waited=0.5, flops=1e6)
+    timing = speed.Timing(steps=17, seconds=7.0, waited=1.5, flops=1e6)
+    values = speed.speed_values(timing, last, 32, peak=4e6)
+    values.pop("peak_memory_bytes", None)  # known on some devices
     assert values == {
         "images_per_second": 64.0,
         "step_seconds": 0.5,
@@ -67,8 +50,10 @@ def test_rates_of_a_stretch_of_steps():
         "flops_per_second": 2e6,
         "flop_utilization": 0.5,
     }
-    assert "flop_utilization" not in speed.Speed(32, flops=1e6).values(10, 5.0, 1.0)
-    assert speed.Speed(32).values(0, 0.0, 0.0) == {}
+    assert "flop_utilization" not in speed.speed_values(timing, last, 32, peak=None)
+    unknown = timing._replace(flops=None)
+    assert "flops_per_second" not in speed.speed_values(unknown, last, 32, peak=4e6)
+    assert speed.speed_values(timing, timing, 32, peak=4e6) == {}
 
 
 @pytest.mark.parametrize(("first", "expected"), [(1, [1, 2]), (4, [4])])

@@ -12,11 +12,9 @@ from diffusion.objectives import OBJECTIVES, Loss, Objective
 from experiments.harness import devices
 from experiments.harness.data import order, splits
 from experiments.harness.errors import ConfigError
-from experiments.harness.setup.definition import define_model
-from experiments.harness.setup.params import init_params
 from experiments.harness.training import step
 from experiments.harness.training.optimizer import learning_rate, make_optimizer
-from experiments.harness.training.state import init_state
+from experiments.harness.training.state import first_state, make_setup
 from tests.experiments import tiny
 
 pytest_plugins = ["tests.experiments.tiny"]
@@ -27,14 +25,12 @@ class Stepper:
     """The training step of a config with its state, on examples that default to the digits."""
 
     def __init__(self, config, examples=None):
-        self.config, mesh = config, devices.mesh()
-        definition, optimizer = define_model(config), make_optimizer(config.train)
+        self.config, setup = config, make_setup(config)
         if examples is None:
             examples = splits.load_data(config, "train").examples(slice(None))
-        self.examples = devices.place(examples, devices.replicated(mesh))
-        state = init_state(init_params(definition, config.seed), optimizer)
-        self.state = devices.place(state, devices.replicated(mesh))
-        self.compiled = step.make_train_step(config, definition, optimizer, mesh)
+        self.examples = devices.place(examples, devices.replicated(setup.mesh))
+        self.state = first_state(setup)
+        self.compiled = step.make_train_step(setup)
 
     def step(self):
         sizes = len(self.examples.images), self.config.train.batch_size
@@ -100,14 +96,14 @@ def test_the_rate_warms_up_and_decays(warmup, decay):
 
 def test_an_unknown_decay_or_optimizer_is_named():
     with pytest.raises(ConfigError, match=r"config\.train\.decay = 'cosin' .*did you mean cosine"):
-        make_optimizer(tiny.config(train__decay="cosin").train)
+        make_optimizer(tiny.config(train__decay="cosin"))
     with pytest.raises(ConfigError, match=r"config\.train\.optimizer = 'sgd' .*adam, adamw"):
-        make_optimizer(tiny.config(train__optimizer="sgd").train)
+        make_optimizer(tiny.config(train__optimizer="sgd"))
 
 
-def updates(train, gradients, params=None):
+def updates(config, gradients, params=None):
     """What an optimizer makes of gradients, one after another, at a parameter that stays."""
-    optimizer = make_optimizer(train)
+    optimizer = make_optimizer(config)
     params = jnp.zeros(3) if params is None else params
     state, made = optimizer.init(params), []
     for gradient in gradients:
@@ -118,7 +114,7 @@ def updates(train, gradients, params=None):
 
 def constant_rate(**overrides):
     rate = {"train__warmup_steps": 0, "train__decay": "constant", "train__learning_rate": 0.1}
-    return tiny.config(**rate | {f"train__{k}": v for k, v in overrides.items()}).train
+    return tiny.config(**rate | {f"train__{k}": v for k, v in overrides.items()})
 
 
 def test_long_gradients_are_cut_to_the_clip_and_short_ones_left_alone():
@@ -148,9 +144,9 @@ def test_beta2_is_the_memory_of_the_squared_gradient():
 
 
 def test_weight_decay_shrinks_the_weights_without_a_gradient():
-    train = constant_rate(optimizer="adamw", weight_decay=0.5)
+    config = constant_rate(optimizer="adamw", weight_decay=0.5)
     params = jnp.float32([1.0, -2.0, 4.0])
-    update = updates(train, [[0.0, 0.0, 0.0]], params)
+    update = updates(config, [[0.0, 0.0, 0.0]], params)
     np.testing.assert_allclose(update[0], -0.1 * 0.5 * params, rtol=1e-6)
 
 
