@@ -139,3 +139,12 @@ def test_the_readme_is_short():
 def test_every_figure_is_shown():
     shown = " ".join(page.read_text() for page in PAGES)
     assert [file.name for file in (ROOT / "docs").glob("*.png") if file.name not in shown] == []
+
+
+def test_the_architecture_page_names_every_module():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    words = set(re.findall(r"\w+", text[: text.index("## Imports")]))
+    folders = [ROOT / "diffusion", ROOT / "models", ROOT / "experiments"]
+    folders += sorted((ROOT / "experiments" / "harness").rglob("*/"))
+    modules = {path.stem for folder in folders for path in folder.glob("*.py")} - {"__init__"}
+    assert modules - words == set()
