@@ -1,9 +1,8 @@
-"""One mesh over all devices of all processes, and how arrays lie on it.
+"""One mesh over all devices of all processes, and how arrays are laid out on it.
 
 The batch is split over both axes of the mesh, `data` and `fsdp`. Parameters, their average and the
-optimizer's state are the same everywhere along `data`, and along `fsdp` each device holds a part.
-Every process runs the same program on the same host values: `place` and `gather` are its way in
-and out.
+optimizer's state are replicated along `data` and split along `fsdp`. Every process runs the same
+program on the same host values; `place` brings them to the devices, and `gather` back.
 """
 
 from collections import deque
@@ -19,13 +18,13 @@ from ml_collections import ConfigDict
 from experiments.harness.errors import ConfigError
 
 AXES = ("data", "fsdp")
-SMALL = 1024  # arrays of fewer elements are whole on every device
+SMALL = 1024  # arrays of fewer elements are replicated
 
 
 class Agreed:
-    """A number that is the largest of any process's, told to all of them at the same call.
+    """The largest of all processes' numbers, which all of them get at the same call.
 
-    The answer is of a few calls ago, so that no call waits for the devices.
+    The result is that of an earlier call, so that no call waits for the devices.
     """
 
     _LAG = 2
@@ -36,24 +35,24 @@ class Agreed:
         self._pending: deque[jax.Array] = deque()
 
     def __call__(self, number: int, wait: bool = False) -> int:
-        """The answer to the call before the last; with `wait`, to all calls up to this one."""
+        """The maximum of the call `_LAG` calls ago; with `wait`, of all calls up to this one."""
         if jax.process_count() == 1:
             return number
         numbers = np.full(jax.device_count(), number, np.int32)
-        of_each = jax.make_array_from_callback(
+        array = jax.make_array_from_callback(
             numbers.shape, self._split, lambda index: numbers[index]
         )
-        self._pending.append(self._largest(of_each))
-        told = 0
+        self._pending.append(self._largest(array))
+        largest = 0
         while len(self._pending) > (0 if wait else self._LAG):
-            told = max(told, int(self._pending.popleft()))
-        return told
+            largest = max(largest, int(self._pending.popleft()))
+        return largest
 
 
 def mesh(config: ConfigDict | None = None) -> Mesh:
-    """All devices along `data` and, as many as `devices.fsdp` says, along `fsdp`.
+    """All devices: `devices.fsdp` of them along `fsdp`, the rest along `data`.
 
-    Those of a process follow one another, so that it has one run of a batch's examples.
+    The devices of a process are neighbours, so its examples of a batch are contiguous.
 
     Args:
       config: the config; None for an `fsdp` of one.
@@ -62,16 +61,16 @@ def mesh(config: ConfigDict | None = None) -> Mesh:
       ConfigError: if `devices.fsdp` does not divide the number of devices.
     """
     fsdp = 1 if config is None else config.devices.fsdp
-    found = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
-    if fsdp < 1 or len(found) % fsdp:
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    if fsdp < 1 or len(devices) % fsdp:
         raise ConfigError(
-            f"config.devices.fsdp = {fsdp}; it must divide the number of devices, {len(found)}"
+            f"config.devices.fsdp = {fsdp}; it must divide the number of devices, {len(devices)}"
         )
-    return Mesh(np.array(found).reshape(-1, fsdp), AXES)
+    return Mesh(np.array(devices).reshape(-1, fsdp), AXES)
 
 
 def cpu_mesh() -> Mesh | None:
-    """One CPU, which most machines have beside their accelerators; None where JAX sees none."""
+    """A mesh of one CPU, also on a machine with accelerators; None if JAX has no CPU backend."""
     try:
         return Mesh(np.array(jax.local_devices(backend="cpu")[:1]).reshape(1, 1), AXES)
     except RuntimeError:
@@ -84,14 +83,14 @@ def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
 
 
 def split_batch(mesh: Mesh, leading: int = 0) -> NamedSharding:
-    """One axis split over all devices: the first, or the first after so many leading ones."""
+    """The first axis after `leading` others is split over all devices."""
     return NamedSharding(mesh, PartitionSpec(*[None] * leading, mesh.axis_names))
 
 
 def shard_params(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
-    """A sharding for each array: split along `fsdp` by its largest axis that this divides.
+    """A sharding for each array: its largest axis that `fsdp` divides is split along `fsdp`.
 
-    Arrays of fewer than `SMALL` elements, and those without such an axis, are whole everywhere.
+    Arrays of fewer than `SMALL` elements, and those without such an axis, are replicated.
 
     Args:
       mesh: the devices.
@@ -102,23 +101,23 @@ def shard_params(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
     """
     size = mesh.shape.get("fsdp", 1)
 
-    def of(leaf):
+    def sharding(leaf):
         divisible = [axis for axis, length in enumerate(leaf.shape) if length % size == 0]
         if size == 1 or leaf.size < SMALL or not divisible:
             return replicated(mesh)
-        # The last of equals: a kernel's outputs.
+        # The last of equal axes: the outputs of a kernel.
         largest = max(divisible, key=lambda axis: (leaf.shape[axis], axis))
         return NamedSharding(mesh, PartitionSpec(*[None] * largest, "fsdp"))
 
-    return jax.tree.map(of, tree)
+    return jax.tree.map(sharding, tree)
 
 
 def place(tree: Any, sharding: Any) -> Any:
     """Puts a pytree on the devices.
 
     Args:
-      tree: host arrays, the same in every process; or arrays that are on the devices already.
-      sharding: one for all, or a pytree of them.
+      tree: host arrays, equal in every process; or arrays on the devices.
+      sharding: one for all arrays, or a pytree of shardings.
     """
     if jax.process_count() == 1:
         return jax.device_put(tree, sharding)
@@ -133,7 +132,7 @@ def place(tree: Any, sharding: Any) -> Any:
 
 
 def local_part(batch_size: int) -> slice:
-    """Which examples of a batch this process has, for `join_batch`."""
+    """This process's part of a batch's examples, for `join_batch`."""
     each = batch_size // jax.process_count()
     return slice(jax.process_index() * each, (jax.process_index() + 1) * each)
 
@@ -144,14 +143,14 @@ def join_batch(tree: Any, mesh: Mesh, leading: int = 0) -> Any:
     Args:
       tree: host arrays, of the examples of `local_part`.
       mesh: the devices.
-      leading: axes before that of the examples.
+      leading: number of axes before that of the examples.
     """
     sharding = split_batch(mesh, leading)
     return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, a), tree)
 
 
 def gather(tree: Any) -> Any:
-    """A pytree of arrays as NumPy's, whole in every process."""
+    """A pytree as NumPy arrays, complete in every process."""
 
     def get(leaf):
         if isinstance(leaf, jax.Array) and not (
@@ -164,7 +163,7 @@ def gather(tree: Any) -> Any:
 
 
 def check_batch(setting: str, batch_size: int, parts: int = 1) -> None:
-    """Raises ConfigError unless the batch is positive and devices, times parts, divide it."""
+    """Raises ConfigError unless a batch size is a positive multiple of devices × parts."""
     if batch_size < 1:
         raise ConfigError(f"{setting} = {batch_size}; it must be at least 1")
     devices = jax.device_count()

@@ -1,4 +1,4 @@
-"""What each call of the training step is given beside the state."""
+"""The batches of training steps, as arguments of the compiled step."""
 
 import time
 import zlib
@@ -18,17 +18,14 @@ from experiments.harness.data.stream import Batches, Stream, is_streamed
 from experiments.harness.errors import ConfigError
 from experiments.harness.processes import distributed
 
-Given = tuple[splits.Examples, Any]
+StepInput = tuple[splits.Examples, Any]  # the examples, and the indices of the batch or None
 
 
 def require_same_data(source: Source) -> None:
-    """Raises ConfigError, in every process, if they have found different training sets.
-
-    A batch would be one of each process's own set.
-    """
-    found = (source.num_examples, source.image_shape, source.fingerprint)
-    told = zlib.crc32(repr(found).encode()) >> 1  # in 31 bits
-    if distributed.in_any(told != distributed.of_first(told)):
+    """Raises ConfigError, in every process, if the processes have different training sets."""
+    summary = (source.num_examples, source.image_shape, source.fingerprint)
+    checksum = zlib.crc32(repr(summary).encode()) >> 1  # in 31 bits
+    if distributed.in_any(checksum != distributed.of_first(checksum)):
         raise ConfigError(
             f"process {jax.process_index()} has found {source.num_examples} training images of "
             f"shape {source.image_shape}, and the processes do not all have the same ones; give "
@@ -39,15 +36,15 @@ def require_same_data(source: Source) -> None:
 class Feed:
     """The batches of consecutive steps, as `make_train_step` takes them: (examples, indices).
 
-    A set that fits stays on the devices, and a batch is its indices; of a larger one the batches
-    are streamed, and the indices None. The batch of a step is the same either way.
+    A small set is held on the devices, and the indices select a batch. The batches of a large set
+    are streamed, and the indices are None. The batch of a step is the same in both cases.
 
         feed = Feed(config, mesh)
         with feed.start(first_step):
             state = train_step(state, *feed.next())
 
     Attributes:
-      streamed: which of the two it is.
+      streamed: whether batches are streamed.
     """
 
     def __init__(self, config: ConfigDict, mesh: Mesh):
@@ -67,50 +64,50 @@ class Feed:
 
     @contextmanager
     def start(self, first_step: int) -> Iterator[None]:
-        """`next` begins with this step; in the body a stream's workers decode ahead."""
+        """Sets the first step of `next`; in the body the workers of a stream decode ahead."""
         self._step, last = first_step, self._config.train.num_steps
         if not self.streamed or first_step >= last:
             yield
             return
-        of = self._config.data
+        data = self._config.data
         with Stream(
-            self._batches, first_step, last, workers=of.workers, prefetch=of.prefetch
+            self._batches, first_step, last, workers=data.workers, prefetch=data.prefetch
         ) as self._stream:
             yield
 
-    def next(self) -> Given:
-        """Of the next step; with `train.steps_per_dispatch` = k > 1, of the next k."""
+    def next(self) -> StepInput:
+        """The input of the next step, or of the next `train.steps_per_dispatch` steps, stacked."""
         began = time.monotonic()
         steps = range(self._step, self._step + self._several)
         stacked = self._several > 1
         if self._stream is None:
-            given = self._held, self._indices(steps, stacked)
+            inputs = self._held, self._indices(steps, stacked)
         else:
-            given = self._joined([next(self._stream) for _ in steps], stacked), None
+            inputs = self._joined([next(self._stream) for _ in steps], stacked), None
         self._step = steps.stop
         self._seconds += time.monotonic() - began
-        return given
+        return inputs
 
-    def of_step(self, step: int) -> Given:
-        """Of a single step, whichever; a streamed one is decoded here."""
+    def of_step(self, step: int) -> StepInput:
+        """The input of any single step; a streamed batch is decoded here."""
         if not self.streamed:
             return self._held, self._indices([step], stacked=False)
         return self._joined([self._batches.examples(step)], stacked=False), None
 
     def read_waited(self) -> float:
-        """Seconds that `next` has taken since this was last asked."""
+        """Seconds that `next` has taken since the last call."""
         waited, self._seconds = self._seconds, 0.0
         return waited
 
     def _indices(self, steps: Sequence[int], stacked: bool) -> Any:
         size, num_examples = self._config.train.batch_size, self._source.num_examples
-        found = [order.batch_indices(self._config.seed, s, num_examples, size) for s in steps]
-        indices = np.stack(found) if stacked else found[0]
+        each = [order.batch_indices(self._config.seed, s, num_examples, size) for s in steps]
+        indices = np.stack(each) if stacked else each[0]
         if jax.process_count() == 1:
-            return indices  # the step itself brings them to the devices, in less time
+            return indices  # the step itself brings them to the devices faster
         return devices.place(indices, devices.split_batch(self._mesh, int(stacked)))
 
     def _joined(self, batches: Sequence[splits.Examples], stacked: bool) -> splits.Examples:
         batches = [splits.with_labels(self._config, batch, "train") for batch in batches]
-        batch = jax.tree.map(lambda *of: np.stack(of), *batches) if stacked else batches[0]
+        batch = jax.tree.map(lambda *arrays: np.stack(arrays), *batches) if stacked else batches[0]
         return devices.join_batch(batch, self._mesh, int(stacked))

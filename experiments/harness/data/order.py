@@ -1,4 +1,4 @@
-"""Which examples a batch holds: a function of (seed, step) in training, in order elsewhere."""
+"""The order of examples: a function of (seed, step) in training, and as stored elsewhere."""
 
 import functools
 from collections.abc import Iterator
@@ -12,10 +12,10 @@ from experiments.harness.data.sources.source import permutation
 def batch_indices(
     seed: int, step: int, num_examples: int, batch_size: int
 ) -> Int32[np.ndarray, "batch_size"]:
-    """Which examples training step number `step` sees.
+    """The places of the examples of a training step's batch.
 
-    The steps walk through epochs, each a fresh permutation of the set. A batch may end one epoch
-    and begin the next; none is cut short.
+    The steps go through epochs, each with a new permutation of the set. A batch may contain the
+    end of one epoch and the start of the next; all batches have the same size.
 
     Args:
       seed: the run's seed.
@@ -35,7 +35,7 @@ def batch_indices(
 @functools.lru_cache(maxsize=4)
 def _epoch_order(seed: int, epoch: int, num_examples: int) -> Int32[np.ndarray, "num_examples"]:
     order = permutation((seed % 2**64, epoch), num_examples).astype(np.int32)
-    order.flags.writeable = False  # every caller shares the cached array
+    order.flags.writeable = False  # callers share the cached array
     return order
 
 
@@ -45,8 +45,7 @@ def padded_batches(
     """Every example once, in order, in batches of one size.
 
     Yields:
-      indices, and a mask that is False where the last batch is filled up with repeats of the last
-      example.
+      Indices, and a mask. Repeats of the last example fill the last batch; the mask is False there.
     """
     for start in range(0, num_examples, batch_size):
         positions = np.arange(start, start + batch_size, dtype=np.int32)

@@ -1,12 +1,8 @@
-"""Data sets by name, and the order in which training and evaluation visit them.
+"""Data sets by name, and their splits.
 
-A set is an array of grey levels, in memory or read as it is needed (`loader`). The order of
-training examples is a function of (seed, step), so a run needs no iterator state to resume, and no
-batch depends on the machine or on the number of devices.
-
-To add a set that comes with its own splits, write a function from a split's name to a `Source` and
-list it in `DATASETS`; for files of a further format, one of the arguments of `FORMATS`. Any other
-name is an image set of tensorflow-datasets.
+To add a set with splits of its own, write a function from a split's name to a `Source` and list it
+in `DATASETS`. To add a file format, write a function with the arguments of those in `FORMATS` and
+list it there. Any other name is an image set of tensorflow-datasets.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,16 +28,16 @@ from experiments.harness.data.sources.source import (
 from experiments.harness.data.sources.tfds import tfds
 from experiments.harness.errors import ConfigError
 
-# From how many examples there are to the places of those that are wanted.
+# From the number of examples in a split to the places of the selected ones.
 Choose = Callable[[int], Int[np.ndarray, "m"]]
 
 
 class Examples(NamedTuple):
-    """Some examples of a data set, which a compiled program takes as one argument.
+    """Some examples of a data set, as one argument of a compiled program.
 
     Attributes:
       images: grey levels.
-      labels: class indices; None where the set has none, or the model is told none.
+      labels: class indices; None if the set has none, or the model gets none.
     """
 
     images: UInt8[Array, "b h w c"]
@@ -49,14 +45,14 @@ class Examples(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """A split, whole and decoded.
+    """A decoded split.
 
     Attributes:
       images: grey levels 0..num_levels−1.
-      labels: class indices, or None where the set has none.
-      num_levels: grey levels that a pixel can take, whether or not one does.
-      name: as in the config.
-      split: as in the config, train, validation or test.
+      labels: class indices, or None if the set has none.
+      num_levels: number of grey levels that a pixel can have.
+      name: `data.name` of the config.
+      split: train, validation or test.
     """
 
     images: UInt8[np.ndarray, "n h w c"]
@@ -70,12 +66,12 @@ class Dataset(NamedTuple):
         return Examples(self.images[index], None if self.labels is None else self.labels[index])
 
 
-_SOME = (2**64 - 1, 0)  # no seed of a run is so large
+_SELECTION_KEY = (2**64 - 1, 0)  # no seed of a run is so large
 
-# Sets that come with their own splits.
+# Sets with splits of their own.
 DATASETS: dict[str, Callable[[str], Source]] = {"digits": digits, "photos": photos}
 
-# Files of the user's own, in `data.data_dir`.
+# Formats of the user's files in `data.data_dir`.
 FORMATS: dict[str, Callable[..., Source]] = {"folder": folder, "npz": npz, "idx": idx}
 
 
@@ -87,19 +83,19 @@ def describe(
     splits: Mapping[str, str] | ConfigDict = SPLITS,
     options: Options = DEFAULTS,
 ) -> Source:
-    """Finds a split and decodes at most one image of it: seconds, whatever the size of the set.
+    """Finds a split and decodes at most one image of it, which takes seconds for any size.
 
-    Only `options.skip_corrupt` has it decode every file of a folder, once in a process.
+    Only with `options.skip_corrupt` it decodes every file of a folder, once in a process.
 
     Args:
       name: a key of `DATASETS` or of `FORMATS`, or a tensorflow-datasets name such as cifar10 or
         downsampled_imagenet/32x32.
       split: a key of splits.
-      data_dir: the files of a format; or where tensorflow-datasets looks, None or empty for its
-        default directory ($TFDS_DATA_DIR, or ~/tensorflow_datasets).
-      splits: what each split of ours is called: a tensorflow-datasets expression, such as
+      data_dir: the files of a format; or the directory of tensorflow-datasets, None or empty for
+        its default ($TFDS_DATA_DIR, or ~/tensorflow_datasets).
+      splits: the set's own name of each split: a tensorflow-datasets expression, such as
         train[:45000], a subfolder, or a .npz file's name. Other sets ignore it.
-      options: of the formats.
+      options: settings of the formats.
 
     Raises:
       ConfigError: if there is no such set, it is not on disk, it has no such split, the split is
@@ -127,12 +123,12 @@ def load(
     """Decodes a split into memory. Other arguments and errors are those of `describe`.
 
     Args:
-      choose: the places of the examples that are wanted, given how many there are; None: all. The
-        others are not decoded, where a set comes as single images.
+      choose: selects examples; None: all. The others are not decoded if the set is stored as
+        single images.
 
     Raises:
-      ConfigError: also if the images vary in size, a file of the set is damaged, or a label is none
-        of the training split's.
+      ConfigError: also if the images vary in size, a file of the set is damaged, or a label does
+        not occur in the training split.
     """
     source = describe(name, split, data_dir=data_dir, splits=splits, options=options)
     if choose is None:
@@ -162,41 +158,41 @@ def _read_some(
 
 
 def first(limit: int) -> Choose:
-    """For `load`: the first examples, at most so many."""
+    """For `load`: the first examples, at most `limit`."""
     return lambda num_examples: np.arange(min(limit, num_examples))
 
 
 def some(limit: int) -> Choose:
-    """For `load`: at most so many examples, which stand for all.
+    """For `load`: a fixed random selection of at most `limit` examples, in ascending order.
 
-    Always the same, from anywhere in the set: files are often sorted by class. In rising order.
+    Random, since files are often sorted by class.
     """
-    return lambda num_examples: np.sort(permutation(_SOME, num_examples)[:limit])
+    return lambda num_examples: np.sort(permutation(_SELECTION_KEY, num_examples)[:limit])
 
 
 Labelled = TypeVar("Labelled", Dataset, Examples)
 
 
 def load_data(config: ConfigDict, split: str, choose: Choose | None = None) -> Dataset:
-    """A split of the config's data set, decoded; with labels where the model is given them.
+    """A split of the config's data set, decoded; with labels if the model gets them.
 
     Args:
       config: the config.
       split: train, validation or test.
-      choose: `data.first` or `data.some` of its examples; None: all.
+      choose: `first` or `some`; None: all examples.
 
     Raises:
-      ConfigError: also if a class-conditional model meets an example without a label.
+      ConfigError: also if an example for a class-conditional model has no label.
     """
     examples = load(**_data_arguments(config), split=split, choose=choose)
     return with_labels(config, examples, split)
 
 
 def with_labels(config: ConfigDict, examples: Labelled, split: str) -> Labelled:
-    """A data set, or some examples of it, with labels where the model is given them.
+    """A data set, or some examples of it, with labels if the model gets them.
 
     Raises:
-      ConfigError: if a class-conditional model meets an example without a label.
+      ConfigError: if an example for a class-conditional model has no label.
     """
     if not config.model.class_conditional:
         return examples._replace(labels=None)
@@ -206,18 +202,18 @@ def with_labels(config: ConfigDict, examples: Labelled, split: str) -> Labelled:
 
 
 def load_measured(config: ConfigDict, split: str, choose: Choose | None = None) -> Dataset:
-    """A split, or some of it, as it is measured: with labels unless `evaluate.labels` withholds."""
+    """A split, or a part of it, for measurements: without labels if `evaluate.labels` is False."""
     dataset = load_data(config, split, choose)
     return dataset if config.evaluate.labels else dataset._replace(labels=None)
 
 
 def check_labels(config: ConfigDict) -> None:
-    """Raises ConfigError if the labels are withheld from a network that always had them."""
+    """Raises ConfigError if a network that was never trained without labels would get none."""
     withheld = config.model.class_conditional and not config.evaluate.labels
     if withheld and config.train.label_dropout == 0:
         raise ConfigError(
             "config.evaluate.labels = False, but with config.train.label_dropout = 0 the network "
-            "has learned nothing of examples without a label; use True"
+            "was never trained without labels; use True"
         )
 
 
@@ -234,22 +230,22 @@ def describe_data(config: ConfigDict, split: str) -> Source:
 
 
 def check_split(config: ConfigDict, split: str) -> Source:
-    """A split that is to be measured with the model, found but not decoded.
+    """A split for measurements with the model, found but not decoded.
 
     Raises:
-      ConfigError: also if its images are not of the training split's kind.
+      ConfigError: also if its images differ in shape or grey levels from the training split's.
     """
-    train, found = describe_data(config, "train"), describe_data(config, split)
+    train, source = describe_data(config, "train"), describe_data(config, split)
     for name, what in (("image_shape", "images of shape"), ("num_levels", "grey levels:")):
-        here, there = getattr(found, name), getattr(train, name)
+        here, there = getattr(source, name), getattr(train, name)
         if here != there:
             raise ConfigError(
                 f"config.data.name = {config.data.name!r}: {split} has {what} {here}, train "
                 f"{there}; the model is made for those of train"
             )
-    if config.model.class_conditional and not found.num_classes:
+    if config.model.class_conditional and not source.num_classes:
         raise ConfigError(unlabelled_message(config, split))
-    return found
+    return source
 
 
 def _data_arguments(config: ConfigDict) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Training batches of a set too large for memory, decoded ahead of time by worker processes.
 
-The batch of step n is what `data.batch_indices` says of (seed, n), whatever the number of workers,
-what they have prefetched, or the step that a stream begins at. Workers see no accelerator: they are
-told of none before any backend of JAX starts, and decoding starts none.
+The batch of step n depends on (seed, n) alone (`order.batch_indices`), not on the workers, the
+prefetching or the first step. Workers use no accelerator: JAX is restricted to the CPU there before
+a backend starts, and decoding starts none.
 """
 
 import multiprocessing
@@ -23,14 +23,14 @@ from experiments.harness.data.splits import Examples
 from experiments.harness.errors import ConfigError, RunError
 
 MEBIBYTE = 2**20
-_NEVER = 2**62  # bytes of an array: none is so large
+_NEVER = 2**62  # bytes, more than any array has
 
 
 def is_streamed(settings: ConfigDict, source: Source) -> bool:
-    """Whether `config.data` has a split streamed rather than held on the device.
+    """Whether `config.data` asks for streaming a split, in place of holding it on the device.
 
     Raises:
-      ConfigError: for a setting that has no meaning.
+      ConfigError: for an invalid setting.
     """
     if settings.stream not in ("auto", "always", "never"):
         raise ConfigError(
@@ -44,24 +44,24 @@ def is_streamed(settings: ConfigDict, source: Source) -> bool:
 
 
 class Batches:
-    """The batch of a step, given its number; it can be pickled.
+    """The batch of a step as a function of its number; can be pickled.
 
     Args:
-      source: where the examples are.
+      source: the examples.
       seed: the run's seed.
       batch_size: examples in a batch, over all devices and processes.
-      part: which of a batch's examples this process is to have.
+      part: this process's part of a batch.
     """
 
     def __init__(self, source: Source, seed: int, batch_size: int, part: slice = slice(None)):
         self.num_examples, self.image_shape = source.num_examples, source.image_shape
         self.seed, self.batch_size, self.part = seed, batch_size, part
-        # Whole arrays are decoded here, once, and stay in this process.
+        # A set that is stored as whole arrays is decoded here, once.
         self.in_memory = source.get is None
         self._get, self._arrays = source.get, None if source.get else source.read()
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
-        """Images and, where the set has them, labels."""
+        """Images and, if the set has them, labels."""
         indices = batch_indices(self.seed, step, self.num_examples, self.batch_size)[self.part]
         if self._arrays is not None:
             images, labels = self._arrays
@@ -77,22 +77,22 @@ class Batches:
         )
 
     def examples(self, step: int) -> Examples:
-        """The same as `Examples`."""
+        """The batch as `Examples`."""
         return as_examples(self(step))
 
 
 def as_examples(batch: dict[str, np.ndarray]) -> Examples:
-    """What `Batches` makes, of which a pickle holds no None."""
+    """A batch from `Batches`, which leaves out None for the sake of grain."""
     return Examples(*(batch.get(name) for name in Examples._fields))
 
 
 class Stream:
-    """The batches of consecutive steps, in order, decoded ahead of time. To be used by `with`.
+    """The batches of consecutive steps, in order, decoded ahead of time. A context manager.
 
         with Stream(Batches(source, seed, batch_size), first_step, last_step) as batches:
             for examples in batches: ...
 
-    Leaving the block ends the workers. They end by themselves too where this process is killed.
+    The workers end with the block, and also if this process is killed.
     """
 
     def __init__(
@@ -107,11 +107,11 @@ class Stream:
         """Starts nothing yet.
 
         Args:
-          batches: of each step.
+          batches: the batch of each step.
           first_step, last_step: the 0-based steps, the last one excluded.
-          workers: processes that decode; 0 for a thread of this one. A set that comes as whole
-            arrays is decoded already and needs none.
-          prefetch: batches that each worker is ahead.
+          workers: number of processes that decode; 0: a thread of this process. A set that is
+            stored as whole arrays needs none.
+          prefetch: number of batches that each worker decodes ahead.
         """
         self._steps = range(first_step, last_step)
         self._workers = 0 if batches.in_memory else min(workers, len(self._steps))
@@ -122,7 +122,7 @@ class Stream:
         import grain
 
         if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # grain reads some, which a notebook has not parsed
+            flags.FLAGS.mark_as_parsed()  # grain reads flags, which a notebook has not parsed
         threads = 0 if self._workers else 1
         steps = grain.MapDataset.range(self._steps.start, self._steps.stop)
         batches = steps.map(self._batches).to_iter_dataset(
@@ -132,8 +132,7 @@ class Stream:
             processes = grain.multiprocessing.MultiprocessingOptions(
                 num_workers=self._workers, per_worker_buffer_size=self._prefetch
             )
-            # Through pipes: they cost no more than shared memory, of which a process that is killed
-            # would leave some behind.
+            # Through pipes: as fast as shared memory, which a killed process would leave behind.
             batches = grain.experimental.WithOptionsIterDataset(
                 batches, grain.experimental.DatasetOptions(min_shm_size=_NEVER)
             )
@@ -152,14 +151,14 @@ class Stream:
 
         Raises:
           ConfigError: if an example cannot be decoded.
-          RunError: if a worker was killed, as for want of memory.
+          RunError: if a worker was killed, for instance for lack of memory.
         """
         try:
             batch = next(self._iterator)
         except RuntimeError as error:
             if self._workers and not isinstance(error, RunError):
                 raise RunError(
-                    f"a process that decodes data has died, perhaps for want of memory: {error}; "
+                    f"a process that decodes data has died, perhaps for lack of memory: {error}; "
                     "the same command goes on from the last checkpoint"
                 ) from error
             raise
@@ -171,8 +170,8 @@ def _without_none(**arrays: np.ndarray | None) -> dict[str, np.ndarray]:
 
 
 def _prepare_worker(index: int, count: int) -> None:
-    """Called in each worker before it decodes."""
-    # The signals that end a run are the consumer's to heed, and then it ends its workers.
+    """Runs in each worker at its start."""
+    # The main process handles the signals that end a run, and then ends its workers.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     if "jax" in sys.modules:
@@ -182,6 +181,6 @@ def _prepare_worker(index: int, count: int) -> None:
 
 
 def _end_with(parent: Any) -> None:
-    """Ends this process when its parent has ended, though that was killed."""
+    """Ends this process when its parent ends, even by a kill."""
     parent.join()
     os._exit(1)

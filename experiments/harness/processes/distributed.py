@@ -1,4 +1,4 @@
-"""Several processes that run one program together."""
+"""Several processes that run one program together. The first one, process 0, writes files."""
 
 import os
 import sys
@@ -17,28 +17,28 @@ def initialize(
     process_id: int | None = None,
     automatic: bool = False,
 ) -> None:
-    """Joins the processes that run one program; nothing where no argument is given.
+    """Joins the processes that run one program; does nothing without arguments.
 
-    To be called once, before anything runs on a device.
+    Call it once, before any computation on a device.
 
     Args:
       coordinator: address and port of process 0, such as 10.0.0.1:1234.
-      num_processes: how many there are.
-      process_id: which of them this is, from 0.
+      num_processes: their number.
+      process_id: the number of this one, from 0.
       automatic: whether to ask the cluster instead (Slurm, Open MPI, Kubernetes, TPU pods).
 
     Raises:
       ConfigError: if only some of the three are given, or the processes do not find one another.
     """
-    given = {
+    arguments = {
         "--coordinator": coordinator,
         "--num_processes": num_processes,
         "--process_id": process_id,
     }
-    missing = [name for name, value in given.items() if value is None]
-    if automatic and len(missing) < len(given):
+    missing = [name for name, value in arguments.items() if value is None]
+    if automatic and len(missing) < len(arguments):
         raise ConfigError("--distributed finds the processes by itself; leave the others out")
-    if not automatic and len(missing) == len(given):
+    if not automatic and len(missing) == len(arguments):
         return
     if not automatic and missing:
         raise ConfigError(f"{', '.join(missing)} missing; processes that run together need all")
@@ -53,59 +53,59 @@ def initialize(
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes what is written once."""
+    """Whether this process is the one that writes files."""
     return jax.process_index() == 0
 
 
 def is_one_of_several() -> bool:
-    """Whether other processes run together with this one; starts no device."""
+    """Whether other processes run together with this one; initialises no device."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def of_first(number: int) -> int:
-    """The first process's number, in all of them: what one has looked up for all."""
+    """The first process's number, in all processes."""
     if jax.process_count() == 1:
         return number
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def wait_for_all(name: str) -> None:
-    """Returns once every process is here: before one reads what the first has written."""
+    """Waits until every process is here, as before reading a file that the first has written."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def leave_alone(status: int) -> int:
-    """The status; but one of several processes ends here and now, and so ends the others.
+    """Returns the status; but one of several processes exits here, and so ends the others.
 
-    In good order it would wait for them at the end, while they wait for it in the middle.
+    An orderly exit would wait for the others, and they may wait for this process.
     """
     if is_one_of_several():
         sys.stdout.flush()
         sys.stderr.flush()
-        # With the first one all others end: those that fail of the same shall say so before.
+        # When the first process ends, all end: others with the same error may print it before.
         time.sleep(2.0 if is_first() else 0.0)
         os._exit(status)
     return status
 
 
 def end_all(message: str) -> None:
-    """Where several processes run together, says an error and ends them all; else does nothing."""
+    """Prints an error and ends all processes, if there are several; else does nothing."""
     if is_one_of_several():
         print(f"error: {message}", file=sys.stderr)
         leave_alone(1)
 
 
 def in_any(flag: bool) -> bool:
-    """Whether a flag is set in any process, so that all of them do the same about it."""
+    """Whether a flag is set in any process."""
     if jax.process_count() == 1:
         return flag
     return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
 def require_one_process(what: str) -> None:
-    """Raises ConfigError for what several processes cannot do together."""
+    """Raises ConfigError if several processes run together."""
     if jax.process_count() > 1:
         raise ConfigError(
-            f"{jax.process_count()} processes run together; {what} knows one only: run it by itself"
+            f"{jax.process_count()} processes run together; {what} needs a single process"
         )

@@ -1,4 +1,4 @@
-"""Progress bars with speed and time left, on a terminal; a line now and then in a log file."""
+"""Progress bars with speed and remaining time; in a log file a line every 20 seconds."""
 
 import sys
 from typing import Any
@@ -9,7 +9,7 @@ from experiments.harness.processes import distributed
 
 
 def progress(total: int | None, description: str, unit: str, **settings: Any) -> tqdm:
-    """A bar over `total` units, None where they are not known; further settings are tqdm's."""
+    """A bar over `total` units (None: unknown); further settings are tqdm's."""
     interval = 0.5 if sys.stderr.isatty() else 20.0
     return tqdm(
         total=total,

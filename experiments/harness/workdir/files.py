@@ -1,4 +1,4 @@
-"""Writing files so that a reader finds the old content or the new, never a part."""
+"""Atomic writing of files: a reader gets the old content or the new, never a part."""
 
 import io
 import json
@@ -13,27 +13,27 @@ from experiments.harness.processes import distributed
 
 
 def write_json(path: epath.PathLike, obj: Any) -> None:
-    """Replaces a JSON file whole: at any instant it holds the old content or the new.
+    """Replaces a JSON file; at any instant it holds the old content or the new.
 
     Args:
       path: the file.
       obj: numbers, strings, booleans, None, arrays, and nested containers of them.
 
     Raises:
-      TypeError: something in `obj` is none of these.
+      TypeError: `obj` contains another type.
     """
     replace(epath.Path(path), (_dumps(obj, indent=2) + "\n").encode())
 
 
 def write_npz(path: epath.PathLike, **arrays: Any) -> None:
-    """Replaces an .npz file whole, as `write_json` does."""
+    """Replaces an .npz file, as `write_json` does."""
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     replace(epath.Path(path), buffer.getvalue())
 
 
 def append_jsonl(path: epath.PathLike, obj: Any) -> None:
-    """Appends a line of JSON, on a line of its own even after one that a kill left half written.
+    """Appends a line of JSON; an incomplete last line, left by a kill, stays a line of its own.
 
     Args:
       path: the file; created if missing.
@@ -54,10 +54,10 @@ def append(path: epath.Path, obj: Any) -> None:
     line = _dumps(obj) + "\n"
     if not distributed.is_first():
         return
-    if "://" in os.fspath(path):  # a bucket, which has no appending
+    if "://" in os.fspath(path):  # a bucket, which cannot append
         replace(path, ((path.read_text() if path.exists() else "") + line).encode())
         return
-    # Opened for each line: closing is what commits it.
+    # Opened for each line: closing commits it.
     with path.open("a") as file:
         file.write(line)
 
@@ -79,7 +79,7 @@ def _dumps(obj: Any, indent: int | None = None) -> str:
 
 
 def plain(value: Any) -> Any:
-    """`value` as what JSON has: arrays as lists, tuples as lists, NaN and infinities as None."""
+    """`value` in JSON's types: arrays and tuples as lists, NaN and infinity as None."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -20,9 +20,9 @@ _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 @contextmanager
 def held(workdir: epath.PathLike) -> Iterator[None]:
-    """Holds a work directory for one process, whose death, of whatever kind, lets go of it.
+    """Locks a work directory for this run; the end of the process, of any kind, unlocks it.
 
-    Where there are no locks, as in a bucket, it says so and goes on.
+    Where locks do not exist, as in a bucket, it prints a warning and continues.
 
     Raises:
       ConfigError: if another run holds the directory, or it can't be written.
@@ -31,7 +31,7 @@ def held(workdir: epath.PathLike) -> Iterator[None]:
     file, is_refused = None, False
     if distributed.is_first() and "://" in os.fspath(path):
         _warn(workdir, "a bucket")
-    elif distributed.is_first():  # of processes that run together one holds it for all
+    elif distributed.is_first():  # it holds the lock for all processes of the run
         try:
             file = _lock(os.fspath(path))
         except BlockingIOError:
@@ -51,23 +51,24 @@ def held(workdir: epath.PathLike) -> Iterator[None]:
         yield
     finally:
         if file is not None:
-            # While it is still held: whoever opened this file meanwhile finds that it is another.
+            # Removed before it is unlocked: see `_lock`.
             with suppress(OSError):
                 path.unlink(missing_ok=True)
             os.close(file)
 
 
 def _lock(path: str) -> int:
-    """The locked file, with who holds it written in it."""
+    """A descriptor of the locked file, which names this process."""
+    holder = {"pid": os.getpid(), "host": socket.gethostname()}
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Its last holder may have removed it between the two calls.
+            # Its last holder may have removed the file between the two calls.
             with suppress(FileNotFoundError):
                 if os.stat(path).st_ino == os.fstat(file).st_ino:
                     os.ftruncate(file, 0)
-                    os.write(file, json.dumps(_identity()).encode())
+                    os.write(file, json.dumps(holder).encode())
                     return file
         except BaseException:
             os.close(file)
@@ -75,20 +76,16 @@ def _lock(path: str) -> int:
         os.close(file)
 
 
-def _identity() -> dict[str, object]:
-    return {"pid": os.getpid(), "host": socket.gethostname()}
-
-
 def _holder(path: epath.Path) -> str:
     try:
-        found = json.loads(path.read_text())
-        return f"process {found['pid']} on {found['host']}"
+        holder = json.loads(path.read_text())
+        return f"process {holder['pid']} on {holder['host']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"
 
 
 def _warn(workdir: epath.PathLike, what: str) -> None:
     tqdm.write(
-        f"warning: workdir={workdir} is on {what}: nothing keeps a second run out of it, so start "
+        f"warning: workdir={workdir} is on {what}: no lock prevents a second run there, so start "
         "no other"
     )

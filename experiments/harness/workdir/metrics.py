@@ -1,7 +1,7 @@
-"""Numbers written down as they come: `metrics.jsonl`, TensorBoard events, JSON files.
+"""Metrics over the steps of a run: `metrics.jsonl` and TensorBoard events.
 
-All JSON here is strict: what is not finite becomes null. Where several processes run together the
-first one writes, and the same call does nothing in the others.
+The JSON is strict: NaN and infinity become null. Of several processes the first one writes, and
+the same call does nothing in the others.
 """
 
 import json
@@ -19,17 +19,17 @@ _FILE = "metrics.jsonl"
 
 
 class MetricsLog:
-    """A run's metrics over its steps, in `metrics.jsonl` and as TensorBoard events. Appends.
+    """Appends the metrics of a run to `metrics.jsonl` and to TensorBoard events.
 
-    A resumed run repeats the steps after its checkpoint, so what was written for them is taken back
-    first: `metrics.jsonl` is cut to the lines up to `resume_step` (a line that a kill left half
-    written goes too), and TensorBoard is told to drop the later events.
+    A resumed run repeats the steps after its checkpoint, so their metrics are removed first:
+    `metrics.jsonl` keeps the complete lines up to `resume_step`, and TensorBoard drops later
+    events.
 
     A context manager.
 
     Args:
       workdir: the work directory, local or a bucket; created if missing.
-      resume_step: step of the checkpoint that the run goes on from; None starts the log anew.
+      resume_step: step of the checkpoint at which the run resumes; None starts a new log.
     """
 
     def __init__(self, workdir: epath.PathLike, resume_step: int | None = None):
@@ -44,10 +44,10 @@ class MetricsLog:
             return
         _cut(self._path, resume_step)
         first_step = 0 if resume_step is None else resume_step + 1
-        # Written by this thread: what a full disk does to tensorboardX's own is to hang the run.
+        # Written by this thread: with a full disk tensorboardX's own thread hangs the run.
         self._events = EventsWriter(
             str(directory / "events"),
-            # Its file names count in seconds: a run resumed at once must not write over the last.
+            # Its file names count in seconds: a run resumed at once must not overwrite a file.
             filename_suffix=f".{os.getpid()}.{first_step}",
         )
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
@@ -60,12 +60,12 @@ class MetricsLog:
         self.close()
 
     def write(self, step: int, **values: Any) -> None:
-        """Writes one line, `step` first; it is on its way to the disk on return.
+        """Writes one line, `step` first, and flushes it.
 
         Args:
-          step: number of training steps behind these values.
-          **values: by name: numbers, 0-d arrays, strings, or arrays and nested containers of them.
-            TensorBoard gets the finite numbers, under the same names.
+          step: number of training steps done.
+          **values: numbers, strings, arrays, or nested containers of them. TensorBoard gets the
+            finite numbers.
         """
         line = {"step": int(step)} | {name: plain(value) for name, value in values.items()}
         append(self._path, line)
@@ -76,11 +76,11 @@ class MetricsLog:
                 self._write_event(line["step"], summary=summary.scalar(name, value))
 
     def image(self, tag: str, step: int, array: np.ndarray) -> None:
-        """Shows a picture in TensorBoard, such as `pictures.grid` makes.
+        """Shows a picture in TensorBoard.
 
         Args:
           tag: its name there.
-          step: number of training steps behind it.
+          step: number of training steps done.
           array: uint8 [h, w, c] with c = 1 or 3.
         """
         from tensorboardX import summary
@@ -106,8 +106,7 @@ def _cut(path: epath.Path, last_step: int | None) -> None:
     if not path.exists():
         return
     lines = path.read_bytes().splitlines()
-    kept = [line + b"\n" for line in lines if _is_line_until(line, last_step)]
-    replace(path, b"".join(kept))
+    replace(path, b"".join(line + b"\n" for line in lines if _is_line_until(line, last_step)))
 
 
 def _is_line_until(line: bytes, last_step: int | None) -> bool:

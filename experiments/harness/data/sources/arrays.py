@@ -33,45 +33,45 @@ def npz(
 
     A folder holds train.npz, validation.npz and test.npz, where validation is a seeded part of
     train if it alone is missing; a single file is split by seed. Grey levels are 0 … 255, and the
-    number of classes is told by the labels of train.
+    labels of train determine the number of classes.
 
     Args:
       data_dir: the file, or the folder.
       split: train, validation or test.
       splits: the name of each split's file, without .npz.
-      options: of a seeded split.
+      options: those of a seeded split.
 
     Raises:
       ConfigError: if a file is missing, damaged or without arrays of that kind.
     """
     root = Path(data_dir or "")
     if root.is_file():
-        found, whole = {}, root
+        existing, whole = {}, root
     else:
         files = {name: root / f"{splits[name]}.npz" for name in splits}
-        found = {name: path for name, path in files.items() if path.is_file()}
-        if not data_dir or not found:
+        existing = {name: path for name, path in files.items() if path.is_file()}
+        if not data_dir or not existing:
             raise ConfigError(
                 f"config.data.data_dir = {data_dir!r}; with config.data.name = 'npz' give a file "
                 "with arrays images and labels, or a folder of train.npz, validation.npz, test.npz"
             )
         whole = None
-    part, is_seeded = choose_split(split, found, str(root), splits)
+    part, is_seeded = choose_split(split, existing, str(root), splits)
     path = whole or part
     with _explained(path):
         shape, has_labels = _headers(path)
-        labels_of = found.get("train", path)
-        num_classes = _num_classes(labels_of) if has_labels and _headers(labels_of)[1] else 0
-    kept = np.arange(shape[0])
+        train = existing.get("train", path)
+        num_classes = _num_classes(train) if has_labels and _headers(train)[1] else 0
+    rows = np.arange(shape[0])
     if is_seeded:
-        kept = part_of(shape[0], split, whole is not None, options, str(path))
-    read = functools.partial(_read, path, kept if is_seeded else None)
-    return Source(len(kept), (*shape[1:], 1)[:3], 256, read, num_classes)
+        rows = part_of(shape[0], split, whole is not None, options, str(path))
+    read = functools.partial(_read, path, rows if is_seeded else None)
+    return Source(len(rows), (*shape[1:], 1)[:3], 256, read, num_classes)
 
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """Turns what numpy and zipfile raise for a damaged file into a ConfigError that names it."""
+    """Turns the errors of numpy and zipfile at a damaged file into a ConfigError that names it."""
     try:
         yield
     except ConfigError:
@@ -85,7 +85,7 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 def _headers(path: Path) -> tuple[tuple[int, ...], bool]:
-    """The shape of the images, whose pixels are not read, and whether there are labels."""
+    """The shape of the images, and whether there are labels; reads no pixels."""
     with zipfile.ZipFile(path) as archive:
         with archive.open("images.npy") as file:
             shape, _, dtype = _HEADERS[np.lib.format.read_magic(file)](file)
@@ -114,14 +114,14 @@ def _labels(path: Path) -> Int32[np.ndarray, "n"]:
 
 
 def _read(
-    path: Path, kept: Int[np.ndarray, "m"] | None
+    path: Path, rows: Int[np.ndarray, "m"] | None
 ) -> tuple[UInt8[np.ndarray, "n h w c"], Int32[np.ndarray, "n"] | None]:
-    """A file's arrays, or the rows of it that are kept."""
+    """A file's arrays, or some rows of them."""
     with _explained(path):
         shape, has_labels = _headers(path)
         with np.load(path, allow_pickle=False) as arrays:
             images = arrays["images"].reshape(*shape[:3], -1)
         labels = _labels(path) if has_labels else None
-    if kept is None:
+    if rows is None:
         return images, labels
-    return images[kept], None if labels is None else labels[kept]
+    return images[rows], None if labels is None else labels[rows]

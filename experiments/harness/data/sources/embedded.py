@@ -1,4 +1,4 @@
-"""Sets that come inside other packages: digits, and crops of photographs. Nothing to download."""
+"""Sets that other packages contain: digits, and crops of photographs. Nothing to download."""
 
 import functools
 import importlib.util
@@ -10,8 +10,8 @@ from jaxtyping import Int32, Int64, UInt8
 from experiments.harness.data.sources.source import Source, read_each
 from experiments.harness.errors import ConfigError
 
-# As shipped, a writer's digits lie together: other people wrote the later parts, and these are no
-# iid splits of one population.
+# In scikit-learn's order, which is by writer: the splits have different writers, so they are no
+# iid samples of one population.
 _DIGITS = {"train": slice(0, 1000), "validation": slice(1000, 1350), "test": slice(1350, None)}
 
 
@@ -21,18 +21,18 @@ def digits(split: str) -> Source:
     The UCI test set of E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits (1998).
 
     Raises:
-      ConfigError: for a split that it does not have.
+      ConfigError: for an unknown split.
     """
     check_split("digits", split, _DIGITS)
-    images, labels = (of[_DIGITS[split]] for of in _shipped_digits())
+    images, labels = (array[_DIGITS[split]] for array in _all_digits())
     return Source(
         len(images), images.shape[1:], num_levels=17, read=lambda: (images, labels), num_classes=10
     )
 
 
 @functools.cache
-def _shipped_digits() -> tuple[UInt8[np.ndarray, "1797 8 8 1"], Int32[np.ndarray, "1797"]]:
-    """All of them, read once: it is a text file."""
+def _all_digits() -> tuple[UInt8[np.ndarray, "1797 8 8 1"], Int32[np.ndarray, "1797"]]:
+    """All images and labels, read once from a text file."""
     from sklearn.datasets import load_digits
 
     shipped = load_digits()
@@ -59,11 +59,11 @@ _KEYS = {"train": 0, "validation": 1, "test": 2}
 
 
 class Crops:
-    """Square crops of photographs, which are sent along where this is pickled.
+    """Square crops of photographs; pickled with the photographs.
 
     Attributes:
-      photographs: of any size.
-      corners: of each crop the photograph, and the row and column of its upper left pixel.
+      photographs: photographs of any size.
+      corners: for each crop its photograph, and the row and column of its upper left pixel.
     """
 
     def __init__(
@@ -77,19 +77,19 @@ class Crops:
 
 
 def photos(split: str) -> Source:
-    """Crops, 32×32×3, at fixed random places of photographs that scikit-learn and -image ship.
+    """Crops, 32×32×3, at fixed random places of photographs in scikit-learn and scikit-image.
 
-    50,000 of four photographs to train on, 1,000 of another for validation and 2,000 of two more
-    for the test. Crops of a photograph overlap, and two photographs are a small population: a
-    standard error over crops says little of other photographs. A JPEG's pixels are its decoder's,
-    which may differ by a level between versions of libjpeg.
+    50,000 crops of four photographs for training, 1,000 of another for validation and 2,000 of two
+    more for the test. Crops of a photograph overlap, and two photographs are a small population: a
+    standard error over crops says little about other photographs. The pixels of a JPEG may differ
+    by a level between versions of libjpeg.
 
     Raises:
-      ConfigError: for a split that it does not have, or where a photograph is missing.
+      ConfigError: for an unknown split, or if a photograph is missing.
     """
     check_split("photos", split, _PHOTOGRAPHS)
-    photographs = [_photograph(*of) for of in _PHOTOGRAPHS[split]]
-    # A crop's place is drawn among all those of all photographs.
+    photographs = [_photograph(*file) for file in _PHOTOGRAPHS[split]]
+    # Uniform over all places of all photographs.
     heights, widths = np.array([photograph.shape[:2] for photograph in photographs]).T
     rows, columns = heights - CROP + 1, widths - CROP + 1
     ends = np.cumsum(rows * columns)
@@ -105,7 +105,7 @@ def photos(split: str) -> Source:
 
 @functools.lru_cache(maxsize=8)
 def _photograph(package: str, name: str) -> UInt8[np.ndarray, "h w 3"]:
-    """A photograph's pixels; its package is not imported, since that takes seconds."""
+    """A photograph's pixels; does not import its package, which takes seconds."""
     from PIL import Image
 
     spec = importlib.util.find_spec(package)
@@ -120,6 +120,6 @@ def _photograph(package: str, name: str) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def check_split(name: str, split: str, known: dict) -> None:
-    """Raises ConfigError unless an embedded set has a split."""
+    """Raises ConfigError if an embedded set has no such split."""
     if split not in known:
         raise ConfigError(f"split = {split!r}: {name} has only {', '.join(known)}")

@@ -29,9 +29,9 @@ class Images:
 
     Attributes:
       root: the folder.
-      names: of the files, below it.
-      labels: a class index each; None where they have none.
-      size, channels: of the result.
+      names: names of the files, relative to root.
+      labels: class index of each image; None if there are no classes.
+      size, channels: side and channels of the decoded images.
     """
 
     def __init__(
@@ -85,28 +85,28 @@ def folder(
 ) -> Source:
     """A split of a folder: its subfolder of that name, or a seeded part of the whole folder.
 
-    Validation is a seeded part of train where it alone is missing. Folders inside are classes, by
-    name, where every split has the same ones and no image lies outside of them. Which files there
-    are is looked up once in a process.
+    Validation is a seeded part of train if it alone is missing. Folders inside are classes if
+    every split has the same ones and no image lies outside of them. A process lists the files
+    once.
 
     Args:
       data_dir: the folder.
       split: train, validation or test.
       splits: the name of each split's subfolder.
-      options: size, channels, seeded split, and what becomes of damaged files.
+      options: size, channels, seeded split, and whether to skip damaged files.
 
     Raises:
       ConfigError: if there is no such folder or split, or no image in it.
     """
     root = _existing(data_dir)
     for name, is_right, remedy in (
-        ("image_size", options.image_size >= 1, "give the side in pixels that images are to have"),
+        ("image_size", options.image_size >= 1, "give the side of the images in pixels"),
         ("channels", options.channels in (1, 3), "use 3 for colour or 1 for grey"),
     ):
         if not is_right:
             raise ConfigError(f"config.data.{name} = {getattr(options, name)}; {remedy}")
-    found = {name: root / splits[name] for name in splits if (root / splits[name]).is_dir()}
-    part, is_seeded = choose_split(split, found, str(root), splits)
+    existing = {name: root / splits[name] for name in splits if (root / splits[name]).is_dir()}
+    part, is_seeded = choose_split(split, existing, str(root), splits)
     where = root if part is None else part
     names = _image_files(where)
     if not names:
@@ -114,10 +114,10 @@ def folder(
             f"config.data.data_dir = {str(root)!r}: no image in {where}; it must hold files that "
             f"end in {', '.join(SUFFIXES)}"
         )
-    classes = _classes([where] if part is None else list(found.values()))
+    classes = _classes([where] if part is None else list(existing.values()))
     if is_seeded:
-        kept = part_of(len(names), split, part is None, options, str(where))
-        names = tuple(names[i] for i in kept)
+        places = part_of(len(names), split, part is None, options, str(where))
+        names = tuple(names[i] for i in places)
     if options.skip_corrupt:
         names = _undamaged(where, names, options)
     number = {name: i for i, name in enumerate(classes)}
@@ -142,9 +142,9 @@ def _existing(data_dir: Directory) -> Path:
 
 @functools.lru_cache(maxsize=8)
 def _image_files(root: Path) -> tuple[str, ...]:
-    """Names below a folder of all its images, sorted; hidden files and folders are none.
+    """Sorted names, relative to a folder, of all its images; hidden files are left out.
 
-    Links are followed, but for those back to a folder that they are in.
+    Follows links, except for those to a folder that contains the link.
 
     Raises:
       ConfigError: if a folder cannot be listed.
@@ -172,12 +172,12 @@ def _cannot_be_listed(error: OSError) -> None:
 
 
 def _class_of(name: str) -> str:
-    """The first folder of a file's name; empty where it is in none."""
+    """The first folder of a file's name; empty if it has none."""
     return name.partition("/")[0] if "/" in name else ""
 
 
 def _classes(folders: list[Path]) -> tuple[str, ...]:
-    """The classes that all folders have in common; none where one has others or loose images."""
+    """The classes of all folders; none if the folders differ, or have images outside of classes."""
     each = [{_class_of(name) for name in _image_files(path)} for path in folders]
     same = all(classes == each[0] for classes in each)
     return tuple(sorted(each[0])) if same and "" not in each[0] else ()
@@ -185,7 +185,7 @@ def _classes(folders: list[Path]) -> tuple[str, ...]:
 
 @functools.lru_cache(maxsize=8)
 def _undamaged(root: Path, names: tuple[str, ...], options: Options) -> tuple[str, ...]:
-    """The files that can be read; says how many cannot. Decodes every one."""
+    """The readable files; decodes every file and prints the number of damaged ones."""
     images = Images(root, names, None, options.image_size, options.channels)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         checked = pool.map(images.can_be_read, range(len(names)))

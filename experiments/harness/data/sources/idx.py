@@ -29,13 +29,13 @@ def idx(
     """A split of train-images-idx3-ubyte, train-labels-idx1-ubyte and the two t10k-… files.
 
     Each may end in .gz, and may be written train-images.idx3-ubyte. Validation is the last twelfth
-    of the training images: 5,000 of MNIST's 60,000. The number of classes is told by the labels of
-    train.
+    of the training images: 5,000 of MNIST's 60,000. The labels of train determine the number of
+    classes.
 
     Args:
       data_dir: the folder.
       split: train, validation or test.
-      splits, options: of no meaning here; for the form that all formats have.
+      splits, options: unused; all formats have these arguments.
 
     Raises:
       ConfigError: if a file is missing, damaged or not of unsigned bytes, or the split is unknown.
@@ -50,15 +50,15 @@ def idx(
             f"{labels} has {num_labels} labels, and {images} {num_images} images; take both from "
             "one copy of the set"
         )
-    kept = slice(None)
+    rows = slice(None)
     if split != "test":
         cut = num_images - num_images // 12
-        kept = slice(cut) if split == "train" else slice(cut, None)
-    num_examples = len(range(num_images)[kept])
+        rows = slice(cut) if split == "train" else slice(cut, None)
+    num_examples = len(range(num_images)[rows])
     if not num_examples:
         raise ConfigError(f"{images} has only {num_images} images, too few for split {split!r}")
     num_classes = int(_array(_find(data_dir, "train", "labels-idx1"), 1).max()) + 1
-    read = functools.partial(_read, images, labels, kept)
+    read = functools.partial(_read, images, labels, rows)
     return Source(num_examples, (height, width, 1), 256, read, num_classes)
 
 
@@ -77,13 +77,13 @@ def _find(data_dir: Directory, split: str, kind: str) -> Path:
 
 
 def _read(
-    images: Path, labels: Path, kept: slice
+    images: Path, labels: Path, rows: slice
 ) -> tuple[UInt8[np.ndarray, "n h w 1"], Int32[np.ndarray, "n"]]:
-    return _array(images, 3)[kept, :, :, None], _array(labels, 1)[kept].astype(np.int32)
+    return _array(images, 3)[rows, :, :, None], _array(labels, 1)[rows].astype(np.int32)
 
 
 def _shape(path: Path, ndim: int) -> tuple[int, ...]:
-    """The shape that a file's header says."""
+    """The shape in a file's header."""
     try:
         with _open(path) as file:
             return _header(file, path, ndim)

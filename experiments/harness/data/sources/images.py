@@ -13,22 +13,22 @@ _BITS_PER_SAMPLE = 258  # a TIFF tag
 
 
 class UnusableImage(ValueError):
-    """An image that is whole, but not of 8-bit grey levels; the message says what it is."""
+    """An undamaged image that has no 8-bit grey levels; the message gives the reason."""
 
 
 def decode(path: Path, size: int, channels: int) -> UInt8[np.ndarray, "size size channels"]:
-    """An image file as `square` makes it.
+    """The pixels of an image file, cropped and resized by `square`.
 
-    Palettes are looked up, and an opaque alpha channel is dropped.
+    Palettes become colours, and an opaque alpha channel is dropped.
 
     Args:
-      path: of the file; the first frame of one that has several.
+      path: the file. Of several frames the first one is taken.
       size: side of the result.
       channels: 3, or 1 for ITU-R 601's luma.
 
     Raises:
-      OSError: if the file is damaged. Pillow raises others besides: see `CORRUPT`.
-      UnusableImage: if it has 16 bits, transparent pixels, or more of them than is safe to decode.
+      OSError: if the file is damaged. Pillow raises other errors too: see `CORRUPT`.
+      UnusableImage: if it has 16 bits, transparent pixels, or too many pixels.
     """
     from PIL import Image, ImageOps
 
@@ -40,7 +40,7 @@ def decode(path: Path, size: int, channels: int) -> UInt8[np.ndarray, "size size
         if image.mode not in _MODES or _is_16_bit(path, image):
             raise UnusableImage(f"it has more than 8 bits a channel (mode {image.mode})")
         image.load()
-        # As a photograph is meant to be seen, whichever way the camera was held.
+        # The orientation of the camera.
         image = ImageOps.exif_transpose(image)
         if image.has_transparency_data:
             image = image.convert("RGBA")
@@ -53,9 +53,8 @@ def decode(path: Path, size: int, channels: int) -> UInt8[np.ndarray, "size size
 def square(image: UInt8[np.ndarray, "h w c"], size: int) -> UInt8[np.ndarray, "size size c"]:
     """The largest centred square of an image, resized.
 
-    It is resized by Lanczos' kernel, widened by the scale where the image is made smaller, so that
-    nothing aliases; in the values as they are, which are no linear intensities. A square of the
-    right size is taken as it is.
+    Lanczos' kernel, widened by the scale for smaller results, which avoids aliasing. It acts on the
+    grey levels, which are no linear intensities. A square of the right size is not changed.
     """
     from PIL import Image
 
@@ -65,17 +64,17 @@ def square(image: UInt8[np.ndarray, "h w c"], size: int) -> UInt8[np.ndarray, "s
     image = image[top : top + side, left : left + side]
     if side == size:
         return image
-    made = Image.fromarray(image[..., 0] if channels == 1 else image)
-    made = made.resize((size, size), Image.Resampling.LANCZOS)
-    return np.asarray(made).reshape(size, size, channels)
+    picture = Image.fromarray(image[..., 0] if channels == 1 else image)
+    picture = picture.resize((size, size), Image.Resampling.LANCZOS)
+    return np.asarray(picture).reshape(size, size, channels)
 
 
-# What Pillow's decoders raise for damaged files. UnidentifiedImageError is an OSError.
+# The errors of Pillow's decoders at damaged files. UnidentifiedImageError is an OSError.
 CORRUPT = (OSError, SyntaxError, EOFError, IndexError, OverflowError, ValueError, struct.error)
 
 
 def _is_16_bit(path: Path, image: object) -> bool:
-    """Whether a file has 16 bits a channel that Pillow would cut to 8 without a word."""
+    """Whether a file has 16 bits a channel, which Pillow would silently cut to 8."""
     if image.format == "PNG":
         with open(path, "rb") as file:
             return file.read(25)[24] > 8  # the header's bit depth
@@ -87,7 +86,7 @@ def _is_16_bit(path: Path, image: object) -> bool:
 
 
 def _ppm_max(path: Path) -> int:
-    """The largest value that the header of a netpbm file says; 1 where it has only bits."""
+    """The largest value in the header of a netpbm file; 1 for a bitmap."""
     with open(path, "rb") as file:
         header = re.sub(rb"#[^\n]*", b" ", file.read(4096))
     magic, _, _, largest = header.split(maxsplit=4)[:4]

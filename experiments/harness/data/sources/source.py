@@ -1,4 +1,4 @@
-"""What every data set is: a split that has been found, with its shape and its grey levels."""
+"""A split of a data set before it is decoded, and the tools that all formats share."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -13,25 +13,24 @@ from tqdm import tqdm
 from experiments.harness.errors import ConfigError
 
 SPLITS = {"train": "train", "validation": "validation", "test": "test"}
-# A path on this disk or None for whatever a set takes by default.
+# A path on this disk, or None for the default of a set.
 Directory = str | None
 
 
 class Source(NamedTuple):
-    """A split that has been found and looked into, but not decoded.
+    """A split that was found on disk, but not decoded.
 
-    `num_levels` is the one place that says how many grey levels a set has: decoder, scaling and
-    dequantisation are all made of it.
+    Decoder, scaling and dequantisation take the number of grey levels from here.
 
     Attributes:
       num_examples: images in the split.
       image_shape: (height, width, channels).
-      num_levels: grey levels that a pixel can take.
+      num_levels: number of grey levels that a pixel can have.
       read: decodes the images [n, h, w, c] and the labels [n] or None.
-      num_classes: that a label can name; 0 where the set has no labels.
-      get: decodes one image [h, w, c] and its label or None, given its place; it can be pickled.
-        None where a set comes as whole arrays.
-      fingerprint: of which files there are, where they are the user's own; else 0.
+      num_classes: number of classes; 0 if the set has no labels.
+      get: decodes the image [h, w, c] at a place, and its label or None; can be pickled. None if
+        the set is stored as whole arrays.
+      fingerprint: a checksum of the names of a user's files; else 0.
     """
 
     num_examples: int
@@ -44,20 +43,19 @@ class Source(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Of the whole split, decoded."""
+        """Size of the decoded split."""
         return self.num_examples * int(np.prod(self.image_shape))
 
 
 class Options(NamedTuple):
-    """Settings of how a set's files are read; configs/base.py explains them.
+    """Settings for reading a set's files; configs/base.py explains them.
 
     Attributes:
-      image_size: side that images of a folder or of tensorflow-datasets are cropped and resized
-        to, in pixels; 0: they stay as they are.
-      channels: of a folder, 3 for colour or 1 for grey.
-      held_out: share of the images that becomes validation, and again test, where they have no
-        files of their own.
-      split_seed: of that choice.
+      image_size: images of a folder or of tensorflow-datasets are cropped and resized to this
+        side, in pixels; 0: they are not.
+      channels: for a folder, 3 (colour) or 1 (grey).
+      held_out: share of the images for validation, and again for test, if these have no files.
+      split_seed: seed of that random split.
       skip_corrupt: whether images that cannot be read are left out.
     """
 
@@ -83,9 +81,9 @@ def read_each(
     description: str,
     labelled: bool,
 ) -> tuple[UInt8[np.ndarray, "n h w c"], Int32[np.ndarray, "n"] | None]:
-    """Every example of a set by its `get`, in order; decoded by as many threads as there are cores.
+    """All examples of a set in order, decoded by one thread per core.
 
-    A bar shows on a terminal for the sets that take a while.
+    A progress bar appears on a terminal after two seconds.
     """
     images = np.empty((num_examples, *shape), np.uint8)
     labels = np.empty(num_examples, np.int32) if labelled else None
@@ -100,31 +98,31 @@ def read_each(
 
 
 def choose_split(
-    split: str, found: Mapping[str, Any], place: str, splits: Mapping[str, str] | ConfigDict
+    split: str, existing: Mapping[str, Any], place: str, splits: Mapping[str, str] | ConfigDict
 ) -> tuple[Any, bool]:
-    """Which of a set's files a split is in.
+    """The files that contain a split.
 
     Args:
       split: train, validation or test.
-      found: files by split, of those that exist; empty where the set is not split yet.
-      place: where was looked, for the message.
-      splits: what each split is called there.
+      existing: the existing files by split; empty if the set has no files by split.
+      place: the directory, for the message.
+      splits: the set's own name of each split.
 
     Returns:
-      The files, or None for those of the whole set, and whether the split is a seeded part of them
-      (`part_of`). Validation is a part of train where it has no files.
+      The files, or None for those of the whole set; and whether the split is a random part of them
+      (`part_of`). Validation is a part of train if it has no files of its own.
 
     Raises:
       ConfigError: if the split is not there.
     """
-    if not found:
+    if not existing:
         return None, True
-    has_validation = "validation" in found
-    if split in found and (split != "train" or has_validation):
-        return found[split], False
-    if split in ("train", "validation") and "train" in found:
-        return found["train"], True
-    names = ", ".join(splits[name] for name in found)
+    has_validation = "validation" in existing
+    if split in existing and (split != "train" or has_validation):
+        return existing[split], False
+    if split in ("train", "validation") and "train" in existing:
+        return existing["train"], True
+    names = ", ".join(splits[name] for name in existing)
     raise ConfigError(
         f"config.data.splits.{split} = {splits[split]!r}: {place} has only {names}; add it, or set "
         f"config.data.splits.{split} to one of these"
@@ -134,17 +132,17 @@ def choose_split(
 def part_of(
     num_examples: int, split: str, with_test: bool, options: Options, place: str
 ) -> Int[np.ndarray, "m"]:
-    """The places, in rising order, of the examples that a seeded split gives to one part.
+    """The places, in ascending order, of one part of a random split.
 
     Args:
-      num_examples: in the whole.
+      num_examples: size of the whole set.
       split: train, validation or test.
-      with_test: whether test is cut out as well, or validation alone.
+      with_test: whether test is a part too, or only validation.
       options: `held_out` and `split_seed`.
-      place: where the whole is, for the message.
+      place: the location of the whole set, for the message.
 
     Raises:
-      ConfigError: if a part would be empty.
+      ConfigError: if the part would be empty.
     """
     if not 0 <= options.split_seed < 2**64:
         raise ConfigError(f"config.data.split_seed = {options.split_seed}; it must be in [0, 2⁶⁴)")
@@ -163,10 +161,10 @@ def part_of(
 
 
 def permutation(key: tuple[int, int], n: int) -> Int[np.ndarray, "n"]:
-    """Of 0 … n − 1, from a counter-based generator with this key of two 64-bit words.
+    """A permutation of 0 … n − 1, by a counter-based generator with a key of two 64-bit words.
 
-    It ranks the generator's raw words: numpy promises these for good, but not what its
-    `permutation` makes of them (NEP 19), and a run may be resumed under another numpy.
+    It ranks the generator's raw words: numpy guarantees these in all versions, but not the result
+    of its `permutation` (NEP 19), and a run may be resumed with another numpy.
     """
     words = np.random.Philox(key=np.array(key, np.uint64))
     return np.argsort(words.random_raw(n), kind="stable")

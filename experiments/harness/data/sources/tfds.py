@@ -16,13 +16,13 @@ from experiments.harness.errors import ConfigError
 
 
 class Records:
-    """Random access to a split's examples. It opens the files again where it is unpickled.
+    """Random access to a split's examples. It opens the files again after unpickling.
 
     Attributes:
       name, data_dir, split, expression: as in `tfds`.
-      size: that images are cropped and resized to; 0: they stay as they are.
-      shape: of every image.
-      labelled: whether examples have a class label.
+      size: side to which images are cropped and resized; 0: they are not.
+      shape: shape of every image.
+      num_classes: number of classes; 0 without labels.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Records:
         """An image and its label.
 
         Raises:
-          ConfigError: if a file is damaged, or the image is of another size than the first.
+          ConfigError: if a file is damaged, or the image differs in size from the first.
         """
         if self._data_source is None:
             builder = _builder(self.name, self.data_dir, ())
@@ -67,11 +67,11 @@ class Records:
         return self._decoded(example)
 
     def read(self) -> tuple[np.ndarray, np.ndarray | None]:
-        """Every example in order, about 10⁴ small images a second, into arrays made beforehand."""
+        """All examples in order, about 10⁴ small images a second."""
         images = np.empty((len(self), *self.shape), np.uint8)
         labels = np.empty(len(self), np.int32) if self.num_classes else None
         examples = _examples(self._data_source, self.name)
-        # A bar for the sets that take a while, on a terminal only.
+        # A progress bar on a terminal, after two seconds.
         description = f"{self.name} {self.split}"
         bar = tqdm(examples, description, len(self), leave=False, delay=2, disable=None)
         for index, example in enumerate(bar):
@@ -97,18 +97,18 @@ class Records:
 def tfds(
     name: str, split: str, expression: str, data_dir: Directory, size: int, known: Iterable[str]
 ) -> Source:
-    """A split of a set that tensorflow-datasets has prepared on disk.
+    """A split of a set that tensorflow-datasets has stored on disk.
 
     Args:
       name: a tensorflow-datasets name.
       split: train, validation or test.
       expression: the tensorflow-datasets expression for it.
-      data_dir: where tensorflow-datasets looks.
+      data_dir: the directory of tensorflow-datasets.
       size: as in `Records`.
-      known: the names that are no sets of tensorflow-datasets, for the message.
+      known: the names of other sets, for the message.
 
     Raises:
-      ConfigError: as `data.describe`.
+      ConfigError: as `splits.describe`.
     """
     if size < 0:
         raise ConfigError(f"config.data.image_size = {size}; it must be a side in pixels, or 0")
@@ -117,7 +117,7 @@ def tfds(
 
 
 def _builder(name: str, data_dir: Directory, others: Iterable[str]) -> Any:
-    """tensorflow-datasets' description of a set, which need not have been prepared."""
+    """tensorflow-datasets' description of a set, which may not be on disk."""
     import tensorflow_datasets as tfds
 
     try:
@@ -145,9 +145,9 @@ def _data_source(builder: Any, name: str, split: str, expression: str) -> Any:
     try:
         return builder.as_data_source(split=expression)
     except NotImplementedError as error:
-        # This is said of a set that is missing, and of one in a format without random access.
-        found = builder.info.file_format.value if builder.info.splits else ""
-        there = f" (only {found} ones: delete them first)" if found else ""
+        # The set is missing, or has a format without random access.
+        other = builder.info.file_format.value if builder.info.splits else ""
+        there = f" (only {other} ones: delete them first)" if other else ""
         command = (
             "import tensorflow_datasets as tfds; "
             f"tfds.builder({name!r}, data_dir={str(builder.data_dir_root)!r})"
@@ -174,7 +174,7 @@ def _examples(data_source: Any, name: str) -> Iterator[Mapping[str, Any]]:
 
 @contextmanager
 def _damage_explained(name: str) -> Iterator[None]:
-    """Turns what array_record raises for a damaged file into a ConfigError."""
+    """Turns array_record's error at a damaged file into a ConfigError."""
     try:
         yield
     except RuntimeError as error:
