@@ -10,18 +10,15 @@ from ml_collections import ConfigDict
 from diffusion.statistics.standard_errors import bits_per_dim
 from experiments.harness import checks, devices
 from experiments.harness.data import splits
-from experiments.harness.data.sources import source
 from experiments.harness.errors import ConfigError
-from experiments.harness.evaluation import estimates
 from experiments.harness.evaluation.allocate import Estimator
 from experiments.harness.evaluation.estimates import ESTIMATES, allocate, allocated_summary
 from experiments.harness.evaluation.full_bound import full_bound, summary
 from experiments.harness.pictures import plots
-from experiments.harness.sampling import quality
-from experiments.harness.setup import analytic, trained
+from experiments.harness.sampling import quality, sampler
+from experiments.harness.setup import trained
 from experiments.harness.setup.definition import ModelDefinition, define_model
 from experiments.harness.workdir import provenance
-from experiments.harness.workdir.checkpoints import CHECKPOINTS
 from experiments.harness.workdir.files import append_jsonl, write_json, write_npz
 
 RESULT_FILE = provenance.EVALUATION
@@ -52,10 +49,10 @@ def evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
     """
     check(config)
     loaded = trained.load(config, workdir, config.evaluate.checkpoint)
-    run = loaded.with_variance(config.evaluate.variance, "config.evaluate.variance")
+    run = loaded.with_variance(config.evaluate.variance)
     definition, params = run.definition, run.params
     if "quality" in config.evaluate.also:
-        sampled = loaded.with_variance(config.sample.variance, "config.sample.variance")
+        sampled = loaded.with_variance(config.sample.variance)
         sampled.levels(config.sample.num_timesteps)  # if there are none, better said now
     dataset = splits.load_measured(config, config.evaluate.split)
     start = time.monotonic()
@@ -135,18 +132,14 @@ def _allocated(
 
 def check(config: ConfigDict) -> None:
     """Raises ConfigError for settings or data that `evaluate` can't use; compiles nothing."""
+    also = ("sample",) if "quality" in config.evaluate.also else ()
+    checks.check(config, "evaluate", *also)
     definition = define_model(config)
     devices.check_batch("config.evaluate.batch_size", config.evaluate.batch_size)
-    checks.pick(source.SPLITS, config.evaluate.split, "config.evaluate.split")
     splits.check_split(config, config.evaluate.split)
-    checks.pick(CHECKPOINTS, config.evaluate.checkpoint, "config.evaluate.checkpoint")
-    checks.check_positive(config, "evaluate.chunk_size", "evaluate.replicates")
-    splits.check_labels(config)
-    analytic.check(config, config.evaluate.variance, "config.evaluate.variance")
-    estimates.check(config)
     if "quality" in config.evaluate.also:
-        quality.check(config, definition)
-        analytic.check(config, config.sample.variance, "config.sample.variance")
+        sampler.check(config, definition)
+        quality.check(config)
     if "k_sample" in config.evaluate.also:
         num_timesteps = config.evaluate.k_sample.num_timesteps
         try:

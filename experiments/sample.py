@@ -13,14 +13,12 @@ from diffusion.samplers.base import Samples
 from experiments.harness import checks, devices
 from experiments.harness.data import splits
 from experiments.harness.pictures.images import grid, save_png, strip
-from experiments.harness.sampling import edits, sampler, sweep
+from experiments.harness.sampling import edits, quality, sampler, sweep
 from experiments.harness.sampling.draw import Drawer, to_bytes
 from experiments.harness.seeds import stream
-from experiments.harness.setup import analytic
 from experiments.harness.setup.definition import ModelDefinition, define_model
 from experiments.harness.setup.trained import load
 from experiments.harness.workdir import provenance
-from experiments.harness.workdir.checkpoints import CHECKPOINTS
 from experiments.harness.workdir.files import write_npz
 from experiments.harness.workdir.provenance import SAMPLES
 
@@ -32,14 +30,6 @@ EXTRAS = {
     "sweep": sweep.sweep,
 }
 """What `sample.also` can name: each takes a `Run` and writes to samples/."""
-
-CHECKS = {
-    "inpaint": edits.check_inpaint,
-    "interpolate": edits.check_interpolate,
-    "encode": edits.check_encode,
-    "guidance": edits.check_guidance,
-    "sweep": sweep.check,
-}
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
@@ -67,7 +57,7 @@ def sample(config: ConfigDict, workdir: epath.PathLike) -> np.ndarray:
     """
     check(config)
     run = load(config, workdir, config.sample.checkpoint)
-    run = run.with_variance(config.sample.variance, "config.sample.variance")
+    run = run.with_variance(config.sample.variance)
     for num_timesteps in sampler.needed_levels(config, run.definition):
         run.levels(num_timesteps)  # raises, where some are missing
     definition, of = run.definition, config.sample
@@ -100,16 +90,17 @@ def sample(config: ConfigDict, workdir: epath.PathLike) -> np.ndarray:
 
 def check(config: ConfigDict) -> None:
     """Raises ConfigError for settings or data that `sample` can't use; compiles nothing."""
-    definition = define_model(config)
+    checks.check(config, "sample")
+    definition, also = define_model(config), config.sample.also
     splits.check_split(config, "test")  # the strip of the forward process
     devices.check_batch("config.sample.batch_size", config.sample.batch_size)
-    checks.check_positive(config, "sample.num_samples", "sample.strip_rows", "sample.strip_columns")
-    checks.pick(CHECKPOINTS, config.sample.checkpoint, "config.sample.checkpoint")
-    analytic.check(config, config.sample.variance, "config.sample.variance")
     sampler.check(config, definition)
-    for name in config.sample.also:
-        checks.pick(EXTRAS, name, "config.sample.also")
-        CHECKS[name](config, definition)
+    if "inpaint" in also:
+        edits.known_part(config, definition)
+    if {"sweep", "guidance"} & set(also):
+        quality.check(config)
+    if "guidance" in also:
+        edits.check_guidance(config, definition)
 
 
 def strip_levels(num_timesteps: int, columns: int) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from diffusion.variances import VARIANCES
+from experiments.harness import checks
 from experiments.harness.data import splits
 from experiments.harness.evaluation import paired
 from experiments.harness.evaluation.paired import Choice, Entry
@@ -43,7 +43,8 @@ def sigma(config: ConfigDict, workdir: epath.PathLike) -> list[Entry]:
     run = trained.load(config, workdir, config.sigma.checkpoint)
     definition = run.definition
     variances = {
-        name: run.with_variance(name, "config.sigma").definition.variance for name in _names(config)
+        name: run.with_variance(name).definition.variance
+        for name in analytic.available_variances(config)
     }
     dataset = splits.load_measured(config, config.sigma.split)
     choices = {
@@ -70,13 +71,5 @@ def sigma(config: ConfigDict, workdir: epath.PathLike) -> list[Entry]:
 
 def check(config: ConfigDict) -> None:
     """Raises ConfigError for settings or data that `sigma` can't use; compiles nothing."""
+    checks.check(config, "sigma")
     paired.check(config, "sigma")
-    for name in _names(config):
-        analytic.check(config, name, "config.sigma")
-
-
-def _names(config: ConfigDict) -> list[str]:
-    """The Σ_θ that the network can have, β̃ first."""
-    own = config.model.variance
-    known = [name for name in VARIANCES if not VARIANCES[name]().is_learned or name == own]
-    return [*known, *analytic.ANALYTIC]

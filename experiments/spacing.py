@@ -14,13 +14,12 @@ from experiments.harness import checks
 from experiments.harness.data import splits
 from experiments.harness.evaluation import paired
 from experiments.harness.evaluation.paired import Choice, Entry
-from experiments.harness.setup import analytic, optimal_steps, trained
+from experiments.harness.setup import optimal_steps, trained
 from experiments.harness.setup.trained import Run
 from experiments.harness.workdir.files import write_json
 
 REFERENCE = "uniform"  # what the others are compared with
 OPTIMAL = "bound_optimal"
-_SETTING = "config.spacing.variance"
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
@@ -46,7 +45,7 @@ def spacing(config: ConfigDict, workdir: epath.PathLike) -> list[Entry]:
     """
     check(config)
     run = trained.load(config, workdir, config.spacing.checkpoint)
-    run = run.with_variance(config.spacing.variance, _SETTING)
+    run = run.with_variance(config.spacing.variance)
     definition = run.definition
     dataset = splits.load_measured(config, config.spacing.split)
     optimal = _optimal(run)
@@ -81,20 +80,15 @@ def spacing(config: ConfigDict, workdir: epath.PathLike) -> list[Entry]:
 
 def check(config: ConfigDict) -> None:
     """Raises ConfigError for settings or data that `spacing` can't use; compiles nothing."""
+    checks.check(config, "spacing")
     paired.check(config, "spacing")
-    analytic.check(config, config.spacing.variance, _SETTING)
-    most = max(config.spacing.num_timesteps)
-    remedy = f"it must be a whole number, and at least {most}, the most levels to choose"
-    checks.check_setting(
-        config, "spacing.candidates", lambda n: isinstance(n, int) and n >= most, remedy
-    )
 
 
 def _optimal(run: Run) -> dict[int, Levels]:
     """The best levels of the schedule for the run's Σ_θ, by their number."""
     if run.definition.variance.is_learned:
         # Mean errors do not determine its KL; the analytic Σ_θ is what it is trained to equal.
-        run = run.with_variance("analytic_diagonal", _SETTING)
+        run = run.with_variance("analytic_diagonal")
     return optimal_steps.find(
         run.definition.schedule.levels(run.config.spacing.candidates),
         *run.measured_errors(),

@@ -13,7 +13,6 @@ from tqdm import tqdm
 from experiments.harness import checks, devices
 from experiments.harness.data import splits
 from experiments.harness.data.feed import require_same_data
-from experiments.harness.data.stream import is_streamed
 from experiments.harness.errors import ConfigError, RunError
 from experiments.harness.evaluation.quick_bound import make_quick_bound
 from experiments.harness.pictures import images
@@ -22,12 +21,9 @@ from experiments.harness.sampling import sampler
 from experiments.harness.sampling.draw import Drawer, to_bytes
 from experiments.harness.setup.definition import define_model
 from experiments.harness.setup.trained import load_ema
-from experiments.harness.training import speed
 from experiments.harness.training import step as steps
 from experiments.harness.training.log_line import LogLine
 from experiments.harness.training.loop import Task, Trainer
-from experiments.harness.training.loss import make_objective
-from experiments.harness.training.optimizer import make_optimizer
 from experiments.harness.training.speed import Timing
 from experiments.harness.training.state import (
     TrainingSetup,
@@ -173,36 +169,14 @@ def interruptible() -> AbstractContextManager[None]:
 
 def check(config: ConfigDict) -> None:
     """Raises ConfigError for settings or data that `train` can't use; compiles nothing."""
+    checks.check(config, "train")
     definition = define_model(config)
     sampler.check(config, definition)
-    make_objective(config)
-    make_optimizer(config)
     steps.check(config, definition)
-    speed.check(config)
     for section in ("evaluate", "sample"):
         devices.check_batch(f"config.{section}.batch_size", config[section].batch_size)
-    checks.check_positive(
-        config,
-        "train.num_steps",
-        "train.log_every",
-        "train.checkpoint_every",
-        "train.sample_every",
-        "train.sample_timesteps",
-        "train.keep_checkpoints",
-        "train.validation_timesteps",
-    )
-    rates = ("learning_rate", "schedule_learning_rate")
-    for name in (*rates, "warmup_steps", "gradient_clip", "weight_decay", "skip_nonfinite"):
-        checks.check_setting(config, f"train.{name}", lambda x: x >= 0, "it must not be negative")
-    for name in ("ema_decay", "beta2"):
-        checks.check_setting(config, f"train.{name}", lambda x: 0 <= x < 1, "it must be in [0, 1)")
-    is_share, remedy = (lambda x: 0 <= x <= 1), "it must be in [0, 1]"
-    checks.check_setting(config, "train.label_dropout", is_share, remedy)
-    record.check_names(config, "train.allow_changes")
     splits.check_split(config, "validation")
-    source = splits.describe_data(config, "train")
-    is_streamed(config.data, source)  # raises, for settings of no meaning
-    num_examples = source.num_examples
+    num_examples = splits.describe_data(config, "train").num_examples
     if config.train.batch_size > num_examples:
         raise ConfigError(
             f"config.train.batch_size = {config.train.batch_size} is more than the "

@@ -20,7 +20,6 @@ from diffusion.variances import beta_tilde
 from experiments.harness import checks, devices
 from experiments.harness.data import splits
 from experiments.harness.data.batches import over_examples
-from experiments.harness.data.sources import source
 from experiments.harness.evaluation import estimates, programs
 from experiments.harness.evaluation.allocate import Estimator, allocated_bound, fit_control
 from experiments.harness.pictures import plots
@@ -28,7 +27,6 @@ from experiments.harness.seeds import stream
 from experiments.harness.setup import trained
 from experiments.harness.setup.definition import ModelDefinition, define_model
 from experiments.harness.setup.trained import Run
-from experiments.harness.workdir.checkpoints import CHECKPOINTS
 from experiments.harness.workdir.files import write_json
 
 GOAL = 0.001  # bits/dim: the error whose cost is told
@@ -113,20 +111,11 @@ def variance(config: ConfigDict, workdir: epath.PathLike) -> dict[str, list[Row]
 
 
 def check(config: ConfigDict) -> None:
-    """Raises ConfigError for settings that this experiment can't use; compiles nothing."""
-    definition = define_model(config)
-    checks.pick(source.SPLITS, config.variance.split, "config.variance.split")
+    """Raises ConfigError for settings or data that this experiment can't use; compiles nothing."""
+    checks.check(config, "variance")
+    define_model(config)
     splits.check_split(config, config.variance.split)
-    checks.pick(CHECKPOINTS, config.variance.checkpoint, "config.variance.checkpoint")
-    splits.check_labels(config)
     devices.check_batch("config.evaluate.batch_size", config.evaluate.batch_size)
-    names = ("evaluate.chunk_size", "evaluate.pilot", "variance.num_samples")
-    checks.check_positive(config, *names)
-    at_least_two = "it must be at least 2"
-    for name in ("variance.draws", "variance.examples", "variance.num_timesteps"):
-        checks.check_setting(config, name, lambda n: n >= 2, at_least_two)
-    enough = definition.levels.num_timesteps >= 2
-    checks.check_setting(config, "schedule.num_timesteps", lambda _: enough, at_least_two)
 
 
 def of_run(run: Run) -> Subject:

@@ -163,9 +163,7 @@ def gather(tree: Any) -> Any:
 
 
 def check_batch(setting: str, batch_size: int, parts: int = 1) -> None:
-    """Raises ConfigError unless a batch size is a positive multiple of devices × parts."""
-    if batch_size < 1:
-        raise ConfigError(f"{setting} = {batch_size}; it must be at least 1")
+    """Raises ConfigError unless a batch size is a multiple of devices × parts."""
     devices = jax.device_count()
     multiple = devices * parts
     if batch_size % multiple:

@@ -11,7 +11,6 @@ import pytest
 
 from diffusion.statistics.control import GaussianControl
 from experiments import variance
-from experiments.evaluate import check as check_evaluate
 from experiments.evaluate import evaluate, result_line
 from experiments.harness import devices
 from experiments.harness.data import order, splits
@@ -32,7 +31,6 @@ from experiments.harness.setup.trained import Run, load
 from experiments.harness.training import step as steps
 from experiments.harness.training.state import first_state, make_setup
 from experiments.harness.training.step import make_train_step, withhold
-from experiments.train import check as check_train
 from experiments.train import train
 from tests.experiments import tiny
 
@@ -330,18 +328,3 @@ def test_an_example_whose_label_is_missing_is_named(monkeypatch):
     message = r"config\.model\.class_conditional = True: .* of hidden, test, .* use False"
     with pytest.raises(ConfigError, match=message):
         splits.load_data(config, "test")
-
-
-@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
-def test_a_share_outside_its_range_is_named(share):
-    message = rf"config\.train\.label_dropout = {share}; it must be in \[0, 1\]"
-    with pytest.raises(ConfigError, match=message):
-        check_train(conditional(train__label_dropout=share))
-
-
-def test_labels_are_not_withheld_from_a_network_that_always_had_them():
-    config = conditional(train__label_dropout=0.0, evaluate__labels=False)
-    for check in (check_evaluate, variance.check):
-        with pytest.raises(ConfigError, match=r"config\.evaluate\.labels = False, .* use True"):
-            check(config)
-    check_evaluate(tiny.config(train__label_dropout=0.0, evaluate__labels=False))

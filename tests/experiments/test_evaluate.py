@@ -258,10 +258,6 @@ def test_what_cannot_be_evaluated_is_named_and_nothing_is_written(tmp_path):
     for overrides, message in (
         ({"network": "unet"}, "is of another architecture"),
         ({"evaluate__split": "tset"}, r"config\.evaluate\.split = 'tset' .*did you mean test"),
-        ({"evaluate__checkpoint": "last"}, r"config\.evaluate\.checkpoint = 'last' .*best, latest"),
-        ({"evaluate__batch_size": 0}, r"config\.evaluate\.batch_size = 0"),
-        ({"evaluate__chunk_size": 0}, r"config\.evaluate\.chunk_size = 0"),
-        ({"evaluate__replicates": 0}, r"config\.evaluate\.replicates = 0"),
     ):
         with pytest.raises(ConfigError, match=message):
             evaluate(tiny.config(**overrides), workdir)

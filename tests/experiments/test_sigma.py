@@ -142,25 +142,6 @@ def test_an_empty_name_is_the_models_own(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("name", "of_model", "words"),
-    [
-        ("analytic_isotopic", "beta", ("analytic_isotropic?", "learned_range")),
-        ("learned_diagonal", "beta", ("'beta'", "use beta_tilde, beta, analytic_isotropic")),
-        ("learned_range", "learned_diagonal", ("'learned_diagonal'", "analytic_diagonal, learned")),
-    ],
-)
-def test_a_variance_that_the_network_does_not_have_is_one_line(name, of_model, words, tmp_path):
-    config = small_config(model__variance=of_model)
-    with pytest.raises(ConfigError) as error:
-        run_of(config, tmp_path).with_variance(name, "config.evaluate.variance")
-    message = str(error.value)
-    assert message.startswith(f"config.evaluate.variance = {name!r}")
-    assert "\n" not in message
-    for word in words:
-        assert word in message
-
-
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory, quick_compiles):
     """A network of random weights with a learned Σ_θ, at step 3."""
@@ -303,31 +284,6 @@ def test_a_second_run_gives_identical_files(workdir, first_run, tmp_path):
         assert (again / name).read_bytes() == files[workdir / name][1], name
     before, after = np.load(workdir / "eps_errors.npz"), np.load(again / "eps_errors.npz")
     np.testing.assert_array_equal(after["error"], before["error"])
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("sigma.num_timesteps", (1, 10)),
-        ("sigma.num_timesteps", (10, 10)),
-        ("sigma.num_timesteps", ()),
-        ("sigma.num_timesteps", (10, 2.5)),
-        ("sigma.draws", 1),
-        ("sigma.split", "tests"),
-        ("sigma.checkpoint", "worst"),
-        ("analytic.levels", 1),
-        ("analytic.examples", 0),
-    ],
-)
-def test_a_wrong_setting_is_one_line(name, value):
-    config = small_config()
-    section, setting = name.split(".")
-    config[section].update({setting: value})
-    with pytest.raises(ConfigError) as error:
-        sigma.check(config)
-    message = str(error.value)
-    assert message.startswith(f"config.{name} = {value!r}")
-    assert "\n" not in message
 
 
 def test_a_schedule_without_so_many_levels_is_one_line():

@@ -222,36 +222,6 @@ def test_a_new_training_forgets_the_levels_of_the_old(tmp_path):
     assert not (tmp_path / optimal_steps.FILE).exists()
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("num_timesteps", (1, 10)),
-        ("num_timesteps", (10, 10)),
-        ("num_timesteps", ()),
-        ("num_timesteps", (10, 2.5)),
-        ("num_timesteps", (10, 42)),
-        ("candidates", 5),
-        ("candidates", 50.0),
-        ("variance", "analytic_isotopic"),
-        ("variance", "learned_range"),
-        ("draws", 1),
-        ("split", "tests"),
-        ("checkpoint", "worst"),
-    ],
-)
-def test_a_wrong_setting_is_one_line(name, value):
-    config = small_config()
-    with config.ignore_type():
-        config.spacing.update({name: value})
-    with pytest.raises(ConfigError) as error:
-        spacing.check(config)
-    message = str(error.value)
-    if value == (10, 42):
-        name, value = "candidates", 41
-    assert message.startswith(f"config.spacing.{name} = {value!r}")
-    assert "\n" not in message
-
-
 def test_a_schedule_without_so_many_levels_is_one_line():
     config = small_config(schedule__name="betas", schedule__num_timesteps=1)
     config.schedule.betas.betas = (0.5,)

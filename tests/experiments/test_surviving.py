@@ -330,12 +330,8 @@ def test_a_change_that_is_allowed_by_name_is_recorded(tmp_path):
         }
     ]
     train(tiny.config(**changed), tmp_path)  # which is what it is now
-    with pytest.raises(
-        ConfigError, match=r"which is no setting; did you mean train\.learning_rate"
-    ):
+    with pytest.raises(ConfigError, match=r"is no setting; did you mean train\.learning_rate"):
         train(tiny.config(**changed, train__allow_changes=("train.learning_rat",)), tmp_path)
-    with pytest.raises(ConfigError, match=r"train\.allow_changes has 5, which is no setting"):
-        train(tiny.config(**changed, train__allow_changes=(5,)), tmp_path)
 
 
 def test_other_data_are_refused_and_allowed_by_name(tmp_path):

@@ -207,16 +207,6 @@ def load_measured(config: ConfigDict, split: str, choose: Choose | None = None) 
     return dataset if config.evaluate.labels else dataset._replace(labels=None)
 
 
-def check_labels(config: ConfigDict) -> None:
-    """Raises ConfigError if a network that was never trained without labels would get none."""
-    withheld = config.model.class_conditional and not config.evaluate.labels
-    if withheld and config.train.label_dropout == 0:
-        raise ConfigError(
-            "config.evaluate.labels = False, but with config.train.label_dropout = 0 the network "
-            "was never trained without labels; use True"
-        )
-
-
 def unlabelled_message(config: ConfigDict, split: str) -> str:
     return (
         f"config.model.class_conditional = True: not every example of {config.data.name}, {split}, "

@@ -20,25 +20,14 @@ from ml_collections import ConfigDict
 from experiments.harness.data.order import batch_indices
 from experiments.harness.data.sources.source import Source
 from experiments.harness.data.splits import Examples
-from experiments.harness.errors import ConfigError, RunError
+from experiments.harness.errors import RunError
 
 MEBIBYTE = 2**20
 _NEVER = 2**62  # bytes, more than any array has
 
 
 def is_streamed(settings: ConfigDict, source: Source) -> bool:
-    """Whether `config.data` asks for streaming a split, in place of holding it on the device.
-
-    Raises:
-      ConfigError: for an invalid setting.
-    """
-    if settings.stream not in ("auto", "always", "never"):
-        raise ConfigError(
-            f"config.data.stream = {settings.stream!r} is unknown; known: auto, always, never"
-        )
-    for name, least in (("workers", 0), ("prefetch", 1), ("memory_limit_mb", 0)):
-        if settings[name] < least:
-            raise ConfigError(f"config.data.{name} = {settings[name]}; it must be at least {least}")
+    """Whether `config.data` asks for streaming a split, in place of holding it on the device."""
     is_large = source.num_bytes > settings.memory_limit_mb * MEBIBYTE
     return settings.stream == "always" or (settings.stream == "auto" and is_large)
 

@@ -4,7 +4,6 @@ Each takes (config, definition, params, dataset) and returns numbers for evaluat
 standard errors and the network evaluations that they took.
 """
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -12,14 +11,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion.flow.ode import METHODS
 from diffusion.statistics.standard_errors import bits_per_dim, estimate
 from diffusion.trajectory import k_sample_bound
 from experiments.harness import devices
-from experiments.harness.checks import check_positive, check_setting, pick
 from experiments.harness.data import splits
 from experiments.harness.data.batches import over_examples
-from experiments.harness.errors import ConfigError
 from experiments.harness.evaluation import programs
 from experiments.harness.evaluation.allocate import Allocated, Estimator, allocated_bound
 from experiments.harness.processes.progress import progress
@@ -28,8 +24,6 @@ from experiments.harness.setup.definition import ModelDefinition
 DEFAULT_TARGET = 0.002
 GROUPS = 2  # of K trajectories, whose difference tells the noise of a K-sample bound
 DRAWS = 2  # of an ODE's noise and probes, likewise
-DEQUANTIZATIONS = ("noise", "uniform")
-TRACES = ("hutchinson", "exact")
 
 
 def continuous(
@@ -168,31 +162,3 @@ ESTIMATES: dict[str, Callable[..., dict[str, Any]]] = {
     "k_sample": k_sample,
     "ode": ode,
 }
-
-
-def check(config: ConfigDict) -> None:
-    """Raises ConfigError for settings that these estimates can't use."""
-    for name in config.evaluate.also:
-        pick((*ESTIMATES, "quality"), name, "config.evaluate.also")
-    if "continuous" in config.evaluate.also:
-        remedy = "it must be at least 2 for the bound as T → ∞"
-        check_setting(config, "schedule.num_timesteps", lambda n: n >= 2, remedy)
-    if "ode" in config.evaluate.also and importlib.util.find_spec("diffrax") is None:
-        raise ConfigError("config.evaluate.also = 'ode' needs the package diffrax >= 0.7")
-    check_positive(
-        config,
-        "evaluate.k_sample.num_samples",
-        "evaluate.k_sample.num_timesteps",
-        "evaluate.ode.max_steps",
-        "evaluate.pilot",
-    )
-    for name in ("evaluate.target", "evaluate.max_evaluations", "evaluate.ode.num_steps"):
-        check_setting(config, name, lambda value: value >= 0, "it must not be negative")
-    is_even, remedy = (lambda steps: steps % 2 == 0), "it must be even, or 0 for an adaptive solve"
-    check_setting(config, "evaluate.ode.num_steps", is_even, remedy)
-    check_setting(config, "evaluate.ode.tolerance", lambda x: x > 0, "it must be positive")
-    check_setting(config, "evaluate.ode.probes", lambda x: x >= 1, "it must be at least 1")
-    ode_settings = config.evaluate.ode
-    pick(DEQUANTIZATIONS, ode_settings.dequantization, "config.evaluate.ode.dequantization")
-    pick(TRACES, ode_settings.trace, "config.evaluate.ode.trace")
-    pick(METHODS, ode_settings.method, "config.evaluate.ode.method")

@@ -19,16 +19,14 @@ from diffusion.forward import diffuse
 from diffusion.schedules import Levels, Step
 from diffusion.statistics.standard_errors import Estimate, estimate
 from diffusion.variances import Variance
-from experiments.harness import checks, devices
+from experiments.harness import devices
 from experiments.harness.data import order, splits
 from experiments.harness.data.batches import over_examples
-from experiments.harness.data.sources import source
 from experiments.harness.errors import ConfigError
 from experiments.harness.evaluation.programs import evaluation_noise, jit_evaluation
 from experiments.harness.pictures import plots
 from experiments.harness.processes.progress import progress
 from experiments.harness.setup.definition import ModelDefinition, define_model
-from experiments.harness.workdir.checkpoints import CHECKPOINTS
 
 
 class Choice(NamedTuple):
@@ -70,36 +68,18 @@ class Entry(NamedTuple):
 
 
 def check(config: ConfigDict, section: str) -> None:
-    """Raises ConfigError unless a section's split, checkpoint, draws and T's can be measured."""
-    definition, of = define_model(config), config[section]
+    """Raises ConfigError unless a section fits the data, the devices and the schedule."""
+    definition, settings = define_model(config), config[section]
     devices.check_batch("config.evaluate.batch_size", config.evaluate.batch_size)
-    checks.check_positive(config, "evaluate.chunk_size")
-    splits.check_labels(config)
-    checks.pick(source.SPLITS, of.split, f"config.{section}.split")
-    splits.check_split(config, of.split)
-    checks.pick(CHECKPOINTS, of.checkpoint, f"config.{section}.checkpoint")
-    remedy = "it must be at least 2: their spread is the error"
-    checks.check_setting(config, f"{section}.draws", lambda n: n >= 2, remedy)
-    remedy = "it must hold different numbers of levels, such as (10, 100), each at least 2"
-    checks.check_setting(config, f"{section}.num_timesteps", _are_timesteps, remedy)
-    for num_timesteps in of.num_timesteps:
+    splits.check_split(config, settings.split)
+    for num_timesteps in settings.num_timesteps:
         try:
             definition.schedule.levels(num_timesteps)
         except ValueError as error:
             raise ConfigError(
-                f"config.{section}.num_timesteps = {of.num_timesteps}; "
+                f"config.{section}.num_timesteps = {settings.num_timesteps}; "
                 f"config.schedule.{config.schedule.name} has no {num_timesteps} levels: {error}"
             ) from error
-
-
-def _are_timesteps(numbers: Any) -> bool:
-    """Whether they are different whole numbers from 2 on."""
-    return (
-        isinstance(numbers, tuple)
-        and len(numbers) > 0
-        and all(isinstance(n, int) and n >= 2 for n in numbers)
-        and len(set(numbers)) == len(numbers)
-    )
 
 
 def measure_totals(

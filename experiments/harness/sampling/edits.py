@@ -9,10 +9,11 @@ from etils import epath
 from jaxtyping import Array, Bool
 from ml_collections import ConfigDict
 
+from configs.settings.declaration import unknown
 from diffusion.samplers import interpolation
 from diffusion.samplers.base import sample
 from diffusion.samplers.ddpm import ddim, ddim_encode
-from experiments.harness import checks, devices
+from experiments.harness import devices
 from experiments.harness.data import splits
 from experiments.harness.data.batches import over_examples
 from experiments.harness.errors import ConfigError
@@ -20,7 +21,7 @@ from experiments.harness.pictures.images import save_png, strip
 from experiments.harness.processes.progress import progress
 from experiments.harness.sampling import quality, sweep
 from experiments.harness.sampling.draw import Drawer, to_bytes
-from experiments.harness.sampling.sampler import Given, check_unconditional
+from experiments.harness.sampling.sampler import Given
 from experiments.harness.setup.definition import ModelDefinition
 from experiments.harness.setup.trained import Run
 from experiments.harness.workdir.files import write_npz
@@ -82,7 +83,10 @@ def known_part(config: ConfigDict, definition: ModelDefinition) -> Bool[np.ndarr
 
 def _mask_of_file(name: str) -> Bool[np.ndarray, "..."]:
     if not name.endswith(".npy") or not epath.Path(name).exists():
-        checks.pick(MASKS, name, "config.sample.inpaint.known (or a .npy file that exists)")
+        raise ConfigError(
+            f"config.sample.inpaint.known = {name!r}{unknown(name, MASKS)} or a .npy file that "
+            "exists"
+        )
     try:
         with epath.Path(name).open("rb") as file:
             return np.asarray(np.load(file), bool)
@@ -186,38 +190,12 @@ def with_scale(config: ConfigDict, scale: float) -> ConfigDict:
     return changed
 
 
-def check_inpaint(config: ConfigDict, definition: ModelDefinition) -> None:
-    """Raises ConfigError for settings that `inpaint` can't use."""
-    checks.check_positive(config, "sample.inpaint.num_samples", "sample.inpaint.num_timesteps")
-    known_part(config, definition)
-
-
-def check_interpolate(config: ConfigDict, definition: ModelDefinition) -> None:
-    """Raises ConfigError for settings that `interpolate` can't use."""
-    check_unconditional(config, definition, True, "sample.also")
-    checks.check_positive(config, "sample.interpolate.num_timesteps")
-    remedy = "it must be at least 2: both ends"
-    checks.check_setting(config, "sample.interpolate.columns", lambda n: n >= 2, remedy)
-
-
-def check_encode(config: ConfigDict, definition: ModelDefinition) -> None:
-    """Raises ConfigError for settings that `encode` can't use."""
-    del definition
-    checks.check_positive(config, "sample.encode.num_timesteps", "sample.encode.iterations")
-
-
 def check_guidance(config: ConfigDict, definition: ModelDefinition) -> None:
-    """Raises ConfigError for settings that `guidance` can't use."""
-    if not definition.num_classes:
-        raise ConfigError(
-            "config.sample.also names guidance, but the model knows no classes; train with "
-            "config.model.class_conditional, as configs/digits_class.py does"
-        )
-    remedy = "give at least one scale, such as (0.0, 1.0, 3.0)"
-    checks.check_setting(config, "sample.guidance.scales", lambda s: len(s) > 0, remedy)
-    is_unconditional = any(scale != 1 for scale in config.sample.guidance.scales)
-    check_unconditional(config, definition, is_unconditional, "sample.guidance.scales")
-    quality.check(config, definition)
+    """Raises ConfigError unless the samples of a scale include every class that is shown."""
+    num_samples = config.quality.num_samples
     classes = len(config.sample.labels) or definition.num_classes
-    remedy = f"it must be at least {classes}: one of every class is shown"
-    checks.check_setting(config, "quality.num_samples", lambda n: n >= classes, remedy)
+    if num_samples < classes:
+        raise ConfigError(
+            f"config.quality.num_samples = {num_samples}; it must be at least {classes}: one of "
+            "every class is shown"
+        )

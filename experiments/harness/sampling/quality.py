@@ -14,20 +14,15 @@ from diffusion.statistics.sample_quality import (
     kernel_distance,
     precision_recall,
 )
-from experiments.harness import checks
 from experiments.harness.data import splits
-from experiments.harness.data.sources import source
 from experiments.harness.errors import ConfigError
-from experiments.harness.sampling import sampler
 from experiments.harness.sampling.draw import Drawer
 from experiments.harness.sampling.features import (
-    FEATURES,
     Features,
     choose,
     feature_batches,
     name_of,
 )
-from experiments.harness.setup.definition import ModelDefinition
 from experiments.harness.setup.trained import Run
 from experiments.harness.workdir.files import write_npz
 from experiments.harness.workdir.provenance import fingerprint
@@ -141,26 +136,9 @@ def _measure(
     return moments, np.concatenate(some)
 
 
-def check(config: ConfigDict, definition: ModelDefinition) -> None:
-    """Raises ConfigError for settings that no quality can be measured with; trains nothing."""
-    sampler.check(config, definition)
-    checks.pick(FEATURES, name_of(config), "config.quality.features")
-    checks.pick(source.SPLITS, config.quality.split, "config.quality.split")
+def check(config: ConfigDict) -> None:
+    """Raises ConfigError unless the data have the labels and the examples that quality needs."""
     num_examples = splits.check_split(config, config.quality.split).num_examples
-    remedy = "the standard errors need at least 100"
-    checks.check_setting(config, "quality.num_samples", lambda n: n >= 100, remedy)
-    checks.check_setting(config, "quality.max_pairs", lambda n: n >= 100, remedy)
-    checks.check_positive(
-        config,
-        "quality.neighbors",
-        "quality.classifier.num_steps",
-        "quality.classifier.batch_size",
-    )
-    is_positive, remedy = (lambda x: x > 0), "it must be positive"
-    checks.check_setting(config, "quality.classifier.learning_rate", is_positive, remedy)
-    fewest = min(config.quality.num_samples, config.quality.max_pairs)
-    remedy = f"it must be below {fewest}, the samples that are compared"
-    checks.check_setting(config, "quality.neighbors", lambda k: k < fewest, remedy)
     if name_of(config) == "classifier" and not splits.describe_data(config, "train").num_classes:
         raise ConfigError(
             "config.quality.features = 'classifier' needs labels, which config.data.name = "

@@ -11,14 +11,12 @@ from tqdm import tqdm
 from diffusion.samplers.base import Samples
 from diffusion.samplers.registry import SAMPLERS
 from diffusion.schedules import Levels
-from experiments.harness import checks
 from experiments.harness.pictures import images as images
 from experiments.harness.pictures import plots
 from experiments.harness.pictures.images import save_png
 from experiments.harness.sampling import quality as qualities
 from experiments.harness.sampling.draw import Drawer, to_bytes
 from experiments.harness.sampling.quality import Quality, Reference, reference
-from experiments.harness.setup.definition import ModelDefinition
 from experiments.harness.setup.trained import Run
 from experiments.harness.workdir import provenance
 from experiments.harness.workdir.files import write_json
@@ -161,17 +159,3 @@ def _write(run: Run, entries: list[Entry]) -> None:
     directory = run.workdir / "samples"
     (directory / "sweep.md").write_text(to_markdown(entries) + "\n")
     plots.plot_quality(directory / "sweep.png", [entry.to_dict() for entry in entries])
-
-
-def check(config: ConfigDict, definition: ModelDefinition) -> None:
-    """Raises ConfigError for settings that a sweep can't use."""
-    qualities.check(config, definition)
-    of = config.sample.sweep
-    for name in of.samplers:
-        checks.pick(SAMPLERS, name, "config.sample.sweep.samplers")
-    remedy = "give numbers of levels, such as (10, 20, 50), each at least 1"
-
-    def are_right(numbers):
-        return len(numbers) > 0 and all(isinstance(n, int) and n >= 1 for n in numbers)
-
-    checks.check_setting(config, "sample.sweep.num_timesteps", are_right, remedy)

@@ -15,10 +15,9 @@ from ml_collections import ConfigDict
 
 from diffusion.forward import example_noise
 from diffusion.variances import VARIANCES, Variance, of_measured_error
-from experiments.harness import checks, devices
+from experiments.harness import devices
 from experiments.harness.data import order, splits
 from experiments.harness.data.splits import Examples
-from experiments.harness.errors import ConfigError
 from experiments.harness.processes.progress import progress
 from experiments.harness.seeds import stream
 from experiments.harness.setup.definition import ModelDefinition
@@ -29,26 +28,11 @@ ERRORS_FILE = provenance.MEASURED_ERRORS
 _DRAW = 2**30  # keeps these noises apart from all others of their stream
 
 
-def check(config: ConfigDict, name: str, setting: str) -> None:
-    """Raises ConfigError unless the network has the Σ_θ of this name; compiles nothing.
-
-    Args:
-      config: the config.
-      name: a key of VARIANCES or one of ANALYTIC, or empty for the model's own.
-      setting: where the name was given, for the message.
-    """
-    known = (*VARIANCES, *ANALYTIC)
-    checks.pick(("", *known), name, setting)
+def available_variances(config: ConfigDict) -> list[str]:
+    """Names of the Σ_θ that a network can have: fixed, analytic, or its own learned one."""
     own = config.model.variance
-    if name in VARIANCES and VARIANCES[name]().is_learned and name != own:
-        fixed = [n for n in known if n in ANALYTIC or not VARIANCES[n]().is_learned]
-        raise ConfigError(
-            f"{setting} = {name!r} is for a network that was trained with it, and this one's "
-            f"config.model.variance is {own!r}; use {', '.join(dict.fromkeys([*fixed, own]))}"
-        )
-    checks.check_positive(config, "analytic.examples")
-    remedy = "it must be at least 2"
-    checks.check_setting(config, "analytic.levels", lambda n: n >= 2, remedy)
+    names = [name for name in VARIANCES if name == own or not VARIANCES[name]().is_learned]
+    return [*names, *ANALYTIC]
 
 
 def variance_of_errors(

@@ -4,16 +4,17 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Int, Key
 from ml_collections import ConfigDict
 
-from diffusion.decoders import DECODERS, FIRST_VARIANCES, SCALINGS, Decoder, Quantization
-from diffusion.reverse import PARAMETERIZATIONS, Reverse
-from diffusion.samplers.base import X_0_TREATMENTS
+from configs.settings.declaration import shown
+from diffusion.decoders import DECODERS, Decoder, Quantization
+from diffusion.reverse import Reverse
 from diffusion.schedules import SCHEDULES, Array, Levels, Schedule, linear_log_snr
 from diffusion.variances import VARIANCES, Variance
-from experiments.harness.checks import check_positive, check_setting, pick
+from experiments.harness.checks import pick
 from experiments.harness.data.splits import describe_data, unlabelled_message
 from experiments.harness.errors import ConfigError
 from models.noise_schedule import NoiseSchedule, tabulate
@@ -88,19 +89,16 @@ def _log_snr_of(noise_schedule: NoiseSchedule) -> Callable:
 
 
 def _unet(config: ConfigDict, schedule: Schedule, out_channels: int, num_classes: int) -> nn.Module:
-    settings = config.to_dict()
-    inputs = {
-        "log_snr": lambda: log_snr_to_timestep,
-        "ddpm_timestep": lambda: ddpm_timestep(schedule.knots),
-    }
-    if settings["noise_input"] == "ddpm_timestep" and len(schedule.knots) < 3:
-        raise ConfigError(
-            "config.model.unet.noise_input = 'ddpm_timestep' needs a schedule with a table of β, "
-            "such as linear_beta; use log_snr"
-        )
-    noise_input = pick(inputs, settings.pop("noise_input"), "config.model.unet.noise_input")
+    settings, timestep_of = config.to_dict(), log_snr_to_timestep
+    if settings.pop("noise_input") == "ddpm_timestep":
+        if len(schedule.knots) < 3:
+            raise ConfigError(
+                "config.model.unet.noise_input = 'ddpm_timestep' needs a schedule with a table of "
+                "β, such as linear_beta; use log_snr"
+            )
+        timestep_of = ddpm_timestep(schedule.knots)
     return UNet(
-        **settings, out_channels=out_channels, num_classes=num_classes, timestep_of=noise_input()
+        **settings, out_channels=out_channels, num_classes=num_classes, timestep_of=timestep_of
     )
 
 
@@ -108,7 +106,7 @@ MODELS = {"unet": _unet}
 
 
 def define_model(config: ConfigDict) -> ModelDefinition:
-    """Everything the config names, checked before anything is compiled.
+    """The model that a config defines; nothing is compiled.
 
     The shape of the images and their number of grey levels are the training split's.
 
@@ -117,24 +115,17 @@ def define_model(config: ConfigDict) -> ModelDefinition:
     """
     make_model = pick(MODELS, config.model.name, "config.model.name")
     make_decoder = pick(DECODERS, config.decoder.name, "config.decoder.name")
-    pick(SCALINGS, config.decoder.scaling, "config.decoder.scaling")
-    pick(PARAMETERIZATIONS, config.model.parameterization, "config.model.parameterization")
     variance = pick(VARIANCES, config.model.variance, "config.model.variance")()
-    pick(X_0_TREATMENTS, config.sample.x_0_treatment, "config.sample.x_0_treatment")
-    gaussian = config.decoder.discretized_gaussian
-    pick(FIRST_VARIANCES, gaussian.variance, "config.decoder.discretized_gaussian.variance")
-
-    check_setting(config, "seed", lambda seed: 0 <= seed < 2**32, "it must be in [0, 2³²)")
-    check_positive(config, "schedule.num_timesteps")
     source = describe_data(config, "train")
     if config.model.class_conditional and not source.num_classes:
         raise ConfigError(unlabelled_message(config, "train"))
     num_classes = source.num_classes if config.model.class_conditional else 0
     quantization = Quantization(source.num_levels, config.decoder.scaling)
     schedule, levels, noise_schedule = _schedule(config)
+    out_channels = source.image_shape[-1] * (2 if variance.is_learned else 1)
+    options = config.model.get(config.model.name, ConfigDict())
+    network = make_model(options, schedule, out_channels, num_classes)
     try:
-        out_channels = source.image_shape[-1] * (2 if variance.is_learned else 1)
-        network = make_model(config.model[config.model.name], schedule, out_channels, num_classes)
         network.validate(source.image_shape)
     except ValueError as error:
         raise ConfigError(f"config.{error}") from error
@@ -146,7 +137,7 @@ def define_model(config: ConfigDict) -> ModelDefinition:
         parameterization=config.model.parameterization,
         variance=variance,
         quantization=quantization,
-        decoder=make_decoder(quantization, **config.decoder[config.decoder.name]),
+        decoder=make_decoder(quantization, **config.decoder.get(config.decoder.name, {})),
         image_shape=source.image_shape,
         num_classes=num_classes,
     )
@@ -154,17 +145,21 @@ def define_model(config: ConfigDict) -> ModelDefinition:
 
 def _schedule(config: ConfigDict) -> tuple[Schedule, Levels, NoiseSchedule | None]:
     """The schedule, its T levels, and its network where it is learned."""
-    name = config.schedule.name
-    pick((*SCHEDULES, "learned"), name, "config.schedule.name")
-    arguments, noise_schedule = config.schedule[name], None
+    name, noise_schedule = config.schedule.name, None
+    options = config.schedule.get(name, ConfigDict())
+    if name == "learned":
+        noise_schedule = NoiseSchedule(**options)
+    else:
+        make_schedule = pick(SCHEDULES, name, "config.schedule.name")
     try:
-        if name == "learned":
-            noise_schedule = NoiseSchedule(**arguments)
+        if noise_schedule is not None:
             noise_schedule.validate()
-            schedule = linear_log_snr(arguments.max, arguments.min)
+            schedule = linear_log_snr(options.max, options.min)
         else:
-            schedule = SCHEDULES[name](**arguments)
+            with np.errstate(all="ignore"):  # an overflow makes a β that is refused
+                schedule = make_schedule(**options)
         return schedule, schedule.levels(config.schedule.num_timesteps), noise_schedule
     except ValueError as error:
+        values = ", ".join(f"{key} = {shown(value)}" for key, value in options.items())
         message = str(error).removeprefix("schedule.learned.")
-        raise ConfigError(f"config.schedule.{name}: {message}") from error
+        raise ConfigError(f"config.schedule.{name} with {values}: {message}") from error

@@ -9,6 +9,7 @@ from etils import epath
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
+from configs.settings.declaration import unknown
 from diffusion.schedules import Levels
 from diffusion.spacing import SPACINGS
 from diffusion.variances import VARIANCES
@@ -53,19 +54,20 @@ class Run(NamedTuple):
         """
         return make_levels(self.config, self.definition, num_timesteps, self.workdir, self.step)
 
-    def with_variance(self, name: str, setting: str = "variance") -> "Run":
+    def with_variance(self, name: str) -> "Run":
         """The same run with another Σ_θ.
 
         Args:
           name: a key of VARIANCES or one of `analytic.ANALYTIC`; empty for the model's own.
-          setting: the setting that gave the name, for error messages.
 
         Raises:
-          ConfigError: for an unknown name, or a learned Σ_θ that the network does not have.
+          ConfigError: unless it is one of `analytic.available_variances`.
         """
-        analytic.check(self.config, name, setting)
         if not name:
             return self
+        available = analytic.available_variances(self.config)
+        if name not in available:
+            raise ConfigError(f"variance = {name!r}{unknown(name, available)}")
         if name in VARIANCES:
             variance = VARIANCES[name]()
         else:

@@ -7,8 +7,6 @@ from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from experiments.harness import checks
-
 # Floating-point operations a second of one device, dense, in bfloat16 and as float32 products are
 # computed by default: in TensorFloat-32 on a GPU, in bfloat16 on a TPU. The first that a device's
 # kind begins with.
@@ -99,12 +97,6 @@ def peak_memory() -> int | None:
     stats = [device.memory_stats() for device in jax.local_devices()]
     found = [of["peak_bytes_in_use"] for of in stats if of and "peak_bytes_in_use" in of]
     return max(found, default=None)
-
-
-def check(config: ConfigDict) -> None:
-    """Raises ConfigError for a profile of negative steps."""
-    for name in ("first_step", "num_steps"):
-        checks.check_setting(config, f"profile.{name}", lambda n: n >= 0, "it can't be negative")
 
 
 def speed_values(

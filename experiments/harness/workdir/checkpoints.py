@@ -14,7 +14,6 @@ from experiments.harness.errors import ConfigError, RunError, in_short
 from experiments.harness.processes import distributed
 from experiments.harness.workdir import checksums, orbax
 
-CHECKPOINTS = ("best", "latest")
 _SUBDIRECTORY = "checkpoints"
 _INTERRUPTED = "interrupted"  # the state that a run saves when a signal stops it
 _DAMAGED = "damaged_checkpoints"

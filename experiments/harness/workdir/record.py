@@ -1,6 +1,5 @@
 """The config and the data of a work directory, recorded at its start and checked on resume."""
 
-import difflib
 import json
 import os
 from collections.abc import Iterator
@@ -18,7 +17,6 @@ from experiments.harness.workdir.provenance import (
     NETWORK,
     RUN,
     differences,
-    flatten,
     is_named,
 )
 
@@ -106,16 +104,6 @@ def _read_json(path: epath.Path) -> dict[str, Any] | None:
             f"{path} is damaged ({error}); restore it, or remove it: then nothing can check that "
             "the resumed run has the same settings and data"
         ) from error
-
-
-def check_names(config: ConfigDict, setting: str) -> None:
-    """Raises ConfigError unless a setting lists names of settings, or sections as `data.`."""
-    settings = flatten(config.to_dict())
-    for name in settings[setting]:
-        if not (isinstance(name, str) and any(is_named(other, (name,)) for other in settings)):
-            close = difflib.get_close_matches(str(name), settings, n=1, cutoff=0.5)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise ConfigError(f"config.{setting} has {name!r}, which is no setting{hint}")
 
 
 def recorded_config(workdir: epath.PathLike) -> dict[str, Any] | None:

@@ -99,12 +99,6 @@ def folder(
       ConfigError: if there is no such folder or split, or no image in it.
     """
     root = _existing(data_dir)
-    for name, is_right, remedy in (
-        ("image_size", options.image_size >= 1, "give the side of the images in pixels"),
-        ("channels", options.channels in (1, 3), "use 3 for colour or 1 for grey"),
-    ):
-        if not is_right:
-            raise ConfigError(f"config.data.{name} = {getattr(options, name)}; {remedy}")
     existing = {name: root / splits[name] for name in splits if (root / splits[name]).is_dir()}
     part, is_seeded = choose_split(split, existing, str(root), splits)
     where = root if part is None else part

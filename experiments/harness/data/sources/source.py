@@ -144,10 +144,6 @@ def part_of(
     Raises:
       ConfigError: if the part would be empty.
     """
-    if not 0 <= options.split_seed < 2**64:
-        raise ConfigError(f"config.data.split_seed = {options.split_seed}; it must be in [0, 2⁶⁴)")
-    if not 0 < options.held_out < 0.5:
-        raise ConfigError(f"config.data.held_out = {options.held_out}; it must be between 0 and ½")
     held = round(options.held_out * num_examples)
     if held < 1:
         raise ConfigError(

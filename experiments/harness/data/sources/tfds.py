@@ -110,8 +110,6 @@ def tfds(
     Raises:
       ConfigError: as `splits.describe`.
     """
-    if size < 0:
-        raise ConfigError(f"config.data.image_size = {size}; it must be a side in pixels, or 0")
     records = Records(name, data_dir, split, expression, size, known)
     return Source(len(records), records.shape, 256, records.read, records.num_classes, records)
 

@@ -232,14 +232,3 @@ def test_large_sets_are_streamed(stream, limit, expected):
     settings = base.get_config().data
     settings.update(stream=stream, memory_limit_mb=limit)
     assert is_streamed(settings, describe("photos", "validation")) == expected
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("stream", "maybe"), ("workers", -1), ("prefetch", 0), ("memory_limit_mb", -1)],
-)
-def test_settings_that_have_no_meaning(name, value):
-    settings = base.get_config().data
-    settings[name] = value
-    with pytest.raises(ConfigError, match=rf"config\.data\.{name} = {value!r}"):
-        is_streamed(settings, describe("digits", "train"))

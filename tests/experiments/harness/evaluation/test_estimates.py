@@ -101,24 +101,6 @@ def test_the_limit_is_the_bound_at_many_timesteps(trained):
     assert total == pytest.approx(found["continuous"]["bits_per_dim"], rel=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ({"evaluate__also": ("odd",)}, "config.evaluate.also = 'odd' is unknown"),
-        ({"evaluate__target": -0.1}, "config.evaluate.target = -0.1; it must not be negative"),
-        ({"evaluate__ode__num_steps": 7}, "config.evaluate.ode.num_steps = 7; it must be even"),
-        ({"evaluate__ode__trace": "hutch"}, "config.evaluate.ode.trace = 'hutch' is unknown"),
-        ({"evaluate__pilot": 0}, "config.evaluate.pilot = 0; it must be at least 1"),
-        ({"evaluate__variance": "alpha"}, "config.evaluate.variance = 'alpha' is unknown"),
-    ],
-)
-def test_bad_settings_are_one_clear_line(trained, setting, message):
-    with pytest.raises(ConfigError) as error:
-        evaluate(tiny.config(**setting), trained)
-    assert str(error.value).startswith(message)
-    assert "\n" not in str(error.value)
-
-
 def test_what_no_error_is_known_of_is_told_as_unknown(trained):
     """One probe has no standard error: NaN in the result, null in the file, a word in the line."""
     config = tiny.config(

@@ -9,7 +9,6 @@ from sklearn.datasets import load_digits
 
 from experiments import evaluate
 from experiments.harness.data import splits
-from experiments.harness.errors import ConfigError
 from experiments.harness.sampling import features, quality, sweep
 from experiments.harness.sampling.draw import Drawer
 from experiments.harness.setup.trained import load
@@ -188,17 +187,3 @@ def test_an_evaluation_tells_the_quality_of_what_sampling_draws(workdir, tmp_pat
     last = evaluate.result_line(result).splitlines()[-1]
     assert last.startswith(f"  quality Fréchet distance {expected.frechet:.4f}")
     assert "100 samples by ancestral at 8 levels, 800 network evaluations" in last
-
-
-def test_what_cannot_be_measured_is_named(workdir):
-    for overrides, message in (
-        ({"quality__features": "inception"}, r"config\.quality\.features = 'inception' .*pixels"),
-        ({"quality__split": "tset"}, r"config\.quality\.split = 'tset' .*did you mean test"),
-        ({"quality__num_samples": 10}, r"config\.quality\.num_samples = 10; .*at least 100"),
-        ({"quality__neighbors": 0}, r"config\.quality\.neighbors = 0; it must be at least 1"),
-        ({"sample__sweep__samplers": ("heum",)}, r"sweep\.samplers = 'heum' .*did you mean heun"),
-        ({"sample__sweep__num_timesteps": ()}, r"sweep\.num_timesteps = \(\); give numbers"),
-        ({"sample__sweep__num_timesteps": (0,)}, r"sweep\.num_timesteps = \(0,\); give numbers"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            sample(config(sample__also=("sweep",), **overrides), workdir)

@@ -10,16 +10,10 @@ import numpy as np
 import pytest
 
 from configs import base, cifar10, digits, recorded
-from diffusion.decoders import DECODERS, FIRST_VARIANCES, SCALINGS
-from diffusion.objectives import OBJECTIVES
-from diffusion.reverse import PARAMETERIZATIONS
-from diffusion.samplers.base import X_0_TREATMENTS
 from diffusion.schedules import SCHEDULES
-from diffusion.variances import VARIANCES
 from experiments.harness.errors import ConfigError
-from experiments.harness.setup.definition import MODELS, define_model
+from experiments.harness.setup.definition import define_model
 from experiments.harness.setup.params import abstract_params
-from experiments.harness.training import loss
 from experiments.harness.workdir import provenance, record
 from tests.experiments import tiny
 from tests.mock_cifar10 import mock_tfds
@@ -131,46 +125,6 @@ def test_every_schedule_builds_at_any_number_of_timesteps(name, num_timesteps):
     levels = define_model(config).levels
     assert levels.num_timesteps == num_timesteps
     assert np.isfinite(levels.log_snr[1:]).all()
-
-
-@pytest.mark.parametrize(
-    ("setting", "registry"),
-    [
-        ("model.parameterization", PARAMETERIZATIONS),
-        ("model.variance", VARIANCES),
-        ("model.name", MODELS),
-        ("decoder.name", DECODERS),
-        ("decoder.scaling", SCALINGS),
-        ("decoder.discretized_gaussian.variance", FIRST_VARIANCES),
-        ("schedule.name", SCHEDULES),
-        ("train.objective", OBJECTIVES),
-        ("train.timesteps", loss.TIMESTEPS),
-        ("train.time", loss.TIME),
-        ("sample.x_0_treatment", X_0_TREATMENTS),
-    ],
-)
-def test_an_unknown_name_is_told_the_known_ones_and_the_likely_one(setting, registry):
-    for name in registry:
-        config = tiny.config(name) if setting == "model.name" else tiny.config()
-        config.schedule.betas.betas = (0.1, 0.2)
-        if name == "hybrid":  # for a learned variance alone
-            config.model.variance = "learned_range"
-        config.update_from_flattened_dict({setting: name})
-        define_model(config)
-        # A letter too many, as in a slip of the hand.
-        config.update_from_flattened_dict({setting: name + name[-1]})
-        with pytest.raises(ConfigError) as error:
-            define_model(config)
-        message = str(error.value)
-        assert message.startswith(f"config.{setting} = {name + name[-1]!r} is unknown")
-        assert all(known in message for known in registry)
-        assert message.endswith(f"did you mean {name}?")
-
-
-def test_what_resembles_nothing_gets_no_suggestion():
-    with pytest.raises(ConfigError) as error:
-        define_model(tiny.config(schedule__name="xyz"))
-    assert "did you mean" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ import pytest
 
 from diffusion.timesteps import HISTORY_LENGTH, LossHistory
 from experiments.harness.data import order, splits
-from experiments.harness.errors import ConfigError
 from experiments.harness.seeds import stream
 from experiments.harness.setup.definition import define_model
 from experiments.harness.setup.params import init_params
@@ -281,71 +280,3 @@ def test_a_run_that_stops_goes_on_with_its_history_and_both_optimizers(
         assert set(state.opt_state.inner_states) == {"network", "noise_schedule"}
         counts = optax.tree.get_all_with_path(state.opt_state, "count")
         assert {int(count) for _, count in counts} == {8}
-
-
-@pytest.mark.parametrize(
-    ("overrides", "setting", "remedy"),
-    [
-        ({"schedule__name": "learned"}, "train.time = 'discrete'", "use continuous"),
-        (
-            LEARNED | {"train__objective": "simple"},
-            "train.objective = 'simple'",
-            "use vlb",
-        ),
-        (
-            {
-                "train__time": "continuous",
-                "train__objective": "hybrid",
-                "model__variance": "learned_range",
-            },
-            "train.objective = 'hybrid'",
-            "train.time=discrete",
-        ),
-        (
-            IMPORTANCE | {"train__time": "continuous"},
-            "train.timesteps = 'importance'",
-            "use stratified",
-        ),
-        (IMPORTANCE | LEARNED, "train.timesteps = 'importance'", "use stratified"),
-        ({"train__objective": "hybrid"}, "train.objective = 'hybrid'", "'beta_tilde' is fixed"),
-        (
-            {"train__time": "continuous", "decoder__name": "discretized_gaussian"},
-            "decoder.discretized_gaussian.variance = 'beta_tilde'",
-            "use beta",
-        ),
-        (
-            {
-                "train__time": "continuous",
-                "schedule__name": "betas",
-                "schedule__betas__betas": (0.1,),
-                "schedule__num_timesteps": 1,
-            },
-            "schedule.num_timesteps = 1",
-            "has no continuous time",
-        ),
-        (
-            {"model__variance": "learned_range", "train__objective": "simple"},
-            "model.variance = 'learned_range' is not trained by",
-            "use vlb or hybrid",
-        ),
-        (
-            {"model__variance": "learned_diagonal", "train__time": "continuous"},
-            "model.variance = 'learned_diagonal' is not trained by",
-            "train.time=discrete",
-        ),
-        (
-            {"train__objective": "min_snr", "train__min_snr": {"gamma": 0.0}},
-            "train.min_snr.gamma = 0.0",
-            "it must be positive",
-        ),
-        ({"train__timesteps": "stratify"}, "train.timesteps = 'stratify'", "stratified"),
-        ({"train__time": "endless"}, "train.time = 'endless'", "discrete, continuous"),
-    ],
-)
-def test_settings_without_a_meaning_together_are_one_line(overrides, setting, remedy):
-    with pytest.raises(ConfigError) as error:
-        loss.make_objective(tiny.config(**overrides))
-    message = str(error.value)
-    assert message.startswith(f"config.{setting}")
-    assert remedy in message
-    assert "\n" not in message

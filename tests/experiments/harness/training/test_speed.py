@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.harness.errors import ConfigError
 from experiments.harness.training import speed
 from tests.experiments import tiny
 
@@ -99,8 +98,3 @@ def test_a_trace_is_written(tmp_path):
         profile.before(0, None)
         jnp.ones(3).sum().block_until_ready()
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
-
-
-def test_a_trace_of_negative_steps_is_refused():
-    with pytest.raises(ConfigError, match=r"config\.profile\.num_steps = -1"):
-        speed.check(tiny.config(profile__num_steps=-1))
