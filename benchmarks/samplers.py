@@ -120,7 +120,7 @@ def _bare(
 
     @jax.jit
     def loop(params, x, at):
-        denoiser = definition.reverse(params).denoiser
+        denoiser = definition.model(params).reverse.denoiser
         return jax.lax.fori_loop(0, count, lambda i, x: denoiser(x, at), x)
 
     arguments = params, jnp.ones(shape), jnp.full(shape[0], log_snr, jnp.float32)

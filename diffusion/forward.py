@@ -37,7 +37,7 @@ def diffuse(
 def transition(x_s: Float[Array, "b *d"], step: Step) -> Gaussian:
     """q(x_t | x_s) = N(√(1 − β_t) x_s, β_t I), one step of the chain.
 
-    The lecture writes β_{t−1} here, an index slip; docs/lecture.md, forward step.
+    The lecture writes β_{t−1} here, an index slip: docs/lecture.md, forward step.
     """
     scale = alpha(step.log_snr) / alpha(step.log_snr_s)
     return Gaussian(expand(scale, x_s) * x_s, expand(step.beta, x_s))

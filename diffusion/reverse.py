@@ -1,8 +1,8 @@
-"""p_θ, the reverse process: what a denoiser's prediction says about x_s given x_t.
+"""p_θ(x_s | x_t), the reverse process, from a denoiser's prediction and a variance Σ_θ.
 
-A denoiser is a function (x_t, log_snr, condition=None) -> prediction. What it predicts is one of
-four linear images of the same thing, given x_t: ε, x_0, v or the score. All of them are scored
-by the same error, ‖ε − ε̂‖², computed in the coordinates that the denoiser predicts in.
+A denoiser is a function (x_t, log_snr, condition=None) -> prediction. It predicts ε, x_0, v or the
+score; given x_t each is a linear function of any other. The error is ‖ε − ε̂‖² for all four,
+computed in the coordinates of the prediction.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from diffusion.variances import VARIANCES, Variance
 
 
 class Denoiser(Protocol):
-    """A network, a closed-form optimum or a lambda: its prediction has x_t's shape."""
+    """A network, a closed-form optimum or a lambda. The prediction has x_t's shape."""
 
     def __call__(
         self, x_t: Float[Array, "b *d"], log_snr: Float[Array, "b"], condition: PyTree | None = None
@@ -32,7 +32,7 @@ class Parameterization(NamedTuple):
       from_pair: (x_0, ε, α, σ) -> y.
       x_0: (y, x_t, α, σ) -> x_0.
       eps: (y, x_t, α, σ) -> ε.
-      eps_error_factor: λ -> the factor that takes y − ŷ to ε − ε̂.
+      eps_error_factor: λ -> (ε − ε̂)/(y − ŷ).
     """
 
     from_pair: Callable
@@ -76,25 +76,31 @@ def convert(
     source: str,
     target: str,
 ) -> Float[Array, "b *d"]:
-    """A prediction of `source` as a prediction of `target`, both names of parameterisations."""
+    """Converts a prediction from one parameterisation to another, both by name."""
     if source == target:
         return prediction
     a, s = expand(alpha(log_snr), x_t), expand(sigma(log_snr), x_t)
-    known = PARAMETERIZATIONS[source]
-    x_0, eps = known.x_0(prediction, x_t, a, s), known.eps(prediction, x_t, a, s)
+    rule = PARAMETERIZATIONS[source]
+    x_0, eps = rule.x_0(prediction, x_t, a, s), rule.eps(prediction, x_t, a, s)
     return PARAMETERIZATIONS[target].from_pair(x_0, eps, a, s)
 
 
 class Outputs(NamedTuple):
-    """What a denoiser returned, taken apart.
+    """A denoiser's output, split into its two parts.
 
     Attributes:
-      prediction: of the parameterisation, with x_t's shape.
-      extra: what Σ_θ is told by, with x_t's shape too; None where there is none.
+      prediction: in the reverse process's parameterisation, with x_t's shape.
+      extra: the input of a learned Σ_θ, with x_t's shape; None if the denoiser has no such output.
     """
 
     prediction: Float[Array, "b *d"]
     extra: Float[Array, "b *d"] | None
+
+    def joined(self) -> Float[Array, "b ..."]:
+        """One array, as a denoiser returns it: prediction, then extra, along the last axis."""
+        if self.extra is None:
+            return self.prediction
+        return jnp.concatenate([self.prediction, self.extra], axis=-1)
 
 
 class Reverse(NamedTuple):
@@ -102,24 +108,28 @@ class Reverse(NamedTuple):
 
     Attributes:
       denoiser: (x_t, log_snr, condition) -> prediction. With a learned Σ_θ the last axis is twice
-        as long as x_t's, and its second half is what Σ_θ is told by; another Σ_θ ignores it.
+        as long as x_t's; its second half, the `extra`, determines Σ_θ. A fixed Σ_θ ignores it.
       parameterization: a name in PARAMETERIZATIONS.
       variance: Σ_θ, as a `Variance` or a name in VARIANCES.
+      condition: the denoiser's third argument, such as class labels; None for no condition.
     """
 
     denoiser: Denoiser
     parameterization: str = "eps"
     variance: str | Variance = "beta_tilde"
+    condition: PyTree | None = None
 
-    def outputs(
-        self, x_t: Float[Array, "b *d"], log_snr: Float[Array, "b"], condition: PyTree | None = None
-    ) -> Outputs:
-        """The denoiser's prediction, and what it says of Σ_θ.
+    def given(self, condition: PyTree | None) -> "Reverse":
+        """p_θ(x_s | x_t, condition); None removes the condition."""
+        return self._replace(condition=condition)
+
+    def outputs(self, x_t: Float[Array, "b *d"], log_snr: Float[Array, "b"]) -> Outputs:
+        """Calls the denoiser and splits its output into the prediction and the extra.
 
         Raises:
-          ValueError: if Σ_θ is learned and the denoiser says nothing of it.
+          ValueError: if Σ_θ is learned and the denoiser has no extra output.
         """
-        both = self.denoiser(x_t, log_snr, condition)
+        both = self.denoiser(x_t, log_snr, self.condition)
         if both.shape[-1] == 2 * jnp.shape(x_t)[-1]:
             return Outputs(*jnp.split(both, 2, axis=-1))
         if _variance(self.variance).is_learned:
@@ -130,44 +140,36 @@ class Reverse(NamedTuple):
         return Outputs(both, None)
 
     def predict(
-        self,
-        target: str,
-        x_t: Float[Array, "b *d"],
-        log_snr: Float[Array, "b"],
-        condition: PyTree | None = None,
+        self, target: str, x_t: Float[Array, "b *d"], log_snr: Float[Array, "b"]
     ) -> Float[Array, "b *d"]:
-        """The denoiser's prediction, expressed as ε, x_0, v or the score."""
-        prediction = self.outputs(x_t, log_snr, condition).prediction
+        """The denoiser's prediction, converted to `target`: eps, x_0, v or score."""
+        prediction = self.outputs(x_t, log_snr).prediction
         return convert(prediction, x_t, log_snr, self.parameterization, target)
 
-    def eps_error_of(
+    def eps_error(
         self,
         prediction: Float[Array, "b *d"],
         x_0: Float[Array, "b *d"],
         eps: Float[Array, "b *d"],
         log_snr: Float[Array, "b"],
     ) -> Float[Array, "b *d"]:
-        """ε − ε̂ of a prediction made at x_t = α x_0 + σ ε; exact at high and low log-SNR."""
+        """ε − ε̂ for a prediction at x_t = α x_0 + σ ε, accurate at high and at low log-SNR."""
         a, s = expand(alpha(log_snr), x_0), expand(sigma(log_snr), x_0)
-        known = PARAMETERIZATIONS[self.parameterization]
-        target = known.from_pair(x_0, eps, a, s)
-        return expand(known.eps_error_factor(jnp.asarray(log_snr)), x_0) * (target - prediction)
+        rule = PARAMETERIZATIONS[self.parameterization]
+        target = rule.from_pair(x_0, eps, a, s)
+        return expand(rule.eps_error_factor(jnp.asarray(log_snr)), x_0) * (target - prediction)
 
     def squared_eps_error(
-        self,
-        x_0: Float[Array, "b *d"],
-        eps: Float[Array, "b *d"],
-        log_snr: Float[Array, "b"],
-        condition: PyTree | None = None,
+        self, x_0: Float[Array, "b *d"], eps: Float[Array, "b *d"], log_snr: Float[Array, "b"]
     ) -> Float[Array, "b *d"]:
         """(ε − ε̂)² at x_t = α x_0 + σ ε, per coordinate."""
-        prediction = self.outputs(diffuse(x_0, log_snr, eps), log_snr, condition).prediction
-        return self.eps_error_of(prediction, x_0, eps, log_snr) ** 2
+        prediction = self.outputs(diffuse(x_0, log_snr, eps), log_snr).prediction
+        return self.eps_error(prediction, x_0, eps, log_snr) ** 2
 
     def log_variance_ratio(
         self, step: Step, like: Float[Array, "b *d"], extra: Float[Array, "b *d"] | None = None
     ) -> Float[Array, "b ..."]:
-        """r = log(Σ_θ/β̃) of steps to s ≥ 1, shaped to broadcast against `like`."""
+        """r = log(Σ_θ/β̃) for steps to s ≥ 1, shaped to broadcast against `like`."""
         return _variance(self.variance).log_ratio(_expand_step(step, like), extra)
 
     def step(
@@ -177,19 +179,19 @@ class Reverse(NamedTuple):
         step: Step,
         extra: Float[Array, "b *d"] | None = None,
     ) -> Gaussian:
-        """p_θ(x_s | x_t) = N(S_θ, Σ_θ): the posterior's mean with x̂_0 in the place of x_0.
+        """p_θ(x_s | x_t) = N(S_θ, Σ_θ); S_θ is the mean of q(x_s | x_t, x_0) with x̂_0 for x_0.
 
         Args:
           x_t: noisy sample at time t, in data units.
           x_0_hat: the predicted clean sample.
           step: the log-SNRs of s and t, one per example.
-          extra: what the denoiser says of a learned Σ_θ.
+          extra: the denoiser's extra output, for a learned Σ_θ.
 
-        Lecture 13, (13.4). With ε̂ the mean is (x_t − β_t/√(1 − ᾱ_t) ε̂)/√α_t, and with the score s
-        it is (x_t + β_t s)/√α_t, whose noise has a variance of about the score's coefficient.
+        Lecture 13, (13.4). In terms of ε̂ the mean is (x_t − β_t/√(1 − ᾱ_t) ε̂)/√α_t, and in terms
+        of the score s it is (x_t + β_t s)/√α_t.
         """
         mean = posterior(x_t, x_0_hat, step).mean
-        return Gaussian(mean, _variance(self.variance).of(_expand_step(step, x_t), extra))
+        return Gaussian(mean, _variance(self.variance).value(_expand_step(step, x_t), extra))
 
 
 def _variance(variance: str | Variance) -> Variance:

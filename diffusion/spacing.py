@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from diffusion.bound import kl_of_error
+from diffusion.bound import kl_from_error
 from diffusion.gaussian import expand
 from diffusion.schedules import Levels, Schedule, Step
 from diffusion.variances import Variance
@@ -119,7 +119,7 @@ def pair_costs(
             gap = log_snr - log_snr_t
             step = Step(log_snr_t, jnp.where(gap > 0, gap, 1.0))
             r = variance.log_ratio(Step(*(expand(a, error) for a in step)), None)
-            return jnp.where(gap > 0, kl_of_error(error_t, step, r), jnp.inf)
+            return jnp.where(gap > 0, kl_from_error(error_t, step, r), jnp.inf)
 
         return jax.lax.map(to_all, (log_snr, error)).T
 

@@ -1,11 +1,11 @@
 """The bound along one trajectory (13.7–13.10), and the K-sample bound made of several.
 
-The estimator as the lecture first writes it, before its variance is reduced: the log-ratio of q
-and p at a sample of x_1 … x_T. With x_t = α_t x_0 + σ_t ε_t the forward chain is, given x_0,
+This is the estimator as the lecture first writes it, before its variance is reduced: the log-ratio
+of q and p at a sample of x_1 … x_T. With x_t = α_t x_0 + σ_t ε_t the forward chain given x_0 is
 
-    ε_t = ρ ε_{t−1} + √c n_t,    ρ = exp(−gap/2),  c = 1 − ρ²,
+    ε_t = ρ ε_{t−1} + √c n_t,    ρ = exp(−gap/2),  c = 1 − ρ².
 
-and every log-ratio is written in ε, n and the network's error, where nothing cancels.
+Every log-ratio is written in ε, n and the denoiser's error, so that no large terms cancel.
 """
 
 from typing import NamedTuple
@@ -13,17 +13,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, PyTree
+from jaxtyping import Float
 
-from diffusion.decoders import Decoder
+from diffusion.bound import reconstruction
 from diffusion.forward import Noise, diffuse
 from diffusion.gaussian import expand, sum_per_example
-from diffusion.reverse import Reverse, convert
+from diffusion.model import DiffusionModel
+from diffusion.reverse import Reverse
 from diffusion.schedules import Array, Levels, Step
 
 
 class Trajectory(NamedTuple):
-    """The terms of (13.10) at one trajectory for each example, in nats, signed as −log p.
+    """The terms of (13.10) at one trajectory of each example, in nats, with the sign of −log p.
 
     Attributes:
       end: −log p(x_T).
@@ -41,37 +42,26 @@ class Trajectory(NamedTuple):
         return self.end + self.steps.sum(axis=-1) + self.first
 
 
-def trajectory(
-    reverse: Reverse,
-    decoder: Decoder,
-    x_0: Float[Array, "b *d"],
-    levels: Levels,
-    noise: Noise,
-    condition: PyTree | None = None,
-) -> Trajectory:
-    """Draws x_1 … x_T one after another and returns every log-ratio: T network evaluations.
+def trajectory(model: DiffusionModel, x_0: Float[Array, "b *d"], noise: Noise) -> Trajectory:
+    """Draws x_1 … x_T one after another and computes every log-ratio: T network evaluations.
 
     Args:
-      reverse: p_θ for the steps to s ≥ 1.
-      decoder: p(x_0 | x_1).
-      x_0: data.
-      levels: T noise levels.
-      noise: standard normal noise as a function of t: ε_1 at t = 1, n_t above.
-      condition: passed to the denoiser.
+      model: p.
+      x_0: data, on the decoder's grey levels if the decoder is discrete.
+      noise: standard normal noise as a function of t: ε_1 at t = 1, n_t for t ≥ 2.
     """
-    batch = jnp.shape(x_0)[0]
+    batch, levels = jnp.shape(x_0)[0], model.levels
 
     def advance(eps_s, t):
         t = jnp.full(batch, t)
-        eps_t, term = step_log_ratio(reverse, x_0, eps_s, noise(t), levels.step(t), condition)
-        return eps_t, term
+        return step_log_ratio(model.reverse, x_0, eps_s, noise(t), levels.step(t))
 
     eps_1 = noise(jnp.ones(batch, jnp.int32))
     eps_T, steps = jax.lax.scan(advance, eps_1, jnp.arange(2, levels.num_timesteps + 1))
     return Trajectory(
         end=end_log_ratio(x_0, eps_T, levels),
         steps=steps.T,
-        first=first_log_ratio(reverse, decoder, x_0, eps_1, levels, condition),
+        first=first_log_ratio(model, x_0, eps_1),
     )
 
 
@@ -81,46 +71,39 @@ def step_log_ratio(
     eps_s: Float[Array, "b *d"],
     n: Float[Array, "b *d"],
     step: Step,
-    condition: PyTree | None = None,
 ) -> tuple[Float[Array, "b *d"], Float[Array, "b"]]:
     """(ε_t, log q(x_t | x_s) − log p_θ(x_s | x_t)) at x_s = α_s x_0 + σ_s ε_s, for s ≥ 1.
 
-    By Bayes (13.15) the log-ratio is a sample of the KL of (13.26), at x_s = μ̃ + √β̃ z with
-    z = √c ε_s − ρ n, plus log q(x_t | x_0) − log q(x_s | x_0). The second part telescopes along a
-    trajectory; at a single t it is most of the variance.
+    By Bayes' rule (13.15) the log-ratio is the sum of two parts. The first is a sample of the KL
+    of (13.26), at x_s = μ̃ + √β̃ z with z = √c ε_s − ρ n. The second is
+    log q(x_t | x_0) − log q(x_s | x_0): it telescopes along a trajectory, and at a single t it has
+    most of the variance.
     """
-    # ρ − 1, since ρ itself would be rounded the same way at every step of a long trajectory.
+    # ρ − 1 and not ρ, whose rounding errors would add up along a long trajectory.
     fall, root_c = expand(jnp.expm1(-0.5 * step.gap), x_0), expand(jnp.sqrt(step.c), x_0)
     eps_t = eps_s + (fall * eps_s + root_c * n)
     z = root_c * eps_s - (1 + fall) * n
     x_t = diffuse(x_0, step.log_snr, eps_t)
-    outputs = reverse.outputs(x_t, step.log_snr, condition)
-    error = reverse.eps_error_of(outputs.prediction, x_0, eps_t, step.log_snr)
+    outputs = reverse.outputs(x_t, step.log_snr)
+    error = reverse.eps_error(outputs.prediction, x_0, eps_t, step.log_snr)
     r = reverse.log_variance_ratio(step, error, outputs.extra)
-    # (x_s − S_θ)/√β̃ = z − √expm1(gap) (ε − ε̂); its square less z², opened up.
+    # The square of (x_s − S_θ)/√β̃ = z − √expm1(gap) (ε − ε̂), minus z², multiplied out.
     shift = expand(jnp.sqrt(jnp.expm1(step.gap)), x_0) * error
-    of_kl = r + jnp.expm1(-r) * z**2 + jnp.exp(-r) * (shift - 2 * z) * shift
-    # ‖ε_s‖² − ‖ε_t‖², which telescopes however ε_t was rounded, and log σ_s²/σ_t².
-    of_norms = -(fall * eps_s + root_c * n) * (eps_s + eps_t)
+    kl_sample = r + jnp.expm1(-r) * z**2 + jnp.exp(-r) * (shift - 2 * z) * shift
+    # ‖ε_s‖² − ‖ε_t‖², which telescopes for any rounding of ε_t, and log σ_s²/σ_t².
+    norms = -(fall * eps_s + root_c * n) * (eps_s + eps_t)
     log_ratio = -jnp.log1p(jax.nn.sigmoid(step.log_snr) * jnp.expm1(step.gap))
-    return eps_t, 0.5 * sum_per_example(of_kl + of_norms + expand(log_ratio, x_0))
+    return eps_t, 0.5 * sum_per_example(kl_sample + norms + expand(log_ratio, x_0))
 
 
 def first_log_ratio(
-    reverse: Reverse,
-    decoder: Decoder,
-    x_0: Float[Array, "b *d"],
-    eps_1: Float[Array, "b *d"],
-    levels: Levels,
-    condition: PyTree | None = None,
+    model: DiffusionModel, x_0: Float[Array, "b *d"], eps_1: Float[Array, "b *d"]
 ) -> Float[Array, "b"]:
     """log q(x_1 | x_0) − log p(x_0 | x_1) at x_1 = α_1 x_0 + σ_1 ε_1."""
-    log_snr = levels.step(jnp.ones(jnp.shape(x_0)[0], jnp.int32)).log_snr
-    x_1 = diffuse(x_0, log_snr, eps_1)
-    prediction = reverse.outputs(x_1, log_snr, condition).prediction
-    x_0_hat = convert(prediction, x_1, log_snr, reverse.parameterization, "x_0")
-    of_q = -0.5 * (eps_1**2 + np.log(2 * np.pi) + expand(jax.nn.log_sigmoid(-log_snr), x_0))
-    return sum_per_example(of_q) - decoder(x_0, x_1, x_0_hat, levels)
+    log_snr = model.levels.step(jnp.ones(jnp.shape(x_0)[0], jnp.int32)).log_snr
+    log_variance = expand(jax.nn.log_sigmoid(-log_snr), x_0)
+    log_q = -0.5 * sum_per_example(eps_1**2 + np.log(2 * np.pi) + log_variance)
+    return log_q + reconstruction(model, x_0, eps_1)
 
 
 def end_log_ratio(
@@ -135,7 +118,7 @@ def end_log_ratio(
 def k_sample_bound(totals: Float[Array, "k b"]) -> Float[Array, "b"]:
     """−log (1/K) Σ_k p(x_0, z_k)/q(z_k | x_0) from K trajectories' totals, in nats.
 
-    In expectation it falls as K grows, from the ELBO's bound at K = 1 to −log p(x_0). Burda et al.
-    (2016), equation 8; without its −log K it would be no bound.
+    Its expectation decreases with K, from the ELBO's bound at K = 1 to −log p(x_0). Burda et al.
+    (2016), equation 8.
     """
     return np.log(totals.shape[0]) - jax.nn.logsumexp(-totals, axis=0)

@@ -15,6 +15,7 @@ from experiments.harness.command_line import EXPERIMENTS
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PACKAGES = ("diffusion", "models", "experiments", "configs")
+SECTIONS = set(base.get_config())  # model.name is a setting, not a name in diffusion/model.py
 FOLDERS = (*PACKAGES, "benchmarks", "docs", "tests")
 each_page = pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 
@@ -108,8 +109,10 @@ def test_files_and_names_in_code_spans_exist(page):
             assert not test or f"def {test}(" in (ROOT / file).read_text(), word
         elif re.fullmatch(r"[a-z]\w*(\.\w+)+", word) and word.split(".")[0] in PACKAGES:
             assert resolve(word), word
-        elif re.fullmatch(r"[a-z]\w*(\.\w+)+", word) and importlib.util.find_spec(
-            f"diffusion.{word.split('.')[0]}"
+        elif (
+            re.fullmatch(r"[a-z]\w*(\.\w+)+", word)
+            and word.split(".")[0] not in SECTIONS
+            and importlib.util.find_spec(f"diffusion.{word.split('.')[0]}")
         ):
             assert resolve(f"diffusion.{word}"), word
 

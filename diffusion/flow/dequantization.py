@@ -1,32 +1,31 @@
-"""Bounds on −log P of grey levels from the probability flow's density of noised data.
+"""Bounds on −log P of grey levels, from the density of noisy data under the probability flow.
 
-Grey levels have no density: noise is added, and its entropy is a term of the bound.
+Grey levels have no density. Noise is added to them, and its entropy is a term of the bound.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, PyTree
+from jaxtyping import Float
 
 from diffusion.bound import reconstruction
-from diffusion.decoders import Decoder
 from diffusion.flow.likelihood import OdeLogProb, Probes, log_prob
 from diffusion.flow.ode import Solver
 from diffusion.forward import diffuse
 from diffusion.gaussian import expand, sum_per_example
-from diffusion.reverse import Reverse
-from diffusion.schedules import Array, Levels, alpha
+from diffusion.model import DiffusionModel
+from diffusion.schedules import Array, alpha
 
 
 class DiscreteBound(NamedTuple):
-    """Terms of a bound on −log P(x_0) in nats, per example. Its mean over the noise is the bound.
+    """Terms of a bound on −log P(x_0) in nats, per example. The mean over the noise is the bound.
 
     Attributes:
-      ode: log-density, at λ_1, of x_0 with noise added.
-      scaling: log-volume that a unit volume has at λ_1, where the noise was added in data units.
-      entropy: −log q(noise added | x_0), whose mean is the noise's entropy.
-      reconstruction: −log p(x_0 | x_0 with noise added).
+      ode: log-density at λ_1 of the noisy x_0.
+      scaling: log-volume at λ_1 of a unit volume in data units, if the noise is in data units.
+      entropy: −log q(noise | x_0), whose mean is the entropy of the noise.
+      reconstruction: −log p(x_0 | noisy x_0).
     """
 
     ode: OdeLogProb
@@ -41,17 +40,14 @@ class DiscreteBound(NamedTuple):
 
 
 def uniform_dequantization(
-    reverse: Reverse,
-    x_0: Float[Array, "b *d"],
-    uniform: Float[Array, "b *d"],
+    model: DiffusionModel,
+    y: Float[Array, "b *d"],
     spacing: float,
-    levels: Levels,
     solver: Solver,
     probes: Probes | None = None,
-    condition: PyTree | None = None,
     chunk_size: int | None = None,
 ) -> DiscreteBound:
-    """−log P(x_0) bounded with noise y = x_0 + spacing (u − ½), uniform over x_0's bin.
+    """A bound on −log P(x_0) from y = x_0 + spacing (u − ½), u ~ U[0, 1]: uniform over x_0's bin.
 
     P(x_0) = ∫ p(y) dy over the bin, and by Jensen −log P(x_0) ≤ −E log p(y) − d log spacing. The
     model's density in data units is p(y) = α_1ᵈ p(α_1 y), from its density at λ_1. The terms:
@@ -59,23 +55,20 @@ def uniform_dequantization(
       ode: log p(α_1 y) at λ_1.
       scaling: d log α_1.
       entropy: d log spacing, that of the noise.
-      reconstruction: zero; y tells x_0.
+      reconstruction: zero, because y determines x_0.
 
-    The gap falls as spacing², but not where the model puts its mass into peaks narrower than a
-    bin. Theis et al. (2016), section 3.1.
+    The gap falls as spacing² if the model's density is smooth over a bin, but not if it has
+    narrower peaks. Theis et al. (2016), section 3.1.
 
     Args:
-      reverse: the model.
-      x_0: data on grey levels.
-      uniform: u in [0, 1], uniform and independent.
-      spacing: of neighbouring grey levels, in data units, as `Quantization.spacing`.
-      levels: noise levels, of which λ_1 and λ_T are used.
-      solver, probes, condition, chunk_size: see `log_prob`.
+      model: p; its decoder is not used.
+      y: grey levels with uniform noise added, in data units.
+      spacing: distance of neighbouring grey levels in data units, `Quantization.spacing`.
+      solver, probes, chunk_size: see `log_prob`.
     """
-    y = jnp.asarray(x_0) + spacing * (jnp.asarray(uniform) - 0.5)
-    log_snr_1, log_snr_T = levels.log_snr[1], levels.log_snr[-1]
-    scale = alpha(jnp.asarray(log_snr_1, y.dtype))
-    ode = log_prob(reverse, scale * y, log_snr_1, log_snr_T, solver, probes, condition, chunk_size)
+    y = jnp.asarray(y)
+    scale = alpha(jnp.asarray(model.levels.log_snr[1], y.dtype))
+    ode = log_prob(model, scale * y, solver, probes, chunk_size)
     like, num_dims = jnp.ones_like(ode.log_prob), y[0].size
     return DiscreteBound(
         ode=ode,
@@ -86,48 +79,42 @@ def uniform_dequantization(
 
 
 def noise_dequantization(
-    reverse: Reverse,
-    decoder: Decoder,
+    model: DiffusionModel,
     x_0: Float[Array, "b *d"],
     eps: Float[Array, "b *d"],
-    levels: Levels,
     solver: Solver,
     probes: Probes | None = None,
-    condition: PyTree | None = None,
     chunk_size: int | None = None,
 ) -> DiscreteBound:
-    """−log P(x_0) bounded with the model's first latent, x_1 = α_1 x_0 + σ_1 ε.
+    """A bound on −log P(x_0) from the model's first latent, x_1 = α_1 x_0 + σ_1 ε.
 
     P(x_0) = ∫ p(x_1) p(x_0 | x_1) dx_1, and by Jensen
     −log P(x_0) ≤ E[−log p(x_0 | x_1) − log p(x_1) + log q(x_1 | x_0)]. The terms:
 
       ode: log p(x_1) at λ_1.
-      scaling: zero; x_1 lives at λ_1.
-      entropy: −log q(x_1 | x_0), of mean d/2 log(2πe σ_1²). It is taken at the x_1 drawn, since
-        it rises and falls with log p(x_1).
-      reconstruction: −log p(x_0 | x_1), the decoder's.
+      scaling: zero, because x_1 is already at λ_1.
+      entropy: −log q(x_1 | x_0) at the x_1 drawn; its mean is d/2 log(2πe σ_1²). The sample value
+        has less variance in the sum than the mean, because it varies with log p(x_1).
+      reconstruction: −log p(x_0 | x_1), from the decoder.
 
-    Exact, at every ε, where p(x_1) and the decoder are those of the data.
+    If p(x_1) and the decoder are those of the data, the bound is exact at every ε.
 
     Args:
-      reverse: the model.
-      decoder: p(x_0 | x_1).
+      model: p.
       x_0: data on the decoder's grey levels.
       eps: standard normal noise.
-      levels: noise levels, of which λ_1 and λ_T are used, and what the decoder needs.
-      solver, probes, condition, chunk_size: see `log_prob`.
+      solver, probes, chunk_size: see `log_prob`.
     """
     x_0, eps = jnp.asarray(x_0), jnp.asarray(eps)
-    log_snr_1, log_snr_T = levels.log_snr[1], levels.log_snr[-1]
-    log_snr = levels.step(jnp.ones(len(x_0), jnp.int32)).log_snr
+    log_snr = model.levels.step(jnp.ones(len(x_0), jnp.int32)).log_snr
     x_1 = diffuse(x_0, log_snr, eps)
     log_variance = jax.nn.log_sigmoid(-log_snr)
-    # From ε itself: (x_1 − α_1 x_0)/σ_1 would cancel.
+    # From ε itself, because (x_1 − α_1 x_0)/σ_1 cancels.
     minus_log_q = 0.5 * sum_per_example(eps**2 + jnp.log(2 * jnp.pi) + expand(log_variance, x_0))
-    ode = log_prob(reverse, x_1, log_snr_1, log_snr_T, solver, probes, condition, chunk_size)
+    ode = log_prob(model, x_1, solver, probes, chunk_size)
     return DiscreteBound(
         ode=ode,
         scaling=jnp.zeros_like(ode.log_prob),
         entropy=minus_log_q,
-        reconstruction=reconstruction(reverse, decoder, x_0, eps, levels, condition),
+        reconstruction=reconstruction(model, x_0, eps),
     )

@@ -18,8 +18,9 @@ class Method(NamedTuple):
     Attributes:
       name: diffrax's class.
       order: the error of a whole solve falls with the step to this power.
-      evaluations: of the vector field, in a step, once the solve has begun.
-      reuses_last: a step's last evaluation is the next one's first; the first step has one more.
+      evaluations: evaluations of the vector field in each step but the first.
+      reuses_last: the last evaluation of a step is the first of the next, so that the first step
+        has one more.
     """
 
     name: str
@@ -36,16 +37,17 @@ METHODS: dict[str, Method] = {
 
 
 class Adaptive(NamedTuple):
-    """Steps chosen by the local error, for each example alone.
+    """Steps chosen by the local error, independently for each example.
 
-    A step's error is that of x, in root mean square over its coordinates, or that of log p in nats
-    a dimension, in root mean square over the probes, whichever is larger. So a tolerance means the
-    same in any dimension, and with any number of probes. In float32 rounding is felt below 1e-6.
+    The error of a step is the larger of two root mean squares: of the error of x over coordinates,
+    and of the error of log p, in nats per dimension, over probes. So a tolerance means the same in
+    any dimension and with any number of probes. In float32 rounding matters below 1e-6.
 
     Attributes:
       rtol: relative tolerance.
       atol: absolute tolerance.
-      max_steps: tried, whether accepted or not; an example that needs more gets NaN.
+      max_steps: largest number of steps, rejected ones included; an example that needs more
+        becomes NaN.
       method: a name in METHODS.
     """
 
@@ -60,13 +62,13 @@ class Adaptive(NamedTuple):
 
     @property
     def difference_to_error(self) -> float:
-        """One: the difference is mostly the coarser solve's error, which is mostly the larger."""
+        """One: the difference is about the error of the coarser solve, which exceeds this one's."""
         return 1.0
 
     def stepping(self, diffrax: Any) -> dict[str, Any]:
         """The arguments of `diffrax.diffeqsolve`, for a time that runs from 0 to 1."""
         controller = diffrax.PIDController(rtol=self.rtol, atol=self.atol, norm=_largest_rms)
-        # The first step is a hundredth of the way; too long a one is tried again.
+        # The first step is a hundredth of the way; if it is too long, it is rejected.
         return {"dt0": 0.01, "stepsize_controller": controller, "max_steps": self.max_steps}
 
 
@@ -74,7 +76,7 @@ class FixedGrid(NamedTuple):
     """Equal steps in λ.
 
     Attributes:
-      num_steps: even, since the error is estimated with half as many.
+      num_steps: even, because the error is estimated with half as many steps.
       method: a name in METHODS.
     """
 
@@ -85,7 +87,7 @@ class FixedGrid(NamedTuple):
         """Half as many steps.
 
         Raises:
-          ValueError: if they are odd or none.
+          ValueError: if num_steps is odd or zero.
         """
         if self.num_steps < 2 or self.num_steps % 2:
             raise ValueError(f"num_steps = {self.num_steps}; it must be even and at least 2")
@@ -93,7 +95,7 @@ class FixedGrid(NamedTuple):
 
     @property
     def difference_to_error(self) -> float:
-        """1/(2ᵖ − 1), Richardson's factor at order p; right as far as the error is its h^p term."""
+        """1/(2ᵖ − 1), Richardson's factor at order p, if the h^p term dominates the error."""
         return 1 / (2 ** METHODS[self.method].order - 1)
 
     def stepping(self, diffrax: Any) -> dict[str, Any]:
@@ -105,20 +107,17 @@ Solver = Adaptive | FixedGrid
 
 
 def velocity(
-    reverse: Reverse,
-    x_t: Float[Array, "b *d"],
-    log_snr: Float[Array, "b"],
-    condition: PyTree | None = None,
+    reverse: Reverse, x_t: Float[Array, "b *d"], log_snr: Float[Array, "b"]
 ) -> Float[Array, "b *d"]:
     """dx/dλ = ½ σ (σ x − ε̂), the probability flow with λ as time."""
     s = expand(sigma(log_snr), x_t)
-    return 0.5 * s * (s * x_t - reverse.predict("eps", x_t, log_snr, condition))
+    return 0.5 * s * (s * x_t - reverse.predict("eps", x_t, log_snr))
 
 
 def integrate(
     vector_field: Callable[[Float[Array, ""], PyTree], PyTree], start: PyTree, solver: Solver
 ) -> tuple[PyTree, Int[Array, ""]]:
-    """y(1) of the solution of dy/dt = f(t, y), for one example without the batch axis.
+    """Solves dy/dt = f(t, y) from t = 0 to 1, for one example without the batch axis.
 
     Args:
       vector_field: f.
@@ -126,7 +125,7 @@ def integrate(
       solver: `Adaptive` or `FixedGrid`.
 
     Returns:
-      y(1), all NaN where the solve did not reach it, and how often f was evaluated.
+      y(1), or NaN if the solver did not reach t = 1, and the number of evaluations of f.
 
     Raises:
       ImportError: without diffrax.
@@ -143,18 +142,18 @@ def integrate(
         **solver.stepping(diffrax),
     )
     reached = diffrax.is_successful(solution.result)
-    # diffrax puts an axis of one time before.
+    # diffrax's results have a leading axis of times, here of length one.
     end = jax.tree.map(lambda leaf: jnp.where(reached, leaf[0], jnp.nan), solution.ys)
     return end, solution.stats["num_steps"] * method.evaluations + method.reuses_last
 
 
 def _largest_rms(state: PyTree) -> Float[Array, ""]:
-    """The larger of the root mean squares of x's error and of log p's."""
+    """The larger of the root mean squares of the errors of x and of log p."""
     return jnp.max(jnp.stack([jnp.sqrt(jnp.mean(leaf**2)) for leaf in jax.tree.leaves(state)]))
 
 
 def import_diffrax() -> Any:
-    """The package diffrax, which nothing but the solves of the flow needs."""
+    """Imports diffrax, which only the solvers of the probability flow need."""
     try:
         import diffrax
     except ImportError as error:

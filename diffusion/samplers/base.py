@@ -1,4 +1,4 @@
-"""What a sampler is, and how one is run: (init, step), over noise levels computed beforehand."""
+"""The type of a sampler, (init, step), and `sample`, which runs one over given noise levels."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -6,49 +6,28 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int, PyTree
+from jaxtyping import Float, Int
 
 from diffusion.forward import Noise
 from diffusion.gaussian import expand
-from diffusion.reverse import Reverse
 from diffusion.schedules import Array, Levels, Step, alpha, sigma
 
 Draw = Callable[[int | Int[Array, ""]], Float[Array, "b *d"]]
-"""Standard normal noise of one step, by number; a pure function of it."""
-
-
-def dynamic_threshold(
-    x_0_hat: Float[Array, "b *d"], quantile: float = 0.995
-) -> Float[Array, "b *d"]:
-    """Clips each example at a quantile of its |x̂_0|, at least 1, and scales it back to [−1, 1].
-
-    Saharia et al. (2022), Imagen, section 2.3.
-    """
-    size = jnp.quantile(jnp.abs(x_0_hat).reshape(len(x_0_hat), -1), quantile, axis=1)
-    size = expand(jnp.maximum(size, 1.0), x_0_hat)
-    return jnp.clip(x_0_hat, -size, size) / size
-
-
-X_0_TREATMENTS: dict[str, Callable[[Float[Array, "b *d"]], Float[Array, "b *d"]]] = {
-    "none": lambda x_0_hat: x_0_hat,
-    "clip": lambda x_0_hat: jnp.clip(x_0_hat, -1.0, 1.0),
-    "dynamic": dynamic_threshold,
-}
-"""What is done to x̂_0 before it is used; in samplers only, never in a bound."""
+"""k -> the k-th standard normal noise of a step; a pure function."""
 
 
 class Sampler(NamedTuple):
-    """A way from level t to level s < t, for any two levels.
+    """A rule that goes from level t to level s < t, for any two levels.
 
     x is not part of the history, so that one sampler can wrap another and change x between steps.
 
     Attributes:
-      init: x_T -> history: a pytree, empty for a sampler that has no memory.
-      step: (history, x_t, Step, draw) -> (history, x_s, x̂_0). The step is the same for all rows.
-      num_draws: how many noises a step may ask for, numbered from 0.
-      evaluations: (history, num_steps) -> network evaluations that a sample took, the last step to
-        the data included: a number, or one for each sample.
-      forget: history -> the history for an x that did not come from where it was.
+      init: x_T -> history, a pytree; empty for a sampler without memory.
+      step: (history, x_t, Step, draw) -> (history, x_s, x̂_0). All rows take the same step.
+      num_draws: the number of noises that a step draws, numbered from 0.
+      evaluations: (history, num_steps) -> network evaluations, including those of the step to the
+        data: one number for all samples, or one for each.
+      forget: history -> the history after x was replaced by a sample of another path.
     """
 
     init: Callable[[Float[Array, "b *d"]], Any]
@@ -59,12 +38,12 @@ class Sampler(NamedTuple):
 
 
 class State(NamedTuple):
-    """Where a batch of samples is.
+    """A batch of samples at one level.
 
     Attributes:
       history: the sampler's memory.
       x: the samples at level t.
-      x_0_hat: the latest prediction, made at the level before; zero at the start.
+      x_0_hat: the latest prediction, at level t + 1; zero at level T.
     """
 
     history: Any
@@ -73,13 +52,13 @@ class State(NamedTuple):
 
 
 class Samples(NamedTuple):
-    """What a sampler made.
+    """The output of a sampler.
 
     Attributes:
       x_0: samples, in data units.
       x_t: states at the recorded levels.
-      x_0_hat: the prediction that was made at each recorded level.
-      evaluations: of the network, for each sample.
+      x_0_hat: predictions at the recorded levels.
+      evaluations: network evaluations of each sample.
     """
 
     x_0: Float[Array, "b *d"]
@@ -104,12 +83,12 @@ def advance(
     """One step, from level t to t − 1.
 
     Args:
-      sampler: what to run.
-      state: at level t.
+      sampler: the sampler.
+      state: the state at level t.
       t: the level, the same for all rows.
       step: its log-SNR and gap.
-      noise: standard normal noise as a function of a number. Draw k of this step is number
-        t − 1 + k (T + 1), so that the first one is numbered by the level that it makes.
+      noise: standard normal noise as a function of an integer. Draw k of this step has the number
+        t − 1 + k (T + 1): the first draw of a step has the number of the level that it goes to.
       num_timesteps: T.
     """
 
@@ -130,15 +109,15 @@ def sample(
     """Runs a sampler from level T down to the data, as one scan.
 
     Args:
-      sampler: what to run.
-      levels: T noise levels, each stepped through once.
+      sampler: the sampler.
+      levels: T noise levels, which need not be those of the model.
       noise: as in `advance`; number T is x_T itself.
-      batch_size: samples drawn together; sample i depends on the noise of row i alone.
-      record: levels t ≥ 1 whose x_t and x̂_0 are kept. Memory grows with their number only.
-      x_T: where to start, in place of noise.
+      batch_size: number of samples; sample i depends on the noise of row i only.
+      record: levels t ≥ 1 whose x_t and x̂_0 are returned. Memory grows with their number only.
+      x_T: the start; by default noise.
 
     Raises:
-      ValueError: if a level to record is not one of 1 … T, or named twice.
+      ValueError: if a recorded level is not in 1 … T, or occurs twice.
     """
     last = levels.num_timesteps
     check_record(record, last)
@@ -147,7 +126,7 @@ def sample(
         return jnp.full(batch_size, t, jnp.int32)
 
     state = start(sampler, noise(at(last)) if x_T is None else jnp.asarray(x_T))
-    slots = np.full(last + 1, len(record))  # a spare place for the levels that nobody asked for
+    slots = np.full(last + 1, len(record))  # levels that are not recorded share a spare slot
     slots[np.asarray(record, int)] = np.arange(len(record))
     empty = jnp.zeros((len(record) + 1, *state.x.shape), state.x.dtype)
 
@@ -155,8 +134,8 @@ def sample(
         state, x_t, x_0_hat = carry
         t, slot = t_and_slot
         after = advance(sampler, state, at(t), levels.step(at(t)), noise, last)
-        kept = x_t.at[slot].set(state.x), x_0_hat.at[slot].set(after.x_0_hat)
-        return (after, *kept), None
+        recorded = x_t.at[slot].set(state.x), x_0_hat.at[slot].set(after.x_0_hat)
+        return (after, *recorded), None
 
     t = jnp.arange(last, 0, -1)
     carry, _ = jax.lax.scan(scanned, (state, empty, empty), (t, jnp.asarray(slots)[t]))
@@ -167,27 +146,16 @@ def sample(
 
 
 def check_record(record: Int[np.ndarray, "k"] | Sequence[int], last: int) -> None:
-    """Raises ValueError unless these are different levels of 1 … T."""
-    named = [int(t) for t in record]
-    if any(not 1 <= t <= last for t in named) or len(set(named)) < len(named):
-        raise ValueError(f"record = {tuple(named)}; recorded levels lie in 1 … {last}, each once")
+    """Raises ValueError unless these are distinct levels in 1 … T."""
+    levels = [int(t) for t in record]
+    if any(not 1 <= t <= last for t in levels) or len(set(levels)) < len(levels):
+        raise ValueError(f"record = {tuple(levels)}; recorded levels lie in 1 … {last}, each once")
 
 
 def no_history(x_T: Float[Array, "b *d"]) -> tuple[()]:
-    """The init of a sampler that remembers nothing."""
+    """The init of a sampler without memory."""
     del x_T
     return ()
-
-
-def predict_x_0(
-    reverse: Reverse,
-    treatment: str,
-    x_t: Float[Array, "b *d"],
-    log_snr: Float[Array, "b"],
-    condition: PyTree | None,
-) -> Float[Array, "b *d"]:
-    """The treated prediction of x_0."""
-    return X_0_TREATMENTS[treatment](reverse.predict("x_0", x_t, log_snr, condition))
 
 
 def scales(
@@ -198,5 +166,5 @@ def scales(
 
 
 def is_last(step: Step) -> Array:
-    """Whether the step goes to the data; one answer for all rows."""
+    """Whether the step goes to the data; the same for all rows."""
     return jnp.isinf(step.gap[0])

@@ -1,4 +1,4 @@
-"""Inpainting: any sampler, held to the part of the data that is known."""
+"""Inpainting: any sampler, with a part of the data known."""
 
 import jax
 import jax.numpy as jnp
@@ -15,31 +15,31 @@ def inpainted(
     mask: Shaped[Array, "..."],
     num_resamplings: int = 1,
 ) -> Sampler:
-    """A sampler whose x_s has a draw of q(x_s | x_0) where x_0 is known, and x_0 at the end.
+    """A sampler whose x_s is a draw of q(x_s | x_0) where x_0 is known, and x_0 itself at the end.
 
-    The rest was made without regard to that draw. So the whole is taken back to t, by q(x_t | x_s),
-    and the step repeated: the more often, the closer the two parts come to belonging together.
-    Lugmayr et al. (2022), RePaint, algorithm 1, but that the step to the data is repeated too.
+    The sampler does not see that draw when it makes the unknown part. So x_s is noised back to t by
+    q(x_t | x_s) and the step is repeated; with more repetitions the two parts agree better. Lugmayr
+    et al. (2022), RePaint, algorithm 1, except that the step to the data is repeated too.
 
-    The predictions reported are the sampler's last, of the known part too. A step that is repeated
-    starts from no history: what a multistep solver remembers is of another path, and extrapolating
-    from it is unstable. So each is of the solver's first order.
+    The reported predictions are those of the last repetition, of the known part too. A repeated
+    step starts without history, because the history of a multistep solver belongs to another path
+    and extrapolation from it is unstable. The solver then has order one.
 
     Args:
-      sampler: what to run.
-      x_0: data; what it holds outside the mask does not matter.
+      sampler: the sampler.
+      x_0: data; values outside the mask are not used.
       mask: true, or 1, where x_0 is known; broadcastable to x_0.
-      num_resamplings: how often each step is made, at least once. Evaluations grow by this factor:
-        a sampler that counts them in its history has the last repetition's taken for all.
+      num_resamplings: repetitions of each step, at least one. Evaluations grow by this factor. If
+        the sampler counts evaluations in its history, the last repetition counts for all.
 
     Raises:
-      ValueError: if no step is made.
+      ValueError: if num_resamplings is less than one.
     """
     if num_resamplings < 1:
-        raise ValueError(f"num_resamplings = {num_resamplings}; each step is made at least once")
+        raise ValueError(f"num_resamplings = {num_resamplings}; it must be at least 1")
     is_known = jnp.broadcast_to(jnp.asarray(mask, bool), jnp.shape(x_0))
     forget = sampler.forget if num_resamplings > 1 else (lambda history: history)
-    stride = sampler.num_draws + 2  # the sampler's own draws, the known part's, the way back's
+    stride = sampler.num_draws + 2  # the sampler's draws, the known part's, and q(x_t | x_s)'s
 
     def step(history, x_t, step, draw):
         history = forget(history)

@@ -1,4 +1,4 @@
-"""Langevin dynamics: by itself, between the steps of another sampler, and from level to level.
+"""Langevin dynamics: a single step, a corrector between the steps of a sampler, and annealed.
 
 Lecture 13, (13.1). The model's score at a level is (α x̂_0 − x)/σ².
 """
@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, PyTree
+from jaxtyping import Float
 
-from diffusion.reverse import Reverse
-from diffusion.samplers.base import Draw, Sampler, is_last, no_history, predict_x_0, scales
+from diffusion.model import DiffusionModel
+from diffusion.samplers.base import Draw, Sampler, is_last, no_history, scales
 from diffusion.schedules import Array, Step
 
 
@@ -22,11 +22,11 @@ def langevin_step(
 ) -> Float[Array, "b *d"]:
     """x + η ∇log p(x) + √(2η) z: √(2η) is the standard deviation of the noise.
 
-    Lecture 13, (13.1). Unadjusted: where p is N(m, v) the moves settle at the variance
-    v/(1 − η/(2v)), and η < 2v is needed.
+    Lecture 13, (13.1). There is no Metropolis correction: if p is N(m, v), the stationary variance
+    of the chain is v/(1 − η/(2v)), which needs η < 2v.
 
     Args:
-      x: where the chain is.
+      x: the state of the chain.
       score: ∇ log p at x.
       eta: η, a number or broadcastable to x.
       z: standard normal noise.
@@ -35,33 +35,26 @@ def langevin_step(
 
 
 def corrected(
-    sampler: Sampler,
-    reverse: Reverse,
-    x_0_treatment: str = "none",
-    condition: PyTree | None = None,
-    num_steps: int = 1,
-    snr: float = 0.16,
+    sampler: Sampler, model: DiffusionModel, num_steps: int = 1, snr: float = 0.16
 ) -> Sampler:
-    """Langevin moves at level t before each step of a sampler from t: predictor and corrector.
+    """A predictor with a corrector: Langevin steps at level t before each step of the sampler.
 
-    Song et al. (2021), Score-Based Generative Modeling, algorithms 4 and 5. A move's
-    signal-to-noise ratio is r = ‖η s‖/‖√(2η) z‖ in root mean square, with 1/σ_t for the score's,
-    which it is when ε̂ has unit variance: η = 2 r² σ_t². The published code takes the norms of the
-    batch instead. Then a sample would depend on its neighbours, and a step size that depends on x
-    leaves the chain without its stationary distribution.
+    Song et al. (2021), Score-Based Generative Modeling, algorithms 4 and 5. The signal-to-noise
+    ratio of a Langevin step is r = ‖η s‖/‖√(2η) z‖, in root mean squares. That of the score s is
+    taken to be 1/σ_t, its value if ε̂ has unit variance: η = 2 r² σ_t². The published code uses the
+    norms of the batch instead: then a sample depends on its neighbours, and the step size depends
+    on x, which changes the stationary distribution.
 
-    The predictions reported are the sampler's own.
+    The reported predictions are those of the sampler.
 
     Args:
       sampler: the predictor.
-      reverse: the model whose score the moves follow.
-      x_0_treatment: a name in X_0_TREATMENTS, of the x̂_0 that the score is made of.
-      condition: passed to the denoiser.
-      num_steps: moves at each level, with one network evaluation each.
-      snr: r. At a small r a move is small; r² is the relative excess of the variance that the
-        moves settle at where that is σ_t², and r < 1 is needed.
+      model: p, whose score the Langevin steps follow.
+      num_steps: Langevin steps at each level, with one network evaluation each.
+      snr: r < 1. If the variance at the level is σ_t², the stationary variance of the steps is too
+        large by a fraction of about r².
     """
-    move = _moves(reverse, x_0_treatment, condition, num_steps, snr)
+    move = _moves(model, num_steps, snr)
 
     def step(history, x_t, step, draw):
         x_t, _ = move(x_t, step, draw)
@@ -74,30 +67,23 @@ def corrected(
     )
 
 
-def annealed(
-    reverse: Reverse,
-    x_0_treatment: str = "none",
-    condition: PyTree | None = None,
-    num_steps: int = 5,
-    snr: float = 0.22,
-) -> Sampler:
-    """Annealed Langevin dynamics: moves at each level, and x/α carried to the next one unchanged.
+def annealed(model: DiffusionModel, num_steps: int = 5, snr: float = 0.22) -> Sampler:
+    """Annealed Langevin dynamics: Langevin steps at each level; x/α does not change between levels.
 
-    Song and Ermon (2019), algorithm 1, with the moves of `corrected`; x̂_0 at the end, as in
-    Jolicoeur-Martineau et al. (2020). The predictions reported are those of the last move.
+    Song and Ermon (2019), algorithm 1, with the steps of `corrected`; x̂_0 at the end, as in
+    Jolicoeur-Martineau et al. (2020). The reported predictions are those of the last step.
 
-    Going to a cleaner level leaves too much noise on x, which the moves there take away. On a
-    normal, with many small steps, the samples' variance ends too large by a factor 1 + 1/(K − 1),
-    where K = 4 r² times the moves per unit of log-SNR; at K ≤ 1 the excess outgrows them.
+    At a cleaner level x has too much noise at first, which the Langevin steps remove. For normal
+    data and many small steps the variance of the samples is too large by a factor 1 + 1/(K − 1),
+    where K = 4 r² times the number of steps per unit of log-SNR. At K ≤ 1 the excess grows.
 
     Args:
-      reverse: the model.
-      x_0_treatment: a name in X_0_TREATMENTS.
-      condition: passed to the denoiser.
-      num_steps: moves at each level, with one network evaluation each; the end has one more.
-      snr: r, as in `corrected`; by default that of Song and Ermon.
+      model: p.
+      num_steps: Langevin steps at each level, with one network evaluation each; the step to the
+        data has one more.
+      snr: r, as in `corrected`; the default is that of Song and Ermon.
     """
-    move = _moves(reverse, x_0_treatment, condition, num_steps, snr)
+    move = _moves(model, num_steps, snr)
 
     def step(history, x_t, step, draw):
         x_t, x_0_hat = move(x_t, step, draw)
@@ -105,7 +91,7 @@ def annealed(
         a_s, _ = scales(step.log_snr_s, x_t)
 
         def to_data():
-            x_0 = predict_x_0(reverse, x_0_treatment, x_t, step.log_snr, condition)
+            x_0 = model.reverse.predict("x_0", x_t, step.log_snr)
             return x_0, x_0
 
         x_s, x_0_hat = jax.lax.cond(is_last(step), to_data, lambda: (a_s / a_t * x_t, x_0_hat))
@@ -117,20 +103,20 @@ def annealed(
 
 
 def _moves(
-    reverse: Reverse, x_0_treatment: str, condition: PyTree | None, num_steps: int, snr: float
+    model: DiffusionModel, num_steps: int, snr: float
 ) -> Callable[[Array, Step, Draw], tuple[Array, Array]]:
-    """(x_t, Step, draw) -> (x_t after the moves, x̂_0 that the last of them followed)."""
+    """(x_t, Step, draw) -> (x_t after the Langevin steps, x̂_0 of the last one)."""
 
     def move(x_t, step, draw):
         a, s = scales(step.log_snr, x_t)
 
         def once(k, x_and_x_0_hat):
             x, _ = x_and_x_0_hat
-            x_0_hat = predict_x_0(reverse, x_0_treatment, x, step.log_snr, condition)
+            x_0_hat = model.reverse.predict("x_0", x, step.log_snr)
             score = (a * x_0_hat - x) / s**2
             return langevin_step(x, score, 2 * snr**2 * s**2, draw(k)), x_0_hat
 
-        # A loop, so that the program does not grow with the moves.
+        # A loop, so that the program does not grow with the number of steps.
         return jax.lax.fori_loop(0, num_steps, once, (x_t, jnp.zeros_like(x_t)))
 
     return move

@@ -3,9 +3,7 @@
 from collections.abc import Callable
 
 from diffusion.samplers.adaptive import adaptive
-from diffusion.samplers.base import (
-    Sampler,
-)
+from diffusion.samplers.base import Sampler
 from diffusion.samplers.ddpm import ancestral, ddim
 from diffusion.samplers.langevin import annealed
 from diffusion.samplers.solvers import (

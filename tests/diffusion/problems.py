@@ -3,12 +3,14 @@
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion import reverse
+from diffusion import reverse, schedules
 from diffusion.exact import distributions
+from diffusion.model import DiffusionModel
 
 _RNG = np.random.default_rng(0)
 _FACTOR = _RNG.normal(size=(3, 3))
 NORMAL = distributions.NormalData(np.array([0.5, -1.0, 2.0]), _FACTOR @ _FACTOR.T + 0.1 * np.eye(3))
+LEVELS = schedules.linear_log_snr(1.0, -1.0).levels(2)
 DISCRETE = distributions.DiscreteData(_RNG.integers(-4, 5, (6, 3)) / 4)
 
 
@@ -39,6 +41,15 @@ def imperfect(variance: str = "beta_tilde") -> reverse.Reverse:
         return 0.6 * x_t + 0.1 + 0.02 * log_snr[:, None]
 
     return reverse.Reverse(denoiser, "x_0", variance)
+
+
+def without_decoder(p: reverse.Reverse, levels: schedules.Levels = LEVELS) -> DiffusionModel:
+    """A model for functions that do not use its decoder, nor, by default, its levels."""
+
+    def decoder(*_):
+        raise AssertionError("the decoder must not be used")
+
+    return DiffusionModel(p, decoder, levels)
 
 
 def testbed() -> distributions.NormalData:

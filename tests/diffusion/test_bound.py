@@ -10,6 +10,7 @@ import pytest
 from diffusion import bound, decoders, forward, reverse, schedules
 from diffusion.exact import distributions
 from diffusion.gaussian import Gaussian
+from diffusion.model import DiffusionModel
 from diffusion.reverse import Reverse
 from tests.diffusion import oracles, problems
 from tests.diffusion.oracles import needs_long_double
@@ -34,12 +35,12 @@ def test_gap_on_gaussian_data_is_the_published_table(num_steps, gap, name):
     points = oracles.sigma_points(8)
     x_0 = np.float32(points[:, :4] * np.sqrt(np.diag(data.covariance)))
     eps = np.float32(points[:, 4:])
-    model = problems.predicting(data, name)
+    model = problems.without_decoder(problems.predicting(data, name), levels)
     t = np.broadcast_to(np.arange(2, num_steps + 2), (16, num_steps))
 
     @jax.jit
     def terms(x_0, eps, t):
-        kl = bound.terms_at(model, x_0, levels, t, problems.constant(eps), chunk_size=100).kl
+        kl = bound.terms_at(model, x_0, t, problems.constant(eps), chunk_size=100).kl
         return bound.prior_kl(x_0, levels.step(t[:, -1]).log_snr), kl
 
     prior, kl = (np.asarray(term, np.float64) for term in terms(x_0, eps, t))
@@ -57,9 +58,9 @@ def test_optimal_denoiser_minimises_every_term(float64):
 
     @jax.jit
     def mean_kl(delta):
-        model = Reverse(lambda x, l, condition=None: data.denoiser(x, l) + delta, "x_0")
-        noise = problems.constant(points[:, 2:])
-        return bound.terms_at(model, x_0, levels, t, noise).kl.mean(0)
+        moved = Reverse(lambda x, l, condition=None: data.denoiser(x, l) + delta, "x_0")
+        model = problems.without_decoder(moved, levels)
+        return bound.terms_at(model, x_0, t, problems.constant(points[:, 2:])).kl.mean(0)
 
     snr = np.exp(levels.log_snr[1:])
     cost = 0.5 * (snr[:-1] - snr[1:]) * delta**2 * 2
@@ -139,9 +140,9 @@ def test_a_million_steps_are_as_exact_as_ten(name, variance):
     x_0, eps = np.random.default_rng(2).normal(size=(2, 7, 3)).astype(np.float32)
 
     def kl(delta):
-        model = Reverse(lambda x, l, condition=None: eps + delta, "eps", variance)
-        noise = problems.constant(eps)
-        return bound.terms_at(model, x_0, levels, t[:, None], noise).kl[:, 0]
+        moved = Reverse(lambda x, l, condition=None: eps + delta, "eps", variance)
+        model = problems.without_decoder(moved, levels)
+        return bound.terms_at(model, x_0, t[:, None], problems.constant(eps)).kl[:, 0]
 
     value, gradient = jax.jit(lambda delta: jax.jvp(kl, (delta,), (1.0,)))(delta)
     # The rounding of ε + δ and of the price, relative to a term of about 1e-6, comes to 1e-5.
@@ -182,11 +183,11 @@ def test_three_terms_sum_to_the_total_at_any_number_of_steps(num_timesteps):
     quantization = decoders.Quantization(17)
     x_0 = quantization.to_data(np.random.default_rng(5).integers(0, 17, (3, 2)))
     eps = np.random.default_rng(6).normal(size=(3, 2)).astype(np.float32)
-    decoder = decoders.categorical(quantization)
+    model = DiffusionModel(problems.imperfect(), decoders.categorical(quantization), levels)
 
     @jax.jit
     def measure():
-        b = bound.bound(problems.imperfect(), decoder, x_0, levels, problems.constant(eps))
+        b = bound.bound(model, x_0, problems.constant(eps))
         # The ends by hand: the prior at λ_T, the decoder at x_1.
         first, last = (jnp.full(3, levels.log_snr[t]) for t in (1, num_timesteps))
         x_1 = forward.diffuse(x_0, first, eps)
@@ -214,10 +215,10 @@ def test_gradients_through_the_whole_bound_are_finite(num_timesteps):
         values = []
         for make in decoders.DECODERS.values():
             for variance in BOTH:
-                model = Reverse(lambda x, l, c=None: jnp.tanh(theta * x), "eps", variance)
+                network = Reverse(lambda x, l, c=None: jnp.tanh(theta * x), "eps", variance)
+                model = DiffusionModel(network, make(quantization), levels)
                 noise = problems.constant(eps.astype(x_0.dtype))
-                decoder = make(quantization)
-                values.append(bound.bound(model, decoder, x_0, levels, noise, chunk_size=2).total)
+                values.append(bound.bound(model, x_0, noise, chunk_size=2).total)
         return jnp.concatenate(values)
 
     gradient = jax.jit(jax.jacrev(total))(0.4)
@@ -235,14 +236,14 @@ def test_chunks_and_batches_change_nothing():
     rng = np.random.default_rng(8)
     level = rng.integers(0, 17, (7, 2, 2, 1))
     table = rng.normal(size=(7, 15, 2, 2, 1)).astype(np.float32)
-    model = Reverse(lambda x, l, c=None: jnp.tanh(x), "v")
     decoder = decoders.discretized_gaussian(quantization)
+    model = DiffusionModel(Reverse(lambda x, l, c=None: jnp.tanh(x), "v"), decoder, levels)
 
     @functools.partial(jax.jit, static_argnames="chunk_size")
     def evaluate(index, chunk_size):
         noise = problems.tabulated(table, index)
         x_0 = quantization.to_data(jnp.asarray(level)[index])
-        return bound.bound(model, decoder, x_0, levels, noise, chunk_size)
+        return bound.bound(model, x_0, noise, chunk_size)
 
     whole = evaluate(np.arange(7), 1)
     for rows, chunk_size in (([5, 0, 3], 4), ([6], 100)):
@@ -268,9 +269,10 @@ def test_bound_closes_in_on_the_entropy_of_discrete_data_from_above():
         @jax.jit
         def totals(table):
             noise = problems.tabulated(table, index)
-            one = bound.bound(model, categorical, x_0, levels, noise, chunk_size=10)
+            whole = DiffusionModel(model, categorical, levels)
+            one = bound.bound(whole, x_0, noise, chunk_size=10)
             eps_1 = noise(np.ones(400, int))
-            other = bound.reconstruction(model, gaussian, x_0, eps_1, levels)
+            other = bound.reconstruction(whole._replace(decoder=gaussian), x_0, eps_1)
             return one.total, one._replace(reconstruction=other).total
 
         nats = totals(rng.normal(size=(400, num_timesteps + 1, 4)).astype(np.float32))

@@ -5,26 +5,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion import bound, decoders, objectives, schedules
+from diffusion.model import DiffusionModel
 from diffusion.reverse import Reverse
 from diffusion.samplers import base, ddpm
 
 QUANTIZATION = decoders.Quantization(17)
-DECODER = decoders.categorical(QUANTIZATION)
 LEVELS = schedules.linear_beta().levels(4)
 
 
 def model(theta):
-    return Reverse(lambda x, l, condition=None: jnp.tanh(theta * x), "eps")
+    reverse = Reverse(lambda x, l, condition=None: jnp.tanh(theta * x), "eps")
+    return DiffusionModel(reverse, decoders.categorical(QUANTIZATION), LEVELS)
 
 
 def measured(theta, x_0, noise):
     """The bound's terms, and both losses with the mean gradient that training takes."""
-    b = bound.bound(model(theta), DECODER, x_0, LEVELS, lambda t: noise[t[0]])
+    b = bound.bound(model(theta), x_0, lambda t: noise[t[0]])
     t = jnp.arange(1, x_0.shape[0] + 1)
 
     def loss(theta):
         losses = [
-            make().discrete(model(theta), DECODER, x_0, noise[1], t, LEVELS)
+            make().discrete(model(theta), x_0, noise[1], t)
             for make in objectives.OBJECTIVES.values()
         ]
         return sum(of.term.mean() for of in losses), losses

@@ -8,6 +8,7 @@ import pytest
 from diffusion import bound, decoders, forward, schedules
 from diffusion.exact import distributions
 from diffusion.gaussian import Gaussian
+from diffusion.model import DiffusionModel
 from tests.diffusion import oracles, problems
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -15,8 +16,9 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 BOTH = ["beta_tilde", "beta"]
 
 
-def trajectory_estimate(model, decoder, x_0, levels, noise):
+def trajectory_estimate(model, x_0, noise):
     """−[log p(x_T) + Σ log p(x_{t−1}|x_t) − Σ log q(x_t|x_{t−1})], (13.10) sampled as it stands."""
+    reverse, levels = model.reverse, model.levels
     path = jnp.concatenate([x_0[None], forward.trajectory(x_0, levels, noise)])
     batch = x_0.shape[0]
     end = Gaussian(jnp.zeros_like(x_0), jnp.ones_like(x_0))
@@ -24,11 +26,11 @@ def trajectory_estimate(model, decoder, x_0, levels, noise):
     for t in range(1, levels.num_timesteps + 1):
         step = levels.step(np.full(batch, t))
         value -= forward.transition(path[t - 1], step).log_prob(path[t])
-        x_0_hat = model.predict("x_0", path[t], step.log_snr)
+        x_0_hat = reverse.predict("x_0", path[t], step.log_snr)
         if t == 1:
-            value += decoder(x_0, path[1], x_0_hat, levels)
+            value += model.decoder(x_0, path[1], x_0_hat, levels)
         else:
-            p = model.step(path[t], x_0_hat, step)
+            p = reverse.step(path[t], x_0_hat, step)
             value += p.log_prob(path[t - 1])
     return -value
 
@@ -40,18 +42,16 @@ def test_trajectory_estimate_has_the_bounds_mean(variance, float64):
     (13.10) takes its points in (T + 1) d dimensions, (13.26) in 2d: only the means agree.
     """
     levels = schedules.linear_log_snr(4.0, -5.0).levels(4)
-    model, decoder = problems.imperfect(variance), decoders.gaussian(0.02)
+    model = DiffusionModel(problems.imperfect(variance), decoders.gaussian(0.02), levels)
     long, short = oracles.sigma_points(10), oracles.sigma_points(4)
     along = long[:, 2:].reshape(-1, 4, 2).swapaxes(0, 1)
 
     @jax.jit
     def both():
         path = trajectory_estimate(
-            model, decoder, jnp.asarray(long[:, :2]), levels, lambda t: jnp.asarray(along)[t[0] - 1]
+            model, jnp.asarray(long[:, :2]), lambda t: jnp.asarray(along)[t[0] - 1]
         )
-        whole = bound.bound(
-            model, decoder, jnp.asarray(short[:, :2]), levels, problems.constant(short[:, 2:])
-        )
+        whole = bound.bound(model, jnp.asarray(short[:, :2]), problems.constant(short[:, 2:]))
         return path.mean(), whole.total.mean()
 
     path, whole = both()
@@ -63,7 +63,7 @@ def test_sampled_trajectories_have_the_bounds_mean_within_standard_error():
     data = distributions.NormalData(
         np.array([0.2, -0.3], np.float32), np.diag([1.0, 0.2]).astype("f4")
     )
-    model, decoder = problems.predicting(data, "eps"), decoders.gaussian(0.02)
+    model = DiffusionModel(problems.predicting(data, "eps"), decoders.gaussian(0.02), levels)
 
     rng = np.random.default_rng(0)
     x_0 = (data.mean + rng.normal(size=(n, 2)) @ np.sqrt(data.covariance)).astype(np.float32)
@@ -73,8 +73,8 @@ def test_sampled_trajectories_have_the_bounds_mean_within_standard_error():
     def both(x_0, tables):
         noises = [problems.tabulated(table, np.arange(n)) for table in tables]
         return (
-            trajectory_estimate(model, decoder, x_0, levels, noises[0]),
-            bound.bound(model, decoder, x_0, levels, noises[1]).total,
+            trajectory_estimate(model, x_0, noises[0]),
+            bound.bound(model, x_0, noises[1]).total,
         )
 
     path, whole = (np.asarray(value, np.float64) for value in both(x_0, tables))

@@ -5,13 +5,14 @@ one dimension and in two, in float64.
 """
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from diffusion import bound, schedules
 from diffusion.exact import distributions
+from diffusion.model import DiffusionModel
 from diffusion.reverse import Reverse
+from tests.diffusion import problems
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -39,12 +40,10 @@ def bounds(data, x_0, levels, order):
     eps, weight = quadrature(x_0.shape[1], order)
     n, nodes = len(x_0), len(eps)
     all_x, all_eps = np.repeat(x_0, nodes, axis=0), np.tile(eps, (n, 1))
-    model = Reverse(data.denoiser, "x_0")
+    model = DiffusionModel(Reverse(data.denoiser, "x_0"), data.decoder(), levels)
 
     def total():
-        return bound.bound(
-            model, data.decoder(), all_x, levels, lambda t: jnp.asarray(all_eps), chunk_size=20
-        ).total
+        return bound.bound(model, all_x, problems.constant(all_eps), chunk_size=20).total
 
     return np.asarray(jax.jit(total)()).reshape(n, nodes) @ weight
 

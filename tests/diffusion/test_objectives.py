@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from diffusion import bound, decoders, forward, objectives, reverse, schedules
+from diffusion.model import DiffusionModel
 from diffusion.reverse import Reverse
 from tests.diffusion import problems
 
@@ -23,8 +24,9 @@ def total(loss):
     return loss.term + loss.rest
 
 
-def network(theta, name="eps", variance="beta_tilde"):
-    return Reverse(lambda x, l, condition=None: jnp.tanh(theta * x), name, variance)
+def network(theta, name="eps", variance="beta_tilde", decoder="categorical"):
+    reverse = Reverse(lambda x, l, condition=None: jnp.tanh(theta * x), name, variance)
+    return DiffusionModel(reverse, decoders.DECODERS[decoder](QUANTIZATION), LEVELS)
 
 
 @pytest.mark.parametrize(
@@ -32,8 +34,7 @@ def network(theta, name="eps", variance="beta_tilde"):
 )
 def test_expectation_of_vlb_over_all_timesteps_is_the_bound(decoder, variance):
     """With the noise of (example, t) fixed the mean over t = 1 … T is exactly the full sum."""
-    decode = decoders.DECODERS[decoder](QUANTIZATION)
-    model = network(0.5, "v", variance)
+    model = network(0.5, "v", variance, decoder)
 
     @jax.jit
     def both():
@@ -41,11 +42,9 @@ def test_expectation_of_vlb_over_all_timesteps_is_the_bound(decoder, variance):
 
         def at(t):
             t = jnp.full(3, t)
-            return total(objectives.vlb().discrete(model, decode, X_0, noise(t), t, LEVELS))
+            return total(objectives.vlb().discrete(model, X_0, noise(t), t))
 
-        return jax.vmap(at)(jnp.arange(1, NUM_TIMESTEPS + 1)), bound.bound(
-            model, decode, X_0, LEVELS, noise
-        )
+        return jax.vmap(at)(jnp.arange(1, NUM_TIMESTEPS + 1)), bound.bound(model, X_0, noise)
 
     losses, whole = both()
     np.testing.assert_allclose(losses.mean(0), np.asarray(whole.total) / (4 * np.log(2)), rtol=2e-6)
@@ -53,13 +52,12 @@ def test_expectation_of_vlb_over_all_timesteps_is_the_bound(decoder, variance):
 
 def test_vlb_of_a_single_noisy_level_is_the_bound():
     levels = schedules.linear_beta(10, 0.1, 0.5).levels(1)
-    decode, eps = decoders.categorical(QUANTIZATION), TABLE[:, 1]
+    model, eps = network(0.5)._replace(levels=levels), TABLE[:, 1]
 
     @jax.jit
     def both():
-        whole = bound.bound(network(0.5), decode, X_0, levels, problems.constant(eps))
-        args = network(0.5), decode, X_0, eps, np.ones(3, int), levels
-        return total(objectives.vlb().discrete(*args)), whole.total
+        whole = bound.bound(model, X_0, problems.constant(eps))
+        return total(objectives.vlb().discrete(model, X_0, eps, np.ones(3, int))), whole.total
 
     loss, whole = both()
     np.testing.assert_allclose(loss, np.asarray(whole) / (4 * np.log(2)), rtol=1e-6)
@@ -72,7 +70,7 @@ def test_simple_is_the_mean_squared_error_of_eps_and_the_kl_without_its_weight(n
     alpha = alpha_bar[1:] / alpha_bar[:-1]
     beta_tilde = (1 - alpha_bar[:-1]) / (1 - alpha_bar[1:]) * (1 - alpha)
     weight = (1 - alpha) ** 2 / (2 * beta_tilde * alpha * (1 - alpha_bar[1:]))
-    model, decode = network(0.5, name), decoders.categorical(QUANTIZATION)
+    model = network(0.5, name)
 
     @jax.jit
     def losses(t):
@@ -80,9 +78,9 @@ def test_simple_is_the_mean_squared_error_of_eps_and_the_kl_without_its_weight(n
         eps, step = noise(t), LEVELS.step(t)
         x_t = forward.diffuse(X_0, step.log_snr, eps)
         return (
-            objectives.simple().discrete(model, decode, X_0, eps, t, LEVELS).term,
-            bound.step_terms(model, X_0, eps, step).kl,
-            (eps - model.predict("eps", x_t, step.log_snr)) ** 2,
+            objectives.simple().discrete(model, X_0, eps, t).term,
+            bound.step_terms(model.reverse, X_0, eps, step).kl,
+            (eps - model.reverse.predict("eps", x_t, step.log_snr)) ** 2,
         )
 
     for t in range(1, NUM_TIMESTEPS + 1):
@@ -102,16 +100,15 @@ def test_gradients_are_finite_at_every_timestep_and_those_of_the_terms(decoder, 
     t = np.arange(1, NUM_TIMESTEPS + 1)
     rows = np.arange(NUM_TIMESTEPS) % 3
     x_0, eps = X_0[rows], TABLE[rows, t]
-    decode = decoders.DECODERS[decoder](QUANTIZATION)
 
     @jax.jit
     @jax.jacrev
     def gradients(theta):
-        model = network(theta, "v", variance)
+        model = network(theta, "v", variance, decoder)
         return (
-            objectives.vlb().discrete(model, decode, x_0, eps, t, LEVELS).term,
-            objectives.simple().discrete(model, decode, x_0, eps, t, LEVELS).term,
-            bound.reconstruction(model, decode, x_0[:1], eps[:1], LEVELS),
+            objectives.vlb().discrete(model, x_0, eps, t).term,
+            objectives.simple().discrete(model, x_0, eps, t).term,
+            bound.reconstruction(model, x_0[:1], eps[:1]),
         )
 
     vlb, simple, reconstruction = gradients(0.4)
@@ -125,13 +122,13 @@ def test_gradients_are_finite_at_every_timestep_and_those_of_the_terms(decoder, 
 @pytest.mark.parametrize("name", list(objectives.OBJECTIVES))
 def test_objectives_take_a_batch_of_one_in_any_shape(name):
     x_0 = np.zeros((1, 5, 3, 3), np.float32)
-    decode = decoders.categorical(QUANTIZATION)
-    model = Reverse(lambda x, l, condition=None: jnp.concatenate([x, x], axis=-1), "eps", "beta")
+    reverse = Reverse(lambda x, l, condition=None: jnp.concatenate([x, x], axis=-1), "eps", "beta")
+    model = network(1.0)._replace(reverse=reverse)
     objective = objectives.OBJECTIVES[name]()
-    losses = [objective.discrete(model, decode, x_0, x_0 + 1, np.ones(1, int), LEVELS)]
+    losses = [objective.discrete(model, x_0, x_0 + 1, np.ones(1, int))]
     if objective.continuous:
         at = np.zeros(1, np.float32)
-        losses.append(objective.continuous(model, decode, x_0, x_0 + 1, at, at - 3, LEVELS))
+        losses.append(objective.continuous(model, x_0, x_0 + 1, at, at - 3))
     for loss in losses:
         assert total(loss).shape == (1,)
         assert np.isfinite(total(loss)[0])
@@ -143,9 +140,8 @@ LOG_SNR = np.linspace(-20, 20, 41).astype(np.float32)
 def weight_of(objective):
     """The factor of ‖ε − ε̂‖²/d at every λ: the loss of a model that is off by one."""
     x_0 = np.zeros((41, 2), np.float32)
-    model = Reverse(lambda x, l, condition=None: x_0 + 1, "eps")
-    at = LOG_SNR, np.full(41, -1.0, np.float32), LEVELS
-    return objective.continuous(model, decoders.gaussian(1.0), x_0, x_0, *at).term
+    model = problems.without_decoder(Reverse(lambda x, l, condition=None: x_0 + 1, "eps"))
+    return objective.continuous(model, x_0, x_0, LOG_SNR, np.full(41, -1.0, np.float32)).term
 
 
 def test_weightings_are_the_published_ones():
@@ -176,36 +172,32 @@ def test_a_discrete_weighting_is_the_continuous_one_at_the_same_level():
     step, model = LEVELS.step(t), network(0.5, "v")
     for name in ("simple", "min_snr", "truncated", "p2"):
         objective = objectives.OBJECTIVES[name]()
-        fixed = model, None, X_0, TABLE[:, 1]
-        discrete = objective.discrete(*fixed, t, LEVELS)
-        continuous = objective.continuous(*fixed, step.log_snr, -jnp.ones(3), LEVELS)
+        discrete = objective.discrete(model, X_0, TABLE[:, 1], t)
+        continuous = objective.continuous(model, X_0, TABLE[:, 1], step.log_snr, -jnp.ones(3))
         np.testing.assert_allclose(discrete.term, continuous.term, rtol=1e-6)
 
 
 def test_a_sigmoid_far_to_the_right_is_the_bound():
-    model, decode = network(0.5, "v"), decoders.categorical(QUANTIZATION)
-    t = np.array([2, 4, 6])
-    args = model, decode, X_0, TABLE[:, 2], t, LEVELS
+    args = network(0.5, "v"), X_0, TABLE[:, 2], np.array([2, 4, 6])
     np.testing.assert_allclose(
         objectives.sigmoid(40.0).discrete(*args).term,
         objectives.vlb().discrete(*args).term,
         rtol=1e-6,
     )
-    assert np.all(objectives.sigmoid().discrete(*args[:4], np.ones(3, int), LEVELS).term == 0)
+    assert np.all(objectives.sigmoid().discrete(*args[:3], np.ones(3, int)).term == 0)
 
 
 def test_continuous_vlb_is_the_limit_of_the_discrete_one(float64):
     """Its mean over time, against the mean over t at T = 20 001: the gap falls as 1/T."""
     schedule = schedules.linear_log_snr(5.0, -5.0)
-    levels, model = schedule.levels(20_001), network(0.5, "v")
-    decode, eps = decoders.categorical(QUANTIZATION), TABLE[:, 1]
-    whole = jax.jit(lambda: bound.bound(model, decode, X_0, levels, problems.constant(eps), 500))()
+    model, eps = network(0.5, "v")._replace(levels=schedule.levels(20_001)), TABLE[:, 1]
+    whole = jax.jit(lambda: bound.bound(model, X_0, problems.constant(eps), 500))()
 
     @jax.jit
     def loss(time):
         at = jnp.full(3, 1.0)
-        args = schedule.log_snr(time * at), schedule.slope(time * at), levels
-        return total(objectives.vlb().continuous(model, decode, X_0, eps, *args))
+        log_snr, slope = schedule.log_snr(time * at), schedule.slope(time * at)
+        return total(objectives.vlb().continuous(model, X_0, eps, log_snr, slope))
 
     mean = jax.lax.map(loss, (jnp.arange(2000) + 0.5) / 2000).mean(0)
     np.testing.assert_allclose(mean, np.asarray(whole.total) / (4 * np.log(2)), rtol=1e-3)
@@ -213,15 +205,15 @@ def test_continuous_vlb_is_the_limit_of_the_discrete_one(float64):
 
 def test_hybrid_moves_the_mean_by_l_simple_and_the_variance_by_the_bound():
     """Gradients: of the mean, L_simple's; of the extra, 0.001 of the bound's; of each, not both."""
-    decode, t = decoders.categorical(QUANTIZATION), np.array([1, 2, 5])
+    t = np.array([1, 2, 5])
 
     def losses(objective):
         def of(mean, extra):
             def denoiser(x, l, condition=None):
                 return jnp.concatenate([mean * x, extra + 0 * x], axis=-1)
 
-            model = Reverse(denoiser, "eps", "learned_range")
-            return total(objective.discrete(model, decode, X_0, TABLE[:, 1], t, LEVELS)).sum()
+            model = network(1.0)._replace(reverse=Reverse(denoiser, "eps", "learned_range"))
+            return total(objective.discrete(model, X_0, TABLE[:, 1], t)).sum()
 
         return [float(g) for g in jax.jit(jax.grad(of, argnums=(0, 1)))(0.5, 0.2)]
 

@@ -99,8 +99,8 @@ def test_reverse_step_has_the_lectures_mean_and_variance(name, variance, float64
 @pytest.mark.parametrize("variance", ["beta_tilde", "beta"])
 def test_variance_ratio_is_that_of_the_variances(variance):
     step = schedules.linear_beta().levels(100).step(np.arange(2, 101))
-    log_of = np.log(np.asarray(VARIANCES[variance]().of(step), np.float64))
-    log_tilde = np.log(np.asarray(VARIANCES["beta_tilde"]().of(step), np.float64))
+    log_of = np.log(np.asarray(VARIANCES[variance]().value(step), np.float64))
+    log_tilde = np.log(np.asarray(VARIANCES["beta_tilde"]().value(step), np.float64))
     # Two variances in float32, at λ ≤ 9.2: the rounding of λ is 5e-7 of each.
     np.testing.assert_allclose(VARIANCES[variance]().log_ratio(step), log_of - log_tilde, atol=3e-6)
 
@@ -113,11 +113,11 @@ def test_condition_and_arguments_reach_the_denoiser():
         return x_t * condition["scale"]
 
     x_t, log_snr = np.ones((2, 3), np.float32), np.array([1.0, 2.0], np.float32)
-    model = Reverse(denoiser, "eps")
-    prediction = model.predict("eps", x_t, log_snr, {"scale": 3.0})
+    model = Reverse(denoiser, "eps", condition={"scale": 3.0})
+    prediction = model.predict("eps", x_t, log_snr)
     np.testing.assert_array_equal(prediction, 3 * x_t)
     np.testing.assert_array_equal(seen["log_snr"], log_snr)
-    error = model.squared_eps_error(x_t, x_t, log_snr, {"scale": 0.0})
+    error = model.given({"scale": 0.0}).squared_eps_error(x_t, x_t, log_snr)
     np.testing.assert_array_equal(error, np.ones((2, 3)))
 
 

@@ -108,8 +108,8 @@ def test_the_cost_of_a_step_is_its_mean_kl(of):
     sigma = {
         "beta_tilde": variances.beta_tilde,
         "beta": variances.beta,
-        "isotropic": lambda: variances.of_measured_error(log_snr, wrong.mean(axis=1)),
-        "diagonal": lambda: variances.of_measured_error(log_snr, wrong),
+        "isotropic": lambda: variances.from_measured_error(log_snr, wrong.mean(axis=1)),
+        "diagonal": lambda: variances.from_measured_error(log_snr, wrong),
     }[of]()
     cost = spacing.pair_costs(log_snr, optimal_error(log_snr), sigma)
     model = problems.predicting(problems.testbed(), "v", sigma)
@@ -131,7 +131,7 @@ def test_steps_through_a_normal_with_the_right_variance_cost_its_information(v, 
     error = 1 / (1 + np.exp(-log_snr) / v)
     sigma = variances.beta()
     if of == "own errors":
-        sigma = variances.of_measured_error(log_snr, error)
+        sigma = variances.from_measured_error(log_snr, error)
     cost = spacing.pair_costs(log_snr, error[:, None], sigma)
     information = 0.5 * np.log1p(v * np.exp(log_snr))
     s, t = np.triu_indices(30, 1)
@@ -145,7 +145,7 @@ def test_steps_of_any_size_cost_a_number():
     for sigma in (
         variances.beta_tilde(),
         variances.beta(),
-        variances.of_measured_error(np.array([20.0, -20.0]), np.array([0.9, 1e-38])),
+        variances.from_measured_error(np.array([20.0, -20.0]), np.array([0.9, 1e-38])),
     ):
         log_snr = schedules.linear_log_snr(20.0, -20.0).levels(9).log_snr[1:]
         cost = spacing.pair_costs(log_snr, np.full((9, 2), 0.5), sigma)

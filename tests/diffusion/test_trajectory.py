@@ -9,6 +9,7 @@ import pytest
 
 from diffusion import bound, decoders, schedules, trajectory
 from diffusion.exact import distributions
+from diffusion.model import DiffusionModel
 from diffusion.reverse import PARAMETERIZATIONS, Reverse
 from tests.diffusion import oracles, problems
 from tests.diffusion.test_elbo import trajectory_estimate
@@ -26,22 +27,22 @@ def draws(key, shape):
 def test_total_is_the_log_ratio_of_the_densities(num_timesteps, variance, float64):
     """The lecture's sum of log-densities at the same x_1 … x_T, one after another."""
     levels = schedules.linear_log_snr(5.0, -6.0).levels(num_timesteps)
-    base, decoder = problems.imperfect(), decoders.gaussian(0.03)
+    base = problems.imperfect()
 
     def denoiser(x_t, log_snr, condition=None):
         prediction = base.denoiser(x_t, log_snr)
         return jnp.concatenate([prediction, jnp.sin(prediction)], axis=-1)
 
-    model = Reverse(denoiser, "x_0", variance)
+    model = DiffusionModel(Reverse(denoiser, "x_0", variance), decoders.gaussian(0.03), levels)
     x_0 = np.random.default_rng(0).normal(size=(4, 3))
     noise = draws(jax.random.key(0), x_0.shape)
-    mine = jax.jit(lambda: trajectory.trajectory(model, decoder, x_0, levels, noise))()
+    mine = jax.jit(lambda: trajectory.trajectory(model, x_0, noise))()
     assert mine.steps.shape == (4, num_timesteps - 1)
     # The oracle has no word for the extra output.
-    plain = model._replace(denoiser=lambda *a: denoiser(*a)[:, :3])
+    plain = model.reverse._replace(denoiser=lambda *a: denoiser(*a)[:, :3])
     if variance == "learned_diagonal":
-        plain = _with_extra(model)
-    theirs = trajectory_estimate(plain, decoder, x_0, levels, noise)
+        plain = _with_extra(model.reverse)
+    theirs = trajectory_estimate(model._replace(reverse=plain), x_0, noise)
     np.testing.assert_allclose(mine.total, theirs, rtol=1e-10)
 
 
@@ -78,14 +79,15 @@ def test_variance_of_a_whole_trajectory_is_twice_the_gap():
     4000 trajectories a variance is known to √(2/4000) = 2 %, if heavy tails double that.
     """
     data, levels = problems.testbed(), schedules.linear_log_snr(10.0, -10.0).levels(101)
-    model, n = problems.predicting(data, "eps"), 4000
+    model = DiffusionModel(problems.predicting(data, "eps"), data.decoder(), levels)
+    n = 4000
     x_0 = np.broadcast_to(np.array([1.5, -0.3, 0.6, 0.05], np.float32), (n, 4))
     noise = draws(jax.random.key(1), (n, 4))
 
     @jax.jit
     def totals():
-        whole = trajectory.trajectory(model, data.decoder(), x_0, levels, noise)
-        reduced = bound.bound(model, data.decoder(), x_0, levels, noise, chunk_size=10)
+        whole = trajectory.trajectory(model, x_0, noise)
+        reduced = bound.bound(model, x_0, noise, chunk_size=10)
         return whole.total, reduced.total
 
     whole, reduced = (np.asarray(total, np.float64) for total in totals())
@@ -109,10 +111,11 @@ def test_a_tight_bound_has_no_variance_along_a_trajectory(float64):
         error = jax.nn.log_sigmoid(log_snr[:, None] + np.log([2.0, 0.1]))
         return jnp.concatenate([data.denoiser(x_t, log_snr), error], axis=-1)
 
-    model = Reverse(denoiser, "x_0", "learned_diagonal")
+    reverse = Reverse(denoiser, "x_0", "learned_diagonal")
+    model = DiffusionModel(reverse, data.decoder(), levels)
     x_0 = np.random.default_rng(2).normal(size=(6, 2))
     noise = draws(jax.random.key(2), (6, 2))
-    total = trajectory.trajectory(model, data.decoder(), x_0, levels, noise).total
+    total = trajectory.trajectory(model, x_0, noise).total
     # e^{−12.5} is the scale of α_T x_0 ε_T, which p(x_T) takes for noise.
     np.testing.assert_allclose(total, -data.log_prob(x_0), atol=2e-4)
 
@@ -148,10 +151,10 @@ def test_a_long_trajectory_keeps_its_noise_and_telescopes_in_float32():
     """
     num_timesteps, shape = 10**5, (200, 2)
     levels = schedules.linear_log_snr(10.0, -10.0).levels(num_timesteps)
-    model = Reverse(lambda x_t, log_snr, condition=None: 0 * x_t, "x_0")
+    reverse = Reverse(lambda x_t, log_snr, condition=None: 0 * x_t, "x_0")
+    model = DiffusionModel(reverse, decoders.gaussian(1.0), levels)
     noise, x_0 = draws(jax.random.key(4), shape), np.zeros(shape, np.float32)
-    decoder = decoders.gaussian(1.0)
-    path = jax.jit(lambda: trajectory.trajectory(model, decoder, x_0, levels, noise))()
+    path = jax.jit(lambda: trajectory.trajectory(model, x_0, noise))()
     first = np.asarray((noise(jnp.ones(200, int)) ** 2).sum(1), np.float64)
     sigma2 = levels.sigma2
     last = (2 * np.asarray(path.end, np.float64) - 2 * np.log(2 * np.pi)) / sigma2[-1]
@@ -172,13 +175,14 @@ def test_k_sample_bound_has_its_log_k():
 def test_k_sample_bound_falls_with_k_towards_the_log_likelihood():
     """On the testbed at 30 steps, with Σ = β so that the gap is of order one; one group of 64."""
     data, levels = problems.testbed(), schedules.linear_log_snr(10.0, -10.0).levels(31)
-    model, n, k = problems.predicting(data, "eps", "beta"), 300, 64
+    model = DiffusionModel(problems.predicting(data, "eps", "beta"), data.decoder(), levels)
+    n, k = 300, 64
     x_0 = np.asarray(data.sample(jax.random.key(3), n))
 
     @jax.jit
     def draw(key):
         noise = draws(key, (n, 4))
-        return trajectory.trajectory(model, data.decoder(), x_0, levels, noise).total
+        return trajectory.trajectory(model, x_0, noise).total
 
     totals = jnp.stack([draw(jax.random.key(100 + i)) for i in range(k)])
     truth = -np.asarray(data.log_prob(x_0), np.float64)

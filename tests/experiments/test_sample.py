@@ -154,7 +154,7 @@ def test_one_level_is_one_prediction_from_noise(model):
     definition = define_model(config)
     noise = example_noise(stream(0, "sample"), np.arange(5), (8, 8, 1))
     x_1, log_snr = noise(jnp.full(5, START)), jnp.full(5, -5.0)
-    expected = definition.reverse(model).predict("x_0", x_1, log_snr)
+    expected = definition.model(model).reverse.predict("x_0", x_1, log_snr)
     np.testing.assert_allclose(samples.x_0, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -231,7 +231,7 @@ def test_one_program_serves_any_levels_and_any_recording(model):
         np.testing.assert_array_equal(of.x_0, made[num_timesteps, ()].x_0)
         assert len(of.x_t) == len(of.x_0_hat) == len(record)
     # What the scan of the library makes in one piece.
-    sampler = ddpm.ancestral(definition.reverse(model))
+    sampler = ddpm.ancestral(definition.model(model))
     noise = example_noise(stream(0, "sample"), np.arange(3), (8, 8, 1))
     levels = definition.schedule.levels(40)
     x_T = noise(jnp.full(3, START))

@@ -7,10 +7,10 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from diffusion.bound import kl_of_error
+from diffusion.bound import kl_from_error
 from diffusion.reverse import Reverse
 from diffusion.schedules import Step
-from diffusion.variances import of_measured_error
+from diffusion.variances import from_measured_error
 from experiments import sigma
 from experiments.harness import devices
 from experiments.harness.data import splits
@@ -179,7 +179,7 @@ def test_an_entry_is_the_evaluation_with_that_variance_at_that_T(of_model, decod
     log_snr, error = LOG_SNR, np.linspace(0.1, 0.9, LEVELS * 64).reshape(LEVELS, 8, 8, 1)
     variances = {
         of_model: define_model(config).variance,
-        "analytic_diagonal": of_measured_error(log_snr, error),
+        "analytic_diagonal": from_measured_error(log_snr, error),
     }
     totals, definition, params, dataset = totals_of(config, "test", 72, variances)
     mesh, index = devices.mesh(), np.arange(len(dataset.images), dtype=np.int32)
@@ -219,10 +219,10 @@ def test_the_analytic_variances_are_the_best_on_their_own_errors(tmp_path):
 
     def mean_kl(variance, shift=0.0):
         r = Reverse(None, "eps", variance).log_variance_ratio(step, error32)
-        return np.asarray(kl_of_error(error32, step, r + shift), np.float64)
+        return np.asarray(kl_from_error(error32, step, r + shift), np.float64)
 
-    isotropic = of_measured_error(log_snr, error.mean(axis=(1, 2, 3)))
-    diagonal = of_measured_error(log_snr, error)
+    isotropic = from_measured_error(log_snr, error.mean(axis=(1, 2, 3)))
+    diagonal = from_measured_error(log_snr, error)
     assert np.all(mean_kl(diagonal) < mean_kl(isotropic))
     for fixed in ("beta_tilde", "beta"):
         assert np.all(mean_kl(isotropic) < mean_kl(fixed))

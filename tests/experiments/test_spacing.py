@@ -7,11 +7,11 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from diffusion.bound import kl_of_error
+from diffusion.bound import kl_from_error
 from diffusion.reverse import Reverse
 from diffusion.schedules import Levels, Step, linear_log_snr
 from diffusion.spacing import SPACINGS
-from diffusion.variances import VARIANCES, of_measured_error
+from diffusion.variances import VARIANCES, from_measured_error
 from experiments import spacing
 from experiments.harness import devices
 from experiments.harness.data import splits
@@ -42,7 +42,7 @@ def test_errors_that_are_the_same_everywhere_take_equal_gaps():
     """A step costs d/2 · e (exp(gap) − 1) with Σ_θ = β̃, and with the best Σ_θ d/2 times the
     logarithm of 1 + e (exp(gap) − 1): both are convex in the gap."""
     log_snr, error = np.array([8.0, 1.0, -5.0]), np.full((3, 2), 0.4)
-    for sigma in (VARIANCES["beta_tilde"](), of_measured_error(log_snr, error)):
+    for sigma in (VARIANCES["beta_tilde"](), from_measured_error(log_snr, error)):
         found = optimal_steps.find(LINE.levels(41), log_snr, error, sigma, (3, 6))
         for n, levels in found.items():
             np.testing.assert_allclose(levels.log_snr, LINE.levels(n).log_snr, rtol=1e-12)
@@ -86,7 +86,7 @@ def test_on_the_training_data_the_best_levels_have_the_lowest_bounds(name, tmp_p
 def test_the_expected_bound_is_that_of_interpolated_errors():
     """The steps' costs sum to the KLs of errors that are log-linear in λ between measured ones."""
     measured, error = np.array([8.0, 1.0, -5.0]), np.array([[0.9, 0.5], [0.2, 0.4], [0.1, 0.01]])
-    sigma = of_measured_error(measured, error)
+    sigma = from_measured_error(measured, error)
     found = optimal_steps.find(LINE.levels(14), measured, error, sigma, (5, 14))
 
     def expected(levels):
@@ -94,7 +94,7 @@ def test_the_expected_bound_is_that_of_interpolated_errors():
         of = np.stack([np.interp(-at, -measured, np.log(e)) for e in error.T], axis=1)
         step = Step(np.float32(at), np.float32(levels.gap[2:]))
         ratio = Reverse(None, "eps", sigma).log_variance_ratio(step, np.float32(of))
-        return float(kl_of_error(np.float32(np.exp(of)), step, ratio).sum())
+        return float(kl_from_error(np.float32(np.exp(of)), step, ratio).sum())
 
     # All 14 candidates lie between 8 and −5, one apart: another five cost more.
     for rule in SPACINGS.values():

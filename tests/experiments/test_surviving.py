@@ -250,8 +250,8 @@ def bad_batches(monkeypatch, config, *steps):
     first = [order.batch_indices(0, step - 1, len(images), size)[0] for step in steps]
     marks = jnp.asarray(np.stack([images[i] for i in first]) / 8.0 - 1, jnp.float32)
 
-    def objective(reverse, decoder, x_0, *rest):
-        loss = vlb().discrete(reverse, decoder, x_0, *rest)
+    def objective(model, x_0, *rest):
+        loss = vlb().discrete(model, x_0, *rest)
         bad = (x_0[0] == marks).all(axis=(1, 2, 3)).any()
         return loss._replace(term=jnp.where(bad, jnp.inf, loss.term))
 

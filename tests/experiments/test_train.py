@@ -237,8 +237,8 @@ def test_no_state_is_saved_after_the_bad_step_and_the_last_good_one_stays(
     images = splits.load_data(config, "train").images
     third = images[order.batch_indices(0, 2, len(images), config.train.batch_size)[0]] / 8.0 - 1
 
-    def bad_at_step_3(reverse, decoder, x_0, *rest):
-        loss = vlb().discrete(reverse, decoder, x_0, *rest)
+    def bad_at_step_3(model, x_0, *rest):
+        loss = vlb().discrete(model, x_0, *rest)
         return loss._replace(term=jnp.where((x_0[0] == third).all(), jnp.inf, loss.term))
 
     monkeypatch.setitem(OBJECTIVES, "vlb", lambda: Objective(bad_at_step_3, None))

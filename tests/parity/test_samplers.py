@@ -47,10 +47,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion import schedules, spacing
+from diffusion import decoders, schedules, spacing
 from diffusion.exact import distributions
+from diffusion.model import DiffusionModel
 from diffusion.reverse import Reverse, convert
-from diffusion.samplers import base, registry
+from diffusion.samplers import base, registry, treatments
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -172,7 +173,9 @@ def compiled(name, denoiser, options):
     """The sampler, to be compiled once for all levels of the same number."""
     options = dict(options)
     reverse = Reverse(denoiser, "eps", options.pop("variance", "beta_tilde"))
-    sampler = registry.SAMPLERS[name](reverse, **options)
+    model = DiffusionModel(reverse, decoders.gaussian(1.0), schedules.linear_beta().levels(2))
+    model = treatments.treated(model, options.pop("x_0_treatment", "none"))
+    sampler = registry.SAMPLERS[name](model, **options)
 
     def noise(t):
         return jnp.asarray(NOISE)[t, jnp.arange(SHAPE[0])]

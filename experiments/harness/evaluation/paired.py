@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from diffusion.bound import kl_of_error, prior_kl, reconstruction
+from diffusion.bound import kl_from_error, prior_kl, reconstruction
 from diffusion.forward import diffuse
 from diffusion.schedules import Levels, Step
 from diffusion.statistics.standard_errors import Estimate, estimate
@@ -154,16 +154,16 @@ def _make_terms(
 
     def terms(params, t, log_snr, gap, examples, index):
         x_0, ones = definition.quantization.to_data(examples.images), jnp.ones_like(index)
-        reverse = definition.reverse(params, labels=examples.labels)
+        reverse = definition.model(params, examples.labels).reverse
 
         def at(eps, log_snr, gap):
             step = Step(log_snr * ones, gap * ones)
             outputs = reverse.outputs(diffuse(x_0, step.log_snr, eps), step.log_snr)
-            error = reverse.eps_error_of(outputs.prediction, x_0, eps, step.log_snr) ** 2
+            error = reverse.eps_error(outputs.prediction, x_0, eps, step.log_snr) ** 2
 
             def kl(variance):
                 of_this = reverse._replace(variance=variance)
-                return kl_of_error(
+                return kl_from_error(
                     error, step, of_this.log_variance_ratio(step, error, outputs.extra)
                 )
 
@@ -184,17 +184,9 @@ def _make_ends(
 
     def ends(params, first, last_log_snr, examples, index):
         x_0, ones = definition.quantization.to_data(examples.images), jnp.ones_like(index)
-        reverse = definition.reverse(params, labels=examples.labels)
-        parts = [
-            reconstruction(
-                reverse,
-                definition.decoder,
-                x_0,
-                evaluation_noise(config, definition, index, draw)(ones),
-                first,
-            )
-            for draw in range(draws)
-        ]
+        model = definition.model(params, examples.labels)._replace(levels=first)
+        noises = [evaluation_noise(config, definition, index, draw) for draw in range(draws)]
+        parts = [reconstruction(model, x_0, noise(ones)) for noise in noises]
         return prior_kl(x_0, last_log_snr * ones)[:, None] + jnp.stack(parts, axis=1)
 
     return jit_evaluation(ends, mesh, num_batched=2, num_shared=3)

@@ -41,8 +41,8 @@ def make_bound(
     def full(params, levels, examples, index):
         x_0 = definition.quantization.to_data(examples.images)
         noise = evaluation_noise(config, definition, index)
-        reverse, decoder = definition.reverse(params, labels=examples.labels), definition.decoder
-        return bound(reverse, decoder, x_0, levels, noise, config.evaluate.chunk_size)
+        model = definition.model(params, examples.labels)._replace(levels=levels)
+        return bound(model, x_0, noise, config.evaluate.chunk_size)
 
     return jit_evaluation(full, mesh, num_batched=2)
 
@@ -62,12 +62,13 @@ def make_terms_at(
     def some(params, levels, examples, index, t):
         x_0 = definition.quantization.to_data(examples.images)
         noise = evaluation_noise(config, definition, index, draw)
-        reverse, ones = definition.reverse(params, labels=examples.labels), jnp.ones_like(index)
-        terms = kl_at(reverse, x_0, levels, t, noise, config.evaluate.chunk_size)
+        model = definition.model(params, examples.labels)._replace(levels=levels)
+        ones = jnp.ones_like(index)
+        terms = kl_at(model, x_0, t, noise, config.evaluate.chunk_size)
         return Bound(
             prior=prior_kl(x_0, levels.step(levels.num_timesteps * ones).log_snr),
             kl=terms.kl,
-            reconstruction=reconstruction(reverse, definition.decoder, x_0, noise(ones), levels),
+            reconstruction=reconstruction(model, x_0, noise(ones)),
             eps_error=terms.eps_error,
         )
 
@@ -137,7 +138,7 @@ def make_rates(
     def rates(params, control, examples, index, points, draw):
         x_0 = definition.quantization.to_data(examples.images)
         noise = _rate_noise(config, definition, index, draw)
-        reverse = definition.reverse(params, labels=examples.labels)
+        reverse = definition.model(params, examples.labels).reverse
 
         def at(point):
             eps = noise(point.slot)
@@ -169,7 +170,7 @@ def make_log_ratios(
     def log_ratios(params, examples, index, points, draw):
         x_0 = definition.quantization.to_data(examples.images)
         noise = _rate_noise(config, definition, index, draw)
-        reverse = definition.reverse(params, labels=examples.labels)
+        reverse = definition.model(params, examples.labels).reverse
 
         def at(point):
             noises = noise(2 * point.slot), noise(2 * point.slot + 1)
@@ -188,12 +189,11 @@ def make_ends(
 
     def ends(params, levels, examples, index, draw, slot):
         x_0 = definition.quantization.to_data(examples.images)
-        reverse = definition.reverse(params, labels=examples.labels)
+        model = definition.model(params, examples.labels)._replace(levels=levels)
         noise = _rate_noise(config, definition, index, draw)
 
         def at(slot):
-            eps = noise(ENDS_SLOT + slot)
-            return reconstruction(reverse, definition.decoder, x_0, eps, levels)
+            return reconstruction(model, x_0, noise(ENDS_SLOT + slot))
 
         prior = prior_kl(x_0, levels.step(levels.num_timesteps * jnp.ones_like(index)).log_snr)
         return prior, jax.lax.map(at, slot.T).T
@@ -209,8 +209,8 @@ def make_trajectory(
     def totals(params, levels, examples, index, draw):
         x_0 = definition.quantization.to_data(examples.images)
         noise = _rate_noise(config, definition, index, draw)
-        reverse = definition.reverse(params, labels=examples.labels)
-        return trajectory(reverse, definition.decoder, x_0, levels, noise).total
+        model = definition.model(params, examples.labels)._replace(levels=levels)
+        return trajectory(model, x_0, noise).total
 
     return jit_evaluation(totals, mesh, num_batched=3)
 
@@ -229,9 +229,9 @@ def make_ode(
         solver = FixedGrid(settings.num_steps, settings.method)
 
     def run(params, levels, examples, index, draw):
-        x_0, reverse = definition.quantization.to_data(examples.images), definition.reverse(params)
-        # As a condition, which is taken apart with the examples: they are solved one by one.
-        more = {"condition": examples.labels, "chunk_size": config.evaluate.chunk_size}
+        x_0 = definition.quantization.to_data(examples.images)
+        model = definition.model(params, examples.labels)._replace(levels=levels)
+        chunk_size = config.evaluate.chunk_size
         probes = None
         if settings.trace == "hutchinson":
             root = jax.random.fold_in(stream(config.seed, "probes"), draw[0])
@@ -240,10 +240,10 @@ def make_ode(
             keys = _example_keys(config, index, draw)
             u = jax.vmap(lambda key: jax.random.uniform(key, shape))(keys)
             spacing = definition.quantization.spacing
-            return uniform_dequantization(reverse, x_0, u, spacing, levels, solver, probes, **more)
+            y = x_0 + spacing * (u - 0.5)
+            return uniform_dequantization(model, y, spacing, solver, probes, chunk_size)
         eps = _rate_noise(config, definition, index, draw)(jnp.zeros_like(index))
-        decoder = definition.decoder
-        return noise_dequantization(reverse, decoder, x_0, eps, levels, solver, probes, **more)
+        return noise_dequantization(model, x_0, eps, solver, probes, chunk_size)
 
     return jit_evaluation(run, mesh, num_batched=3)
 

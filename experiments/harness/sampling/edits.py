@@ -111,9 +111,8 @@ def interpolate(run: Run) -> None:
 
     @jax.jit
     def blend(params, x_0_a: Array, x_0_b: Array) -> Array:
-        reverse = definition.reverse(params)
-        ways = reverse, ddim(reverse), x_0_a, x_0_b
-        return interpolation.interpolate(*ways, np.float32(weights), levels)
+        model = definition.model(params)._replace(levels=levels)
+        return interpolation.interpolate(model, ddim(model), x_0_a, x_0_b, np.float32(weights))
 
     params = devices.place(run.params, devices.replicated(devices.mesh()))
     made = np.asarray(blend(params, x_0_a, x_0_b))
@@ -139,9 +138,9 @@ def encode(run: Run) -> None:
 
     @functools.partial(jax.jit, in_shardings=(whole, split, split), out_shardings=split)
     def encode_decode(params: Any, x_0: Array, labels: Array | None) -> tuple[Array, Array]:
-        reverse = definition.reverse(params, labels=labels)
-        x_T = ddim_encode(reverse, x_0, levels, of.iterations)
-        return x_T, sample(ddim(reverse), levels, lambda t: x_T, len(x_T), x_T=x_T).x_0
+        model = definition.model(params, labels)._replace(levels=levels)
+        x_T = ddim_encode(model, x_0, of.iterations)
+        return x_T, sample(ddim(model), levels, lambda t: x_T, len(x_T), x_T=x_T).x_0
 
     params = devices.place(run.params, whole)
 

@@ -10,6 +10,7 @@ from diffusion.samplers.guidance import classifier_free
 from diffusion.samplers.inpainting import inpainted
 from diffusion.samplers.langevin import corrected
 from diffusion.samplers.registry import SAMPLERS
+from diffusion.samplers.treatments import treated
 from experiments.harness.errors import ConfigError
 from experiments.harness.setup.definition import ModelDefinition
 from experiments.harness.setup.trained import make_levels
@@ -35,14 +36,14 @@ def build_sampler(
     config: ConfigDict, definition: ModelDefinition, params: Any, given: Given
 ) -> Sampler:
     """The config's sampler: guided where it is asked for, corrected, and held to what is known."""
-    of, reverse = config.sample, definition.reverse(params)
+    of, model = config.sample, definition.model(params, given.labels)
     if definition.num_classes:
         scale, rescale = of.guidance.scale, of.guidance.rescale
-        reverse = classifier_free(reverse, scale, guidance_interval(config), rescale)
-    arguments = {"x_0_treatment": of.x_0_treatment, "condition": given.labels}
-    sampler = SAMPLERS[of.sampler](reverse, **arguments, **of.get(of.sampler, {}))
+        model = classifier_free(model, scale, guidance_interval(config), rescale)
+    model = treated(model, of.x_0_treatment)
+    sampler = SAMPLERS[of.sampler](model, **of.get(of.sampler, {}))
     if of.corrector.num_steps:
-        sampler = corrected(sampler, reverse, **arguments, **of.corrector)
+        sampler = corrected(sampler, model, **of.corrector)
     if given.known is not None:
         sampler = inpainted(sampler, given.known, given.mask, of.inpaint.num_resamplings)
     return sampler

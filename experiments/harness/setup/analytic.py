@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from diffusion.forward import example_noise
-from diffusion.variances import VARIANCES, Variance, of_measured_error
+from diffusion.variances import VARIANCES, Variance, from_measured_error
 from experiments.harness import devices
 from experiments.harness.data import order, splits
 from experiments.harness.data.splits import Examples
@@ -45,7 +45,7 @@ def variance_of_errors(
     if name == "analytic_isotropic":
         error = error.mean(axis=tuple(range(1, error.ndim)))
     # A pixel that is the same in every image has error zero, and that has no logarithm.
-    return of_measured_error(log_snr, np.maximum(error, np.finfo(np.float32).tiny))
+    return from_measured_error(log_snr, np.maximum(error, np.finfo(np.float32).tiny))
 
 
 def measure_errors(
@@ -93,7 +93,7 @@ def _make_squared_errors(
     def squared_errors(params, log_snr, examples, index, mask):
         x_0 = definition.quantization.to_data(examples.images)
         noise = example_noise(root, index, definition.image_shape, _DRAW)
-        reverse = definition.reverse(params, labels=examples.labels)
+        reverse = definition.model(params, examples.labels).reverse
         ones = jnp.ones_like(index)
 
         def at(level):

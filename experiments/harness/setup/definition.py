@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from configs.settings.declaration import shown
 from diffusion.decoders import DECODERS, Decoder, Quantization
+from diffusion.model import DiffusionModel
 from diffusion.reverse import Reverse
 from diffusion.schedules import SCHEDULES, Array, Levels, Schedule, linear_log_snr
 from diffusion.variances import VARIANCES, Variance
@@ -48,30 +49,29 @@ class ModelDefinition(NamedTuple):
     image_shape: tuple[int, int, int]
     num_classes: int = 0
 
-    def reverse(
+    def model(
         self,
         params: Any,
-        dropout_key: Key[Array, ""] | None = None,
         labels: Int[Array, "b"] | None = None,
-    ) -> Reverse:
-        """p_θ with these parameters ("network").
+        dropout_key: Key[Array, ""] | None = None,
+    ) -> DiffusionModel:
+        """p with these parameters ("network"), given labels.
 
         Args:
           params: the networks' parameters.
-          dropout_key: for dropout; None for none.
-          labels: the condition of every call that is given none itself. One equal to `num_classes`
-            is no label.
+          labels: classes of the examples, the condition; `num_classes` stands for no label.
+          dropout_key: the key of dropout; None for no dropout.
         """
 
         def denoiser(x_t, log_snr, condition=None):
-            condition = labels if condition is None else condition
             rngs = None if dropout_key is None else {"dropout": dropout_key}
             train = dropout_key is not None
             return self.network.apply(
                 {"params": params["network"]}, x_t, log_snr, condition, train=train, rngs=rngs
             )
 
-        return Reverse(denoiser, self.parameterization, self.variance)
+        reverse = Reverse(denoiser, self.parameterization, self.variance, labels)
+        return DiffusionModel(reverse, self.decoder, self.levels)
 
     def learned(self, params: Any) -> "ModelDefinition":
         """This definition with the schedule that these parameters ("noise_schedule") make."""

@@ -52,39 +52,36 @@ def make_loss(config: ConfigDict, definition: ModelDefinition) -> LossFn:
     num_timesteps = definition.levels.num_timesteps
 
     def discrete(params, x_0, key, history, labels=None, part=whole):
-        x_0, eps, time, reverse = draw(params, x_0, key, labels, part)
+        x_0, eps, time, model = draw(params, x_0, key, labels, part)
         if by_history:
             t, weight = by_importance(time, history.probabilities())
         else:
             t, weight = to_timestep(time, num_timesteps), 1.0
-        loss = objective.discrete(reverse, definition.decoder, x_0, eps, t, definition.levels)
+        loss = objective.discrete(model, x_0, eps, t)
         losses = loss.rest + weight * loss.term
         return losses.mean(), Batch(losses, loss.rest + loss.term, t / num_timesteps, t)
 
     def continuous(params, x_0, key, history, labels=None, part=whole):
         del history
-        x_0, eps, time, reverse = draw(params, x_0, key, labels, part)
+        x_0, eps, time, model = draw(params, x_0, key, labels, part)
         time = 1 - time  # in (0, 1], as t/T is
         if definition.noise_schedule is None:
-            at = (
-                definition.schedule.log_snr(time),
-                definition.schedule.slope(time),
-                definition.levels,
-            )
+            log_snr, slope = definition.schedule.log_snr(time), definition.schedule.slope(time)
         else:
-            at = _learned_levels(definition, params, time)
-        loss = objective.continuous(reverse, definition.decoder, x_0, eps, *at)
+            log_snr, slope, levels = _learned_levels(definition, params, time)
+            model = model._replace(levels=levels)
+        loss = objective.continuous(model, x_0, eps, log_snr, slope)
         losses = loss.rest + loss.term
         total = losses.mean()
         if definition.noise_schedule is not None:
-            total += _of_schedule(definition, params, time, loss.term / -at[1])
+            total += _of_schedule(definition, params, time, loss.term / -slope)
         return total, Batch(losses, losses, time, jnp.zeros(len(time), jnp.int32))
 
     def draw(params, x_0, key, labels, part):
         eps_key, time_key, dropout_key = jax.random.split(key, 3)
         eps, time = jax.random.normal(eps_key, x_0.shape), draw_time(time_key, len(x_0))
         x_0, eps, time, labels = part((x_0, eps, time, labels))
-        return x_0, eps, time, definition.reverse(params, dropout_key, labels)
+        return x_0, eps, time, definition.model(params, labels, dropout_key)
 
     return continuous if config.train.time == "continuous" else discrete
 

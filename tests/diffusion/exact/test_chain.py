@@ -5,6 +5,7 @@ import pytest
 
 from diffusion import bound, decoders, schedules
 from diffusion.exact.chain import LinearGaussianChain
+from diffusion.model import DiffusionModel
 from tests.diffusion import oracles, problems
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -95,10 +96,10 @@ def test_log_prob_and_gap_are_those_of_the_joint_normals(num_timesteps, variance
 @on_every_chain
 def test_elbo_is_minus_the_bound(num_timesteps, variance, x_0, float64):
     """Each of the bound's terms is a sum of quadratics of one normal: ±1 are enough points."""
-    model, decoder = problems.imperfect(variance), decoders.gaussian(DECODER_VARIANCE)
-    levels = levels_of(num_timesteps)
+    decoder = decoders.gaussian(DECODER_VARIANCE)
+    model = DiffusionModel(problems.imperfect(variance), decoder, levels_of(num_timesteps))
     totals = [
-        bound.bound(model, decoder, x_0, levels, problems.constant(np.full_like(x_0, eps))).total
+        bound.bound(model, x_0, problems.constant(np.full_like(x_0, eps))).total
         for eps in (-1.0, 1.0)
     ]
     expected = -0.5 * (totals[0] + totals[1])

@@ -6,6 +6,7 @@ import scipy.special
 import scipy.stats
 
 from diffusion import bound, schedules
+from diffusion.model import DiffusionModel
 from tests.diffusion import oracles, problems
 from tests.diffusion.problems import DISCRETE, NORMAL
 
@@ -72,13 +73,8 @@ def test_bound_of_the_true_decoder_exceeds_the_entropy_by_the_priors_error(log_s
     """
     points = oracles.sigma_points(6)
     x_0 = NORMAL.mean + points[:, :3] @ np.linalg.cholesky(NORMAL.covariance).T
-    total = bound.bound(
-        problems.predicting(NORMAL, "x_0"),
-        NORMAL.decoder(),
-        x_0,
-        levels_at(log_snr),
-        problems.constant(points[:, 3:]),
-    ).total
+    model = DiffusionModel(problems.predicting(NORMAL, "x_0"), NORMAL.decoder(), levels_at(log_snr))
+    total = bound.bound(model, x_0, problems.constant(points[:, 3:])).total
     alpha_bar = scipy.special.expit(log_snr)
     covariance = alpha_bar * NORMAL.covariance + (1 - alpha_bar) * np.eye(3)
     squared = np.trace(covariance) + alpha_bar * NORMAL.mean @ NORMAL.mean

@@ -9,6 +9,7 @@ from diffusion import decoders, reverse, schedules
 from diffusion.exact import distributions
 from diffusion.flow.dequantization import noise_dequantization, uniform_dequantization
 from diffusion.flow.ode import Adaptive, FixedGrid
+from diffusion.model import DiffusionModel
 from tests.diffusion import problems
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -21,16 +22,19 @@ NORMAL_NODES, NORMAL_WEIGHTS = np.polynomial.hermite_e.hermegauss(30)
 NORMAL_WEIGHTS = NORMAL_WEIGHTS / NORMAL_WEIGHTS.sum()
 
 
+def model_of(data):
+    return DiffusionModel(reverse.Reverse(data.denoiser, "x_0"), data.decoder(), LEVELS)
+
+
 def test_uniform_dequantization_in_data_units():
     """A model whose density in data units is N(m, C + I/SNR_1): the flow's α_1 is undone."""
     data = problems.testbed()
     rng = np.random.default_rng(0)
     x_0, u = np.float32(rng.normal(size=(5, 4))), np.float32(rng.uniform(size=(5, 4)))
-    bound = uniform_dequantization(
-        reverse.Reverse(data.denoiser, "x_0"), x_0, u, 0.25, LEVELS, FixedGrid(48)
-    )
+    y = x_0 + 0.25 * (u - 0.5)
+    bound = uniform_dequantization(model_of(data), y, 0.25, FixedGrid(48))
     covariance = data.covariance + np.exp(-4.0) * np.eye(4)
-    density = scipy.stats.multivariate_normal.logpdf(x_0 + 0.25 * (u - 0.5), None, covariance)
+    density = scipy.stats.multivariate_normal.logpdf(y, None, covariance)
     np.testing.assert_allclose(bound.total, -density - 4 * np.log(0.25), atol=1e-3, rtol=1e-5)
     np.testing.assert_allclose(bound.entropy, 4 * np.log(0.25), rtol=1e-6)
     np.testing.assert_array_equal(bound.reconstruction, 0)
@@ -39,12 +43,11 @@ def test_uniform_dequantization_in_data_units():
 def test_gap_of_uniform_dequantization_in_a_smooth_density():
     """With log-density ℓ it is ℓ'² spacing²/24 to leading order: it goes as the bins narrow."""
     data = distributions.NormalData(np.zeros(1), np.ones((1, 1)))
-    model, std, spacing = reverse.Reverse(data.denoiser, "x_0"), np.sqrt(1 + np.exp(-4.0)), 0.4
+    model, std, spacing = model_of(data), np.sqrt(1 + np.exp(-4.0)), 0.4
     centres = np.float32([0.7, 1.3, -2.0])
     x_0, u = np.repeat(centres, len(UNIT_NODES))[:, None], np.tile(UNIT_NODES, 3)[:, None]
-    bound = jax.jit(
-        lambda x_0: uniform_dequantization(model, x_0, u, spacing, LEVELS, FixedGrid(32))
-    )(x_0)
+    y = x_0 + spacing * (u - 0.5)
+    bound = jax.jit(lambda y: uniform_dequantization(model, y, spacing, FixedGrid(32)))(y)
     mean = np.asarray(bound.total, np.float64).reshape(3, -1) @ UNIT_WEIGHTS
     ends = scipy.stats.norm.cdf((centres[:, None] + np.array([-0.5, 0.5]) * spacing) / std)
     gap = mean + np.log(np.diff(ends)[:, 0])
@@ -57,14 +60,10 @@ def test_uniform_dequantization_of_narrow_peaks_stays_above():
     data = distributions.DiscreteData(values[:, None])
     x_0 = np.repeat(values, len(UNIT_NODES))[:, None]
     u = np.tile(UNIT_NODES, 5)[:, None]
-    spacing = QUANTIZATION.spacing
-    bound = jax.jit(
-        lambda x_0: uniform_dequantization(
-            reverse.Reverse(data.denoiser, "x_0"), x_0, u, spacing, LEVELS, Adaptive(1e-6, 1e-6)
-        )
-    )(x_0)
-    std = np.exp(-2.0)
+    spacing, model = QUANTIZATION.spacing, model_of(data)
     y = x_0 + spacing * (u - 0.5)
+    bound = jax.jit(lambda y: uniform_dequantization(model, y, spacing, Adaptive(1e-6, 1e-6)))(y)
+    std = np.exp(-2.0)
     density = scipy.stats.norm.pdf((y - values) / std).mean(axis=1) / std
     np.testing.assert_allclose(bound.total, -np.log(density) - np.log(spacing), atol=2e-3)
     per_level = np.asarray(bound.total).reshape(5, -1) @ UNIT_WEIGHTS
@@ -81,12 +80,8 @@ def test_noise_dequantization_is_exact_at_every_eps():
     data = distributions.DiscreteData(points)
     x_0 = np.repeat(points, 3, axis=0)
     eps = np.random.default_rng(0).normal(size=(12, 2)).astype(np.float32)
-    model = reverse.Reverse(data.denoiser, "x_0")
-    bound = jax.jit(
-        lambda x_0: noise_dequantization(
-            model, data.decoder(), x_0, eps, LEVELS, Adaptive(1e-6, 1e-6)
-        )
-    )(x_0)
+    model = model_of(data)
+    bound = jax.jit(lambda x_0: noise_dequantization(model, x_0, eps, Adaptive(1e-6, 1e-6)))(x_0)
     np.testing.assert_allclose(bound.total, np.log(4), atol=2e-3)
     # The entropy of N(0, σ_1² I) is d/2 log(2πe σ_1²), about the mean of this term.
     entropy = np.log(2 * np.pi * np.e) - np.logaddexp(0, 4.0)
@@ -98,18 +93,18 @@ def test_noise_dequantization_is_exact_at_every_eps():
 @pytest.mark.parametrize("name", ["uniform", "noise"])
 def test_any_model_obeys_kraft(name):
     """Bounds on −log P of a distribution over the levels: Σ_k e^{−bound_k} ≤ Σ_k P(k) ≤ 1."""
-    model, values = problems.imperfect(), np.float32(QUANTIZATION.values)
+    model = DiffusionModel(problems.imperfect(), decoders.categorical(QUANTIZATION), LEVELS)
+    values = np.float32(QUANTIZATION.values)
     nodes, weights = {
         "uniform": (UNIT_NODES, UNIT_WEIGHTS),
         "noise": (np.float32(NORMAL_NODES), NORMAL_WEIGHTS),
     }[name]
     x_0, noise = np.repeat(values, len(nodes))[:, None], np.tile(nodes, 5)[:, None]
     if name == "uniform":
-        bound = uniform_dequantization(
-            model, x_0, noise, QUANTIZATION.spacing, LEVELS, FixedGrid(32)
-        )
+        spacing = QUANTIZATION.spacing
+        y = x_0 + spacing * (noise - 0.5)
+        bound = uniform_dequantization(model, y, spacing, FixedGrid(32))
     else:
-        decoder = decoders.categorical(QUANTIZATION)
-        bound = noise_dequantization(model, decoder, x_0, noise, LEVELS, FixedGrid(32))
+        bound = noise_dequantization(model, x_0, noise, FixedGrid(32))
     per_level = np.asarray(bound.total).reshape(5, -1) @ weights
     assert 0.1 < np.exp(-per_level).sum() < 1

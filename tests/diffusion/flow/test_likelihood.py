@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from diffusion import reverse
+from diffusion import reverse, schedules
 from diffusion.exact import distributions
 from diffusion.flow import likelihood
 from diffusion.flow.ode import Adaptive, FixedGrid
@@ -61,12 +61,18 @@ def rademacher(*shape, seed=1, dtype=np.float32):
     return np.random.default_rng(seed).choice([-1.0, 1.0], size=shape).astype(dtype)
 
 
+def between(p, log_snr_max, log_snr_min):
+    """A model with two levels, whose density at the first is computed."""
+    return problems.without_decoder(
+        p, schedules.Levels.from_log_snr(np.array([log_snr_max, log_snr_min]))
+    )
+
+
 @functools.partial(jax.jit, static_argnames=("solver", "chunk_size"))
 def solve(x, solver, probes=None, chunk_size=None):
     """`log_prob` of the normal's model."""
-    model = reverse.Reverse(NORMAL.denoiser, "x_0")
-    ends = LOG_SNR_MAX, LOG_SNR_MIN
-    return likelihood.log_prob(model, x, *ends, solver, probes, chunk_size=chunk_size)
+    model = between(reverse.Reverse(NORMAL.denoiser, "x_0"), LOG_SNR_MAX, LOG_SNR_MIN)
+    return likelihood.log_prob(model, x, solver, probes, chunk_size)
 
 
 @pytest.mark.parametrize("solver", [Adaptive(1e-6, 1e-6), FixedGrid(32)])
@@ -89,12 +95,11 @@ def test_mixture_at_a_high_log_snr():
     data = distributions.MixtureData(np.ones(2), means, np.stack([root @ root.T, root.T @ root]))
     rng = np.random.default_rng(0)
     grid = rng.uniform(-1.5, 1.5, size=(12, 2)).astype(np.float32)  # valleys and tails too
-    ends = 5.0, -12.0
-    model = problems.predicting(data, "v")
+    model = between(problems.predicting(data, "v"), 5.0, -12.0)
     result = jax.jit(
-        lambda x: likelihood.log_prob(model, x, *ends, Adaptive(1e-6, 1e-6, method="dopri8"))
+        lambda x: likelihood.log_prob(model, x, Adaptive(1e-6, 1e-6, method="dopri8"))
     )(grid)
-    truth = data.noised_log_prob(grid, np.full(12, ends[0], np.float32))
+    truth = data.noised_log_prob(grid, np.full(12, 5.0, np.float32))
     # Float32 keeps about 1e-6 of the largest term: the log-density spans −80 … 0 here.
     np.testing.assert_allclose(result.log_prob, truth, rtol=1e-4, atol=1e-3)
     assert np.all(np.abs(result.log_prob - truth) < result.solver_error + 1e-3)
@@ -102,11 +107,12 @@ def test_mixture_at_a_high_log_snr():
 
 def test_any_model_is_normalised():
     """A denoiser that is nobody's: its density integrates to one by the change of variables."""
-    model = reverse.Reverse(
+    p = reverse.Reverse(
         lambda x_t, log_snr, condition=None: jnp.tanh(2 * x_t + 0.1 * log_snr[:, None]), "x_0"
     )
+    model = between(p, 3.0, -5.0)
     x = np.linspace(-6, 6, 601, dtype=np.float32)
-    result = jax.jit(lambda x: likelihood.log_prob(model, x, 3.0, -5.0, FixedGrid(48)))(x[:, None])
+    result = jax.jit(lambda x: likelihood.log_prob(model, x, FixedGrid(48)))(x[:, None])
     density = np.exp(np.asarray(result.log_prob, np.float64))
     assert np.trapezoid(density, x) == pytest.approx(1, abs=1e-4)
     assert density.max() > 1.5 * scipy.stats.norm.pdf(0)  # and it is no N(0, I)
@@ -180,12 +186,12 @@ def test_chunks_and_batches_of_one():
 
 def test_what_does_not_reach_the_end_is_nan_alone():
     """A condition makes the second example's flow wiggle, too fast for the steps allowed."""
-    model = reverse.Reverse(
+    p = reverse.Reverse(
         lambda x_t, log_snr, condition: jnp.sin(condition[:, None] * x_t) + x_t, "eps"
     )
     x, condition = np.full((2, 1), 0.5, np.float32), np.array([0.0, 300.0], np.float32)
-    ends, solver = (5.0, -5.0), Adaptive(max_steps=60)
-    result = jax.jit(lambda c: likelihood.log_prob(model, x, *ends, solver, condition=c))(condition)
+    model, solver = between(p, 5.0, -5.0), Adaptive(max_steps=60)
+    result = jax.jit(lambda c: likelihood.log_prob(model.given(c), x, solver))(condition)
     np.testing.assert_array_equal(np.isnan(result.log_prob), [False, True])
     np.testing.assert_array_equal(np.isnan(result.solver_error), [False, True])
 
@@ -198,8 +204,8 @@ def test_images():
 
     @jax.jit
     def log_prob(x, probes=None):
-        ends, model = (LOG_SNR_MAX, LOG_SNR_MIN), reverse.Reverse(denoiser, "x_0")
-        return likelihood.log_prob(model, x, *ends, FixedGrid(32), probes).log_prob
+        model = between(reverse.Reverse(denoiser, "x_0"), LOG_SNR_MAX, LOG_SNR_MIN)
+        return likelihood.log_prob(model, x, FixedGrid(32), probes).log_prob
 
     x, probes = draw(5), rademacher(5, 1, 3)
     base, matrix = of_normal(x)
@@ -247,8 +253,8 @@ def test_evaluations_are_those_made(solver):
         jax.debug.callback(lambda _: calls.append(1), log_snr)
         return NORMAL.denoiser(x_t, log_snr)
 
-    model = reverse.Reverse(denoiser, "x_0")
-    result = likelihood.log_prob(model, draw(1), 2.0, -2.0, solver, rademacher(1, 4, 3))
+    model = between(reverse.Reverse(denoiser, "x_0"), 2.0, -2.0)
+    result = likelihood.log_prob(model, draw(1), solver, rademacher(1, 4, 3))
     jax.effects_barrier()
     assert result.evaluations.tolist() == [(1 + 4) * len(calls)]
 
@@ -262,4 +268,4 @@ def test_a_grid_is_halved(num_steps):
 def test_without_diffrax(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffrax", None)
     with pytest.raises(ImportError, match="package diffrax"):
-        likelihood.log_prob(problems.imperfect(), draw(1), 1.0, -1.0, COARSE)
+        likelihood.log_prob(problems.without_decoder(problems.imperfect()), draw(1), COARSE)

@@ -11,6 +11,7 @@ from diffusion import schedules
 from diffusion.exact import distributions
 from diffusion.reverse import Reverse
 from diffusion.samplers import adaptive, base, registry
+from diffusion.samplers.treatments import treated
 from diffusion.schedules import Step
 from tests.diffusion import problems
 
@@ -49,7 +50,7 @@ def flow(x, log_snr, gap):
 @pytest.mark.parametrize("method", ["tsit5", "dopri8", "heun"])
 def test_errors_follow_the_tolerance(method, float64):
     """In proportion, and no more than the steps' own errors added up; against the flow itself."""
-    model, errors = problems.predicting(NORMAL, "eps"), []
+    model, errors = problems.without_decoder(problems.predicting(NORMAL, "eps")), []
     tolerances = np.array([1e-4, 1e-5, 1e-6] if method == "heun" else [1e-4, 1e-6, 1e-8])
     for tolerance in tolerances:
         sampler = adaptive.adaptive(model, tolerance=tolerance, method=method)
@@ -68,10 +69,11 @@ def test_many_levels_end_where_one_solve_does(float64):
         np.array([[-0.9] * 4, [0.8] * 4]),
         np.array([0.05 * np.eye(4), 0.1 * np.eye(4)]),
     )
-    model = Reverse(lambda x, l, c=None: 1.4 * data.denoiser(x, l), "x_0")
+    reverse = Reverse(lambda x, l, c=None: 1.4 * data.denoiser(x, l), "x_0")
+    model = treated(problems.without_decoder(reverse), "clip")
 
     def draw(name, num_timesteps, **options):
-        sampler = registry.SAMPLERS[name](model, "clip", **options)
+        sampler = registry.SAMPLERS[name](model, **options)
         levels = schedules.linear_log_snr(6.0, -4.0).levels(num_timesteps)
         return jax.jit(
             lambda: base.sample(sampler, levels, lambda t: 0.0 * X, len(X), x_T=X, record=(1,))
@@ -95,11 +97,11 @@ def stiff(x_t, log_snr, condition=None):
 def test_an_example_that_needs_too_many_steps_is_nan_and_no_other():
     steepness = jnp.array([0.5, 0.0, 2e5])
     x = jnp.full((3, 1), 0.7)
-    model = Reverse(stiff, "x_0")
+    model = problems.without_decoder(Reverse(stiff, "x_0"))
     levels = schedules.linear_log_snr(6.0, -4.0).levels(4)
 
     def draw(rows):
-        sampler = adaptive.adaptive(model, condition=steepness[rows], max_steps=40, tolerance=1e-5)
+        sampler = adaptive.adaptive(model.given(steepness[rows]), max_steps=40, tolerance=1e-5)
         return jax.jit(
             lambda: base.sample(sampler, levels, lambda t: 0.0 * x[rows], len(rows), x_T=x[rows])
         )()
@@ -118,7 +120,7 @@ def test_an_example_that_needs_too_many_steps_is_nan_and_no_other():
 def test_single_precision_at_the_ends_of_the_log_snr():
     """λ from −20 to 20 in one solve, by predictions of the noise and of the data."""
     for name in ("eps", "x_0"):
-        sampler = adaptive.adaptive(problems.predicting(NORMAL, name))
+        sampler = adaptive.adaptive(problems.without_decoder(problems.predicting(NORMAL, name)))
         x, evaluations = solve(sampler, X.astype(np.float32), step_of(X, -20.0, 40.0))
         np.testing.assert_allclose(x, flow(X, -20.0, 40.0), atol=3e-3)
         assert np.all(evaluations < 1000)
@@ -127,4 +129,4 @@ def test_single_precision_at_the_ends_of_the_log_snr():
 def test_without_diffrax(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffrax", None)
     with pytest.raises(ImportError, match="package diffrax"):
-        adaptive.adaptive(problems.imperfect())
+        adaptive.adaptive(problems.without_decoder(problems.imperfect()))

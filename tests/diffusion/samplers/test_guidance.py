@@ -45,11 +45,11 @@ def class_model(name, variance="beta_tilde", extra=None):
         said = jnp.full_like(prediction, 0.0 if condition is None else extra)
         return jnp.concatenate([prediction, said], axis=-1)
 
-    return Reverse(denoiser, name, variance)
+    return problems.without_decoder(Reverse(denoiser, name, variance)).given(LABELS)
 
 
 def predict(model, target="x_0", log_snr=LOG_SNR):
-    return jax.jit(lambda: model.predict(target, X_T, log_snr, LABELS))()
+    return jax.jit(lambda: model.reverse.predict(target, X_T, log_snr))()
 
 
 def class_log_prob(x_t, x_0_hat, log_snr):
@@ -105,10 +105,10 @@ def test_outside_the_interval_the_unconditional_model_is_not_evaluated():
         return class_denoiser(x_t, log_snr, condition)
 
     interval = -2.0, 3.0
-    model = guidance.classifier_free(Reverse(denoiser, "x_0"), 2.0, interval)
+    model = problems.without_decoder(Reverse(denoiser, "x_0", condition=LABELS))
+    sampler = ddpm.ddim(guidance.classifier_free(model, 2.0, interval))
     levels = schedules.linear_log_snr(6.0, -6.0).levels(13)
     noise = problems.constant(X_T.astype(np.float32))
-    sampler = ddpm.ddim(model, condition=LABELS)
     jax.block_until_ready(jax.jit(lambda: base.sample(sampler, levels, noise, 12).x_0)())
     jax.effects_barrier()
     counts = np.asarray(guidance.evaluations_at(levels.log_snr[1:], 2.0, interval))
@@ -120,7 +120,7 @@ def test_rescaling_restores_the_conditionals_standard_deviation(float64):
     model = class_model("v")
 
     def deviation(guided):
-        found = jax.jit(lambda: guided.outputs(X_T, LOG_SNR, LABELS).prediction)()
+        found = jax.jit(lambda: guided.reverse.outputs(X_T, LOG_SNR).prediction)()
         return np.std(found, axis=1)
 
     conditional, plain, half, whole = (
@@ -139,11 +139,11 @@ def test_rescaling_restores_the_conditionals_standard_deviation(float64):
 
 def test_rescaling_leaves_constant_predictions_and_their_gradients_finite():
     """One coordinate has no standard deviation, and an example of zeros has none either."""
-    model = Reverse(lambda x, l, c=None: x * (1.0 if c is None else 2.0), "x_0")
-    guided = guidance.classifier_free(model, 3.0, rescale=1.0)
+    reverse = Reverse(lambda x, l, c=None: x * (1.0 if c is None else 2.0), "x_0", condition=1)
+    guided = guidance.classifier_free(problems.without_decoder(reverse), 3.0, rescale=1.0)
 
     def total(x):
-        return guided.predict("x_0", x, jnp.zeros(len(x)), 1).sum()
+        return guided.reverse.predict("x_0", x, jnp.zeros(len(x))).sum()
 
     for x in (jnp.ones((2, 1)), jnp.zeros((2, 4))):
         value, gradient = jax.value_and_grad(total)(x)
@@ -159,7 +159,7 @@ def test_a_learned_variance_stays_the_conditional_models(variance, float64):
         lambda model: guidance.by_log_prob(model, class_log_prob, 2.0),
     ):
         with_extra, without = (
-            jax.jit(make(class_model("eps", *of)).outputs)(X_T, LOG_SNR, LABELS)
+            jax.jit(make(class_model("eps", *of)).reverse.outputs)(X_T, LOG_SNR)
             for of in ((variance, extra), ("beta", None))
         )
         assert without.extra is None
@@ -176,7 +176,7 @@ def test_an_interval_goes_from_low_to_high():
 def test_a_noisy_classifiers_gradient_turns_the_model_into_the_classs_own(name, float64):
     """p(x_t) p(y | x_t) = p(x_t, y). And at another scale it is classifier-free guidance."""
     model = class_model(name)
-    unconditional = model._replace(denoiser=lambda x, l, condition=None: model.denoiser(x, l))
+    unconditional = model.given(None)
     guided = guidance.by_log_prob(unconditional, class_log_prob)
     conditional = class_denoiser(X_T, LOG_SNR, LABELS)
     np.testing.assert_allclose(predict(guided), conditional, rtol=1e-7, atol=1e-9)
@@ -194,6 +194,11 @@ SEEN, SEEN_NOISE, Y = (
     np.diag([0.1, 0.3]),
     [0.9, -0.4],
 )
+
+
+def prior(name):
+    """The prior's model, with a condition that it ignores."""
+    return problems.without_decoder(problems.predicting(PRIOR, name)).given(LABELS)
 
 
 def posterior():
@@ -223,7 +228,7 @@ def log_likelihood(x_t, x_0_hat, log_snr):
 def test_a_likelihood_of_the_prediction_gives_the_posteriors_denoiser(name, float64):
     """At every level: the gradient of log p(y | x_t) goes through x̂_0(x_t)."""
     log_snr = np.linspace(-12.0, 12.0, 12)
-    guided = guidance.by_log_prob(problems.predicting(PRIOR, name), log_likelihood)
+    guided = guidance.by_log_prob(prior(name), log_likelihood)
     expected = posterior().denoiser(X_T, log_snr)
     np.testing.assert_allclose(predict(guided, log_snr=log_snr), expected, rtol=1e-6, atol=1e-8)
 
@@ -233,14 +238,14 @@ def test_guided_predictions_are_finite_at_the_ends_of_the_schedule(name):
     log_snr = np.repeat(np.array([-20.0, 20.0], np.float32), 6)
     for guided in (
         guidance.classifier_free(class_model(name), 3.0, rescale=0.7),
-        guidance.by_log_prob(problems.predicting(PRIOR, name), log_likelihood),
+        guidance.by_log_prob(prior(name), log_likelihood),
     ):
         assert np.all(np.isfinite(predict(guided, log_snr=log_snr)))
 
 
 def test_guided_samples_have_the_posteriors_moments(float64):
     """The flow is x_0 = a + B x_T: its mean a and covariance B Bᵀ, from four starts."""
-    guided = guidance.by_log_prob(problems.predicting(PRIOR, "v"), log_likelihood)
+    guided = guidance.by_log_prob(prior("v"), log_likelihood)
     starts = np.concatenate([np.zeros((1, 3)), np.eye(3)])
     levels = schedules.linear_log_snr(12.0, -12.0).levels(200)
     sampler = solvers.dpm_solver_pp_2m(guided)

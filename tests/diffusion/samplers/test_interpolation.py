@@ -14,7 +14,6 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 MEAN, VARIANCE = np.array([0.3, -0.2, 0.0]), np.array([0.5, 1.0, 0.1])
 NORMAL = distributions.NormalData(MEAN, np.diag(VARIANCE))
-MODEL = problems.predicting(NORMAL, "v")
 ENDS = 14.0, -9.0
 X_A, X_B = MEAN + np.sqrt(VARIANCE) * np.random.default_rng(0).normal(size=(2, 4, 3))
 
@@ -68,12 +67,15 @@ def test_slerp_between_parallel_vectors_of_two_lengths_and_from_zero_is_finite()
 
 def interpolated(sampler, weights, num_timesteps):
     """Of the tests' data, with an encoder that has converged."""
-    make = registry.SAMPLERS[sampler](MODEL)
-    levels = schedules.linear_log_snr(*ENDS).levels(num_timesteps)
-    run = jax.jit(
-        lambda: interpolation.interpolate(MODEL, make, X_A, X_B, np.array(weights), levels, 6)
-    )
+    model = model_with(num_timesteps)
+    decoder = registry.SAMPLERS[sampler](model)
+    run = jax.jit(lambda: interpolation.interpolate(model, decoder, X_A, X_B, np.array(weights), 6))
     return np.asarray(run())
+
+
+def model_with(num_timesteps):
+    levels = schedules.linear_log_snr(*ENDS).levels(num_timesteps)
+    return problems.without_decoder(problems.predicting(NORMAL, "v"), levels)
 
 
 def test_of_normal_data_the_flow_is_linear_and_the_way_between_a_closed_form(float64):
@@ -100,13 +102,13 @@ def test_at_the_ends_each_image_is_what_it_is_encoded_and_decoded_to(float64):
     np.testing.assert_allclose(first, X_A, atol=1e-5)
     np.testing.assert_allclose(last, X_B, atol=1e-5)
 
-    levels = schedules.linear_log_snr(*ENDS).levels(100)
-    other = solvers.dpm_solver_pp_2m(MODEL)
+    model = model_with(100)
+    other = solvers.dpm_solver_pp_2m(model)
 
     @jax.jit
     def there_and_back(x_0):
-        x_T = ddpm.ddim_encode(MODEL, x_0, levels, 6)
-        return base.sample(other, levels, jnp.zeros_like, 4, x_T=x_T).x_0
+        x_T = ddpm.ddim_encode(model, x_0, 6)
+        return base.sample(other, model.levels, jnp.zeros_like, 4, x_T=x_T).x_0
 
     first, last = interpolated("dpm_solver_pp_2m", (0.0, 1.0), 100)
     np.testing.assert_allclose(first, there_and_back(X_A), rtol=1e-9)

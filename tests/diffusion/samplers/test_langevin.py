@@ -118,7 +118,7 @@ def test_a_move_has_the_signal_to_noise_ratio_asked_for(log_snr):
         base.no_history, lambda history, x, step, draw: (history, x, x), num_draws=0
     )
     signs = np.where(np.arange(24) % 3, 1.0, -1.0).reshape(2, 12).astype(np.float32)
-    model = Reverse(lambda x, l, condition=None: jnp.asarray(signs))
+    model = problems.without_decoder(Reverse(lambda x, l, condition=None: jnp.asarray(signs)))
     sampler = langevin.corrected(still, model, snr=0.2)
     step = Step(jnp.full(2, log_snr), jnp.ones(2))
 
@@ -135,7 +135,7 @@ def test_a_move_has_the_signal_to_noise_ratio_asked_for(log_snr):
 def test_many_moves_settle_wherever_the_predictor_came_from(name, float64):
     """At level 1 all of the past is forgotten: a closed form, for each predictor."""
     snr, levels = 0.5, schedules.linear_log_snr(2.0, -2.0).levels(3)
-    model = problems.predicting(NORMAL, "v")
+    model = problems.without_decoder(problems.predicting(NORMAL, "v"))
 
     def make(rows):
         if name == "annealed":
@@ -155,7 +155,7 @@ def test_annealed_dynamics_approach_the_variance_of_the_data(num_steps, snr, flo
     and K = 4 r² n: de/dτ = K e/(v + τ) − 1, which e = (v + τ)/(K − 1) solves; v/(K − 1) at τ = 0.
     """
     levels = schedules.linear_log_snr(8.0, -6.0).levels(281)
-    model = problems.predicting(NORMAL, "eps")
+    model = problems.without_decoder(problems.predicting(NORMAL, "eps"))
     mean, covariance = linear_moments(
         lambda rows: langevin.annealed(model, num_steps=num_steps, snr=snr), levels
     )
@@ -181,9 +181,9 @@ def test_moments_of_corrected_ancestral_sampling_are_the_linear_recursions(varia
         after = oracles.ancestral_step(chain, t, variance, MEAN, VARIANCE, mean, spread)
         mean, spread = after
 
-    model = problems.predicting(NORMAL, "v", variance)
+    model = problems.without_decoder(problems.predicting(NORMAL, "v", variance))
     found_mean, found = linear_moments(
-        lambda rows: langevin.corrected(ddpm.ancestral(model), model, "none", None, 2, snr),
+        lambda rows: langevin.corrected(ddpm.ancestral(model), model, num_steps, snr),
         levels,
     )
     assert found_mean[0] == pytest.approx(mean, rel=1e-6)
@@ -194,7 +194,7 @@ def test_moments_of_corrected_ancestral_sampling_are_the_linear_recursions(varia
 def test_samples_of_a_mixture_have_its_moments(name):
     """Within sampling error, and the share 1/(K − 1) that annealing leaves."""
     n, snr, levels = 3000, 0.4, schedules.linear_log_snr(7.0, -6.0).levels(40)
-    model = Reverse(MIXTURE.denoiser, "x_0")
+    model = problems.without_decoder(Reverse(MIXTURE.denoiser, "x_0"))
     if name == "annealed":
         sampler, bias = langevin.annealed(model, num_steps=25, snr=snr), 1 / (4 * snr**2 * 75 - 1)
     else:
@@ -214,7 +214,7 @@ def test_samples_of_a_mixture_have_its_moments(name):
 @pytest.mark.parametrize("name", ["ancestral", "dpm_solver_pp_2m"])
 def test_without_moves_the_sampler_is_left_as_it_was(name):
     levels = schedules.linear_log_snr(5.0, -5.0).levels(6)
-    model = problems.predicting(NORMAL, "eps")
+    model = problems.without_decoder(problems.predicting(NORMAL, "eps"))
     plain = registry.SAMPLERS[name](model)
     noise = example_noise(jax.random.key(0), jnp.arange(5), (1,))
     both = jax.jit(
@@ -236,7 +236,7 @@ def test_evaluations_are_those_of_the_moves_and_of_the_predictor():
         traces.append(1)
         return NORMAL.denoiser(x, log_snr)
 
-    model = Reverse(denoiser, "x_0")
+    model = problems.without_decoder(Reverse(denoiser, "x_0"))
     for num_steps in (2, 50):
         made = {
             "annealed": langevin.annealed(model, num_steps=num_steps),
@@ -261,7 +261,7 @@ def test_evaluations_are_those_of_the_moves_and_of_the_predictor():
 
 def test_a_sample_does_not_depend_on_its_batch():
     levels = schedules.linear_log_snr(5.0, -5.0).levels(6)
-    sampler = langevin.annealed(Reverse(MIXTURE.denoiser, "x_0"))
+    sampler = langevin.annealed(problems.without_decoder(Reverse(MIXTURE.denoiser, "x_0")))
 
     def draw(index):
         noise = example_noise(jax.random.key(0), jnp.asarray(index), (1,))

@@ -11,6 +11,7 @@ from diffusion import schedules
 from diffusion.exact import distributions
 from diffusion.reverse import Reverse
 from diffusion.samplers import base, ddpm
+from diffusion.samplers.treatments import treated
 from tests.diffusion import oracles, problems
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -35,7 +36,7 @@ def test_moments_of_samples_are_the_linear_recursions(num_timesteps, variance):
     """Row 0 has no noise at all and row j that of one level only: exact moments, no sampling."""
     levels = schedules.linear_log_snr(7.0, -7.0).levels(num_timesteps)
     rows = np.arange(num_timesteps + 1)
-    sampler = ddpm.ancestral(problems.predicting(DATA, "v", variance))
+    sampler = ddpm.ancestral(problems.without_decoder(problems.predicting(DATA, "v", variance)))
 
     @jax.jit
     def run():
@@ -73,8 +74,8 @@ def test_samples_of_a_fine_chain_have_the_moments_of_the_data(variance):
 def normal_samples(batch, record=(), treatment="none", scale=1.0, num_timesteps=12):
     """Samples of examples 0 … batch − 1 of the seed."""
     levels = schedules.cosine(100).levels(num_timesteps)
-    model = Reverse(lambda x, l, c=None: scale * DATA.denoiser(x, l), "x_0")
-    sampler = ddpm.ancestral(model, treatment)
+    reverse = Reverse(lambda x, l, c=None: scale * DATA.denoiser(x, l), "x_0")
+    sampler = ddpm.ancestral(treated(problems.without_decoder(reverse), treatment))
     noise = problems.tabulated(TABLE[:batch], np.arange(batch))
     return base.sample(sampler, levels, noise, batch, record)
 
@@ -136,8 +137,8 @@ def test_one_step_is_the_prediction_from_pure_noise():
 
 
 def test_images_are_sampled_in_their_shape():
-    model = Reverse(lambda x, l, condition=None: jnp.zeros_like(x) + condition, "x_0")
-    sampler = ddpm.ancestral(model, condition=0.25)
+    reverse = Reverse(lambda x, l, condition=None: jnp.zeros_like(x) + condition, "x_0")
+    sampler = ddpm.ancestral(problems.without_decoder(reverse).given(0.25))
     noise = problems.constant(np.ones((2, 5, 3, 3), np.float32))
     levels = schedules.linear_beta().levels(3)
     samples = jax.jit(lambda: base.sample(sampler, levels, noise, 2, np.array([2])))()

@@ -12,6 +12,7 @@ from diffusion import schedules
 from diffusion.exact import distributions
 from diffusion.reverse import Reverse
 from diffusion.samplers import base, ddpm, registry, solvers, unipc
+from diffusion.samplers.treatments import X_0_TREATMENTS
 from diffusion.schedules import Step, alpha
 from tests.diffusion import problems
 
@@ -22,6 +23,7 @@ MIXTURE = distributions.MixtureData(
     np.array([[-1.2], [0.4], [1.5]]),
     np.array([[[0.09]], [[0.2]], [[0.05]]]),
 )
+OF_MIXTURE = problems.without_decoder(Reverse(MIXTURE.denoiser, "x_0"))
 NOISE = np.random.default_rng(0).normal(size=(40, 13, 3)).astype(np.float32)
 
 
@@ -112,7 +114,7 @@ def slope(sampler, kind, warm):
 )
 def test_errors_fall_at_the_nominal_order(name, options, order, warm, kind, float64):
     """On a mixture, started exactly; 3M as published has order two, for all its three levels."""
-    sampler = registry.SAMPLERS[name](Reverse(MIXTURE.denoiser, "x_0"), **options)
+    sampler = registry.SAMPLERS[name](OF_MIXTURE, **options)
     assert slope(sampler, kind, warm) == pytest.approx(order, abs=0.3)
 
 
@@ -141,7 +143,7 @@ def test_moments_keep_their_digits_in_single_precision():
 def test_flow_carries_the_mixtures_quantiles(float64):
     """In one dimension a flow keeps order: x goes to the same quantile at the other end."""
     x = jnp.linspace(-1.5, 1.5, 7)[:, None]
-    solver = solvers.dpm_solver_pp_2m(Reverse(MIXTURE.denoiser, "x_0"))
+    solver = solvers.dpm_solver_pp_2m(OF_MIXTURE)
     end = solve(solver, 2000, x)
 
     def below(x, log_snr):
@@ -153,9 +155,8 @@ def test_flow_carries_the_mixtures_quantiles(float64):
 
 
 def draw(name, levels, rows=40, record=(1, 5), **options):
-    model = problems.predicting(
-        distributions.NormalData(np.full(3, 0.3), np.diag([0.5, 1.0, 0.1])), "v"
-    )
+    data = distributions.NormalData(np.full(3, 0.3), np.diag([0.5, 1.0, 0.1]))
+    model = problems.without_decoder(problems.predicting(data, "v"))
     sampler = registry.SAMPLERS[name](model, **options)
     noise = problems.tabulated(NOISE, np.arange(rows))
     return jax.jit(lambda: base.sample(sampler, levels, noise, rows, record))()
@@ -191,7 +192,7 @@ def test_evaluations_are_the_networks(name):
         return jnp.tanh(x_t)
 
     levels = schedules.cosine(100).levels(5)
-    sampler = registry.SAMPLERS[name](Reverse(denoiser, "x_0"))
+    sampler = registry.SAMPLERS[name](problems.without_decoder(Reverse(denoiser, "x_0")))
     noise = problems.tabulated(NOISE, np.arange(1))
     made = jax.jit(lambda: base.sample(sampler, levels, noise, 1))()
     jax.effects_barrier()
@@ -200,6 +201,7 @@ def test_evaluations_are_the_networks(name):
 
 MEAN, VARIANCE = 0.3, 0.5
 NORMAL = distributions.NormalData(np.array([MEAN]), np.array([[VARIANCE]]))
+OF_NORMAL = problems.without_decoder(Reverse(NORMAL.denoiser, "x_0"))
 
 
 def moments(name, levels, **options):
@@ -209,7 +211,7 @@ def moments(name, levels, **options):
     """
     last = levels.num_timesteps
     rows = np.arange(last + 2)
-    sampler = registry.SAMPLERS[name](Reverse(NORMAL.denoiser, "x_0"), **options)
+    sampler = registry.SAMPLERS[name](OF_NORMAL, **options)
     a = levels.alpha_bar[last] ** 0.5
     x_T = a * MEAN + np.where(rows == 1, (a**2 * VARIANCE + levels.sigma2[last]) ** 0.5, 0.0)
 
@@ -272,7 +274,7 @@ def test_samplers_with_noise_tend_to_the_variance_of_the_data(name, churn, order
 def test_churn_out_of_range(churn):
     for name in ("euler", "heun"):
         with pytest.raises(ValueError, match=f"churn = {churn}"):
-            registry.SAMPLERS[name](Reverse(NORMAL.denoiser, "x_0"), churn=churn)
+            registry.SAMPLERS[name](OF_NORMAL, churn=churn)
 
 
 @pytest.mark.parametrize(
@@ -280,13 +282,14 @@ def test_churn_out_of_range(churn):
 )
 def test_unipc_of_no_such_kind(options, message):
     with pytest.raises(ValueError, match=message):
-        unipc.unipc(Reverse(NORMAL.denoiser, "x_0"), **options)
+        unipc.unipc(OF_NORMAL, **options)
 
 
 def ends_with_a_draw_shifted(make, draws):
     """x_0 after three steps with draw k of each step shifted, for each k; the first noise stays."""
     levels = schedules.cosine(100).levels(3)
-    sampler = make(problems.predicting(distributions.NormalData(np.zeros(3), np.eye(3)), "eps"))
+    data = distributions.NormalData(np.zeros(3), np.eye(3))
+    sampler = make(problems.without_decoder(problems.predicting(data, "eps")))
 
     def end(shifted):
         def noise(t):
@@ -298,8 +301,7 @@ def ends_with_a_draw_shifted(make, draws):
     return jax.jit(jax.vmap(end))(jnp.asarray(draws))
 
 
-OF_NO_MODEL = Reverse(lambda x, l, condition=None: x, "x_0")
-NUM_DRAWS = {name: make(OF_NO_MODEL).num_draws for name, make in registry.SAMPLERS.items()}
+NUM_DRAWS = {name: make(OF_NORMAL).num_draws for name, make in registry.SAMPLERS.items()}
 
 
 @pytest.mark.parametrize("name", [name for name, draws in NUM_DRAWS.items() if not draws])
@@ -320,7 +322,7 @@ def test_samplers_take_as_many_noises_as_they_say(name):
 @pytest.mark.parametrize("name", ["euler", "heun"])
 def test_churn_takes_one_noise(name):
     make = functools.partial(registry.SAMPLERS[name], churn=0.2)
-    assert make(OF_NO_MODEL).num_draws == 1
+    assert make(OF_NORMAL).num_draws == 1
     ends = ends_with_a_draw_shifted(make, [-1, 0, 1])
     assert np.abs(ends[1] - ends[0]).max() > 1e-3
     np.testing.assert_array_equal(ends[2], ends[0])
@@ -330,7 +332,8 @@ def test_churn_takes_one_noise(name):
 @pytest.mark.parametrize("num_timesteps", [1, 2])
 def test_few_steps_are_finite_and_end_in_the_last_prediction(name, num_timesteps):
     levels = schedules.linear_log_snr(20.0, -20.0).levels(num_timesteps)
-    model = problems.predicting(distributions.NormalData(np.zeros(3), np.eye(3)), "x_0")
+    data = distributions.NormalData(np.zeros(3), np.eye(3))
+    model = problems.without_decoder(problems.predicting(data, "x_0"))
     noise = problems.tabulated(NOISE, np.arange(4))
     made = base.sample(registry.SAMPLERS[name](model), levels, noise, 4, (1,))
     assert np.all(np.isfinite(made.x_0))
@@ -340,12 +343,12 @@ def test_few_steps_are_finite_and_end_in_the_last_prediction(name, num_timesteps
 def test_dynamic_thresholding_is_of_each_example_alone():
     """Within [−1, 1] nothing changes; beyond, the quantile becomes 1 and what exceeds it too."""
     x = np.stack([np.linspace(-0.9, 0.9, 201), np.linspace(-4.0, 4.0, 201)]).astype(np.float32)
-    treated = np.asarray(base.X_0_TREATMENTS["dynamic"](x.reshape(2, 67, 3)))
-    treated = treated.reshape(2, 201)
-    np.testing.assert_array_equal(treated[0], x[0])
+    clipped = np.asarray(X_0_TREATMENTS["dynamic"](x.reshape(2, 67, 3)))
+    clipped = clipped.reshape(2, 201)
+    np.testing.assert_array_equal(clipped[0], x[0])
     size = np.quantile(np.abs(x[1]), 0.995)
-    np.testing.assert_allclose(treated[1], np.clip(x[1] / size, -1, 1), rtol=1e-5)
-    assert np.abs(treated[1]).max() == 1
+    np.testing.assert_allclose(clipped[1], np.clip(x[1] / size, -1, 1), rtol=1e-5)
+    assert np.abs(clipped[1]).max() == 1
 
 
 def decode(model, x_T, levels):
@@ -357,12 +360,12 @@ def decode(model, x_T, levels):
 
 def test_an_encoded_sample_is_decoded_to_itself(float64):
     """Each step is inverted to rounding once the iteration has converged; the first one is not."""
-    model = Reverse(MIXTURE.denoiser, "x_0")
     x_0 = jnp.linspace(-1.8, 1.8, 13)[:, None]
     levels = schedules.linear_log_snr(12.0, -8.0).levels(200)
+    model = OF_MIXTURE._replace(levels=levels)
 
     def error(iterations):
-        x_T = ddpm.ddim_encode(model, x_0, levels, iterations)
+        x_T = ddpm.ddim_encode(model, x_0, iterations)
         return float(jnp.abs(jax.jit(lambda: decode(model, x_T, levels))() - x_0).max())
 
     explicit, converged = error(1), error(8)
@@ -373,10 +376,9 @@ def test_an_encoded_sample_is_decoded_to_itself(float64):
 
 def test_encoded_data_are_normal_noise():
     """Samples of the mixture, carried to λ = −8 by the flow, have the moments of N(0, 1)."""
-    model = Reverse(MIXTURE.denoiser, "x_0")
     x_0 = MIXTURE.sample(jax.random.key(0), 4000)
-    levels = schedules.linear_log_snr(10.0, -8.0).levels(100)
-    x_T = np.asarray(jax.jit(lambda: ddpm.ddim_encode(model, x_0, levels))(), np.float64)
+    model = OF_MIXTURE._replace(levels=schedules.linear_log_snr(10.0, -8.0).levels(100))
+    x_T = np.asarray(jax.jit(lambda: ddpm.ddim_encode(model, x_0))(), np.float64)
     # Of 4000 draws, and of a first-order solver at 100 steps.
     assert x_T.mean() == pytest.approx(0, abs=0.08)
     assert x_T.std() == pytest.approx(1, abs=0.06)

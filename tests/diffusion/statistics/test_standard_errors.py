@@ -6,6 +6,7 @@ import pytest
 
 from diffusion import bound, decoders, schedules
 from diffusion.exact import distributions
+from diffusion.model import DiffusionModel
 from diffusion.statistics.standard_errors import (
     bits_per_dim,
     estimate,
@@ -117,7 +118,7 @@ def test_reported_noise_of_a_real_bound_is_its_scatter_over_seeds():
     num_seeds, num_timesteps, n, dims = 200, 12, 48, 2
     data = distributions.NormalData(np.zeros(2, np.float32), np.diag([1.0, 0.1]).astype(np.float32))
     levels = schedules.linear_log_snr(5.0, -5.0).levels(num_timesteps)
-    model, decoder = problems.predicting(data, "eps"), decoders.gaussian(0.01)
+    model = DiffusionModel(problems.predicting(data, "eps"), decoders.gaussian(0.01), levels)
     rng = np.random.default_rng(1)
     x_0 = (rng.normal(size=(n, dims)) * np.sqrt(np.diag(data.covariance))).astype(np.float32)
     tables = rng.normal(size=(2, num_seeds, n, num_timesteps + 1, dims)).astype(np.float32)
@@ -126,7 +127,7 @@ def test_reported_noise_of_a_real_bound_is_its_scatter_over_seeds():
     @jax.vmap
     def evaluate(table):
         noise = problems.tabulated(table, np.arange(n))
-        b = bound.bound(model, decoder, x_0, levels, noise, chunk_size=11)
+        b = bound.bound(model, x_0, noise, chunk_size=11)
         return b, b.total
 
     first, total = jax.tree.map(np.asarray, evaluate(tables[0]))

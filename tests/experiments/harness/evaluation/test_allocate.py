@@ -124,10 +124,9 @@ def truth(estimator):
     """Each example's bound in nats, in float64."""
     with jax.enable_x64(True):
         x_0 = np.float64(estimator.dataset.images)
-        made = estimator.definition
-        reverse = made.reverse({"network": {}})
+        model = estimator.definition.model({"network": {}})
         points = [np.tile(e, (len(x_0), 1)) for e in sigma_points()]
-        full = [bound(reverse, made.decoder, x_0, made.levels, constant(e)) for e in points]
+        full = [bound(model, x_0, constant(e)) for e in points]
         total = np.mean([of.total for of in full], axis=0)
         if not estimator.continuous:
             return total
@@ -136,7 +135,8 @@ def truth(estimator):
         integral = np.zeros(len(x_0))
         for node, weight in zip(nodes, weights, strict=True):
             at = np.full(len(x_0), (MAX + MIN) / 2 + (MAX - MIN) / 2 * node)
-            rates = [continuous_rate(reverse, x_0, e, at, -np.ones_like(at)).kl for e in points]
+            slope = -np.ones_like(at)
+            rates = [continuous_rate(model.reverse, x_0, e, at, slope).kl for e in points]
             integral += (MAX - MIN) / 2 * weight * np.mean(rates, axis=0)
         return total - np.mean([of.kl.sum(axis=1) for of in full], axis=0) + integral
 

@@ -56,7 +56,7 @@ def test_every_config_builds(name):
     x_t = jax.ShapeDtypeStruct((2, *definition.image_shape), np.float32)
     log_snr = jax.ShapeDtypeStruct((2,), np.float32)
     outputs = jax.eval_shape(
-        lambda p, x, l: definition.reverse(p).outputs(x, l), params, x_t, log_snr
+        lambda p, x, l: definition.model(p).reverse.outputs(x, l), params, x_t, log_snr
     )
     assert outputs.prediction.shape == x_t.shape
     assert (outputs.extra is not None) == definition.variance.is_learned

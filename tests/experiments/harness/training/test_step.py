@@ -149,7 +149,7 @@ def test_losses_are_summed_by_quartile_of_t(num_timesteps, monkeypatch):
     Quartile q has the t with (q − 1) T/4 < t ≤ q T/4. All sums are of small integers: exact.
     """
 
-    def timestep(reverse, decoder, x_0, eps, t, levels, condition=None):
+    def timestep(model, x_0, eps, t):
         return Loss(t.astype(jnp.float32), jnp.zeros(len(t)))
 
     monkeypatch.setitem(OBJECTIVES, "timestep", lambda: Objective(timestep, None))
@@ -190,7 +190,7 @@ def test_the_logged_gradient_norm_is_from_before_the_clip():
 def test_the_first_bad_step_is_remembered(bad, monkeypatch):
     """Also over lines of the log, and where later losses are finite."""
 
-    def sometimes(reverse, decoder, x_0, eps, t, levels, condition=None):
+    def sometimes(model, x_0, eps, t):
         # Bad where the first image is all white, which is so in one batch alone.
         term = jnp.where((x_0[0] == 1).all(), bad, 1.0) * jnp.ones(len(t))
         return Loss(term, jnp.zeros(len(t)))
