@@ -143,7 +143,7 @@ def sample() -> Group:
         variance=Setting("", SIGMA, f"Σ_θ of ancestral sampling. {SIGMA_HELP}"),
         x_0_treatment=Setting(
             "none",
-            Choice("diffusion.samplers.base:X_0_TREATMENTS"),
+            Choice("diffusion.samplers.treatments:X_0_TREATMENTS"),
             "What is done to x̂_0: dynamic is Imagen's thresholding.",
         ),
         labels=Setting(
