@@ -67,18 +67,23 @@ def test_killed_while_an_old_checkpoint_is_removed_none_is_half_there(three, tmp
     assert not (directory / "removed").exists()
 
 
-def test_a_full_disk_stops_the_run_with_a_line(uninterrupted, tmp_path, monkeypatch, capfd):
-    """When the second checkpoint is written, in the background."""
+def fill_disk(patch, after=0):
+    """No checkpoint can be completed, except for the first few."""
     write, calls = checksums.write, []
 
     def fail(item):
         calls.append(item)
-        if len(calls) > 1:
+        if len(calls) > after:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(item))
         write(item)
 
+    patch.setattr(checksums, "write", fail)
+
+
+def test_a_full_disk_stops_the_run_with_a_line(uninterrupted, tmp_path, monkeypatch, capfd):
+    """When the second checkpoint is written, in the background."""
     with monkeypatch.context() as patch:
-        patch.setattr(checksums, "write", fail)
+        fill_disk(patch, after=1)
         assert command_line.run("train", uninterrupted[0], str(tmp_path)) == 1
     errors = [x for x in capfd.readouterr().err.replace("\r", "\n").splitlines() if "error:" in x]
     assert errors == [
@@ -93,11 +98,7 @@ def test_a_full_disk_stops_the_run_with_a_line(uninterrupted, tmp_path, monkeypa
 def test_what_a_signal_made_it_save_outlives_a_save_that_fails(
     uninterrupted, tmp_path, monkeypatch, capfd
 ):
-    """It is all that there is until the run has a checkpoint of its own."""
-
-    def fail(item):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(item))
-
+    """Until the run has a checkpoint of its own, it is the only one."""
     with monkeypatch.context() as patch:
         send = tiny.Interruption(
             2, order.batch_indices, lambda: os.kill(os.getpid(), signal.SIGTERM)
@@ -105,7 +106,7 @@ def test_what_a_signal_made_it_save_outlives_a_save_that_fails(
         patch.setattr(order, "batch_indices", send)
         assert command_line.run("train", uninterrupted[0], str(tmp_path)) == 143
     with monkeypatch.context() as patch:
-        patch.setattr(checksums, "write", fail)
+        fill_disk(patch)
         assert command_line.run("train", uninterrupted[0], str(tmp_path)) == 1
     assert "those up to step 3 are intact" in last_line(capfd.readouterr().err)
     assert tiny.saved_steps(tmp_path) == [3]
@@ -130,20 +131,17 @@ def test_what_a_signal_made_it_save_goes_when_it_is_behind(three, tmp_path):
 
 
 def test_one_of_several_that_cannot_write_says_so_and_ends(three, tmp_path, monkeypatch, capfd):
-    """It and the others would wait for one another in the next save."""
-
-    def fail(item):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
+    """All processes would block one another in the next save. Earlier checkpoints stay."""
     workdir, exits = tiny.copy(three[0], tmp_path), []
-    monkeypatch.setattr(checksums, "write", fail)
-    with Checkpoints(workdir) as checkpoints, monkeypatch.context() as patch:
+    fill_disk(monkeypatch)
+    with Checkpoints(workdir, keep_last=1) as checkpoints, monkeypatch.context() as patch:
         patch.setattr(distributed, "is_one_of_several", lambda: True)
         patch.setattr(os, "_exit", exits.append)
-        checkpoints.save(4, three[1][3])
-        with pytest.raises(RunError):
+        checkpoints.save(4, three[1][3], validation=0.5)
+        with pytest.raises(RunError, match="step 4 could not be written"):
             checkpoints.wait()
     assert exits == [1]
+    assert tiny.saved_steps(workdir) == [1, 2, 3]
     assert "could not be written (no space left on the device)" in capfd.readouterr().err
 
 
@@ -157,19 +155,6 @@ def test_samples_that_fail_stop_no_training(uninterrupted, tmp_path, monkeypatch
     assert tiny.metrics(tmp_path) == tiny.metrics(whole)
     assert "step 6: no picture of samples (4 of 4" in capfd.readouterr().out
     assert not (tmp_path / "samples").exists()
-
-
-def test_a_failed_save_removes_no_earlier_checkpoint(three, tmp_path, monkeypatch):
-    def fail(item):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    workdir = tiny.copy(three[0], tmp_path)
-    monkeypatch.setattr(checksums, "write", fail)
-    with Checkpoints(workdir, keep_last=1) as checkpoints:
-        checkpoints.save(4, three[1][3], validation=0.5)
-        with pytest.raises(RunError, match="step 4 could not be written"):
-            checkpoints.wait()
-    assert tiny.saved_steps(workdir) == [1, 2, 3]
 
 
 def test_no_space_for_a_line_of_the_log_is_a_line(uninterrupted, tmp_path, monkeypatch, capfd):
@@ -212,25 +197,25 @@ def test_a_second_run_is_refused_while_the_first_one_lives(tmp_path, quick_compi
     assert list(tmp_path.iterdir()) == []
 
 
+def refuse_locks(monkeypatch, number):
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(lock.fcntl, "flock", fail)
+
+
 def test_without_locks_there_is_a_warning(tmp_path, monkeypatch, capsys):
-    def fail(*_):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(lock.fcntl, "flock", fail)
-    with lock.held(tmp_path):
-        pass
-    with lock.held("gs://bucket/run"):
-        pass
-    told = capsys.readouterr().out.splitlines()
-    assert len(told) == 2
-    assert all(line.startswith("warning: workdir=") for line in told)
+    refuse_locks(monkeypatch, errno.ENOLCK)
+    for workdir in (tmp_path, "gs://bucket/run"):
+        with lock.held(workdir):
+            pass
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert all(line.startswith("warning: workdir=") for line in lines)
 
 
-def test_a_lock_of_somebody_else_is_no_missing_lock(tmp_path, monkeypatch):
-    def fail(*_):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-
-    monkeypatch.setattr(lock.fcntl, "flock", fail)
+def test_a_lock_file_of_another_user_is_an_error(tmp_path, monkeypatch):
+    refuse_locks(monkeypatch, errno.EACCES)
     refused = pytest.raises(ConfigError, match=r"training\.lock cannot be written \(Permission")
     with refused, lock.held(tmp_path):
         pass

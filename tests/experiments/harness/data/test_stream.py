@@ -51,24 +51,25 @@ def assert_in_order(stream, dataset, seed, batch_size, steps, part=slice(None)):
 
 
 @pytest.mark.parametrize(
-    ("seed", "first", "last"), [(0, 0, 30), (3, 17, 40), (3, 10**6, 10**6 + 5)]
+    ("seed", "first", "last", "batch_size", "workers", "prefetch"),
+    [
+        *((0, 0, 30, size, 0, 3) for size in (4, 60)),  # a thread; batches larger than the set
+        *((3, 10**6, 10**6 + 5, size, 0, 3) for size in (4, 60)),
+        # Workers whose number does not divide that of the steps, or exceeds it.
+        (0, 0, 13, 6, 1, 1),
+        (1, 7, 18, 6, 2, 3),
+        (1, 7, 9, 6, 4, 2),
+        (5, 10**6, 10**6 + 1, 6, 2, 1),
+        (5, 9, 9, 6, 2, 1),  # no steps
+    ],
 )
-@pytest.mark.parametrize("batch_size", [4, 60])
-def test_a_thread_follows_the_order_in_memory(seed, first, last, batch_size, images):
+def test_batches_follow_the_order_in_memory(
+    seed, first, last, batch_size, workers, prefetch, images
+):
     source, dataset = describe("folder", "train", **images), load("folder", "train", **images)
-    stream = Stream(Batches(source, seed, batch_size), first, last, workers=0, prefetch=3)
+    batches = Batches(source, seed, batch_size)
+    stream = Stream(batches, first, last, workers=workers, prefetch=prefetch)
     assert_in_order(stream, dataset, seed, batch_size, range(first, last))
-
-
-@pytest.mark.parametrize(
-    ("seed", "first", "last", "workers", "prefetch"),
-    [(0, 0, 13, 1, 1), (1, 7, 18, 2, 3), (1, 7, 9, 4, 2), (5, 10**6, 10**6 + 1, 2, 1)],
-)
-def test_workers_follow_the_order_in_memory(seed, first, last, workers, prefetch, images):
-    # Numbers of steps that the workers do not divide, and fewer steps than workers.
-    source, dataset = describe("folder", "train", **images), load("folder", "train", **images)
-    stream = Stream(Batches(source, seed, 6), first, last, workers=workers, prefetch=prefetch)
-    assert_in_order(stream, dataset, seed, 6, range(first, last))
 
 
 @pytest.mark.parametrize("name", ["digits", "photos"])
@@ -93,11 +94,6 @@ def test_processes_share_a_batch(images):
     for part in (slice(0, 3), slice(3, 6)):
         stream = Stream(Batches(source, 0, 6, part), 0, 5, workers=0)
         assert_in_order(stream, dataset, 0, 6, range(5), part)
-
-
-def test_no_steps(images):
-    with Stream(Batches(describe("folder", "train", **images), 0, 4), 9, 9, workers=2) as batches:
-        assert list(batches) == []
 
 
 class Probe:

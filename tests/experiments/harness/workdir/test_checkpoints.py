@@ -129,21 +129,20 @@ def test_the_last_few_and_the_best_are_kept(tmp_path):
         np.testing.assert_array_equal(checkpoints.restore(6, small_state(0))["params"]["w"], 6)
 
 
-def test_without_a_finite_metric_no_checkpoint_is_the_best(tmp_path):
+@pytest.mark.parametrize(
+    ("validations", "best"),
+    [
+        ([None, float("nan"), float("-inf"), None], None),  # none is finite
+        ([2.0, 1.0, 1.0, 4.0], 2),  # the later of equals
+    ],
+)
+def test_the_best_has_the_lowest_finite_metric(validations, best, tmp_path):
     with Checkpoints(tmp_path, keep_last=2) as checkpoints:
         assert checkpoints.best_step() is None
         assert checkpoints.latest_step() is None
-        for step, validation in enumerate([None, float("nan"), float("-inf"), None]):
+        for step, validation in enumerate(validations):
             checkpoints.save(step, small_state(step), validation)
-        assert checkpoints.best_step() is None
-        assert checkpoints.steps() == [2, 3]
-
-
-def test_of_equally_good_checkpoints_the_later_is_the_best(tmp_path):
-    with Checkpoints(tmp_path, keep_last=1) as checkpoints:
-        for step, validation in enumerate([2.0, 1.0, 1.0, 4.0]):
-            checkpoints.save(step, small_state(step), validation)
-        assert checkpoints.best_step() == 2
+        assert checkpoints.best_step() == best
         assert checkpoints.steps() == [2, 3]
 
 
@@ -187,20 +186,15 @@ def test_another_architecture_is_one_clear_line_and_never_a_cast(tmp_path, like,
         checkpoints.save(7, make_state())
         with pytest.raises(ConfigError) as error:
             checkpoints.restore(7, like)
+        with pytest.raises(ConfigError, match=r"ema_params/conv/kernel is \(3, 4\) .* \(3, 5\)"):
+            checkpoints.restore_part(7, "ema_params", make_state(width=5).params)
+        with pytest.raises(ConfigError, match="ema/w is absent there"):
+            checkpoints.restore_part(7, "ema", {"w": jnp.ones(3)})
     message = str(error.value)
     assert difference in message
     assert message.startswith(f"workdir={tmp_path}: the checkpoint at step 7")
     assert "\n" not in message
     assert len(message) < 500
-
-
-def test_another_architecture_of_a_part_names_the_part(tmp_path):
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(7, make_state())
-        with pytest.raises(ConfigError, match=r"ema_params/conv/kernel is \(3, 4\) .* \(3, 5\)"):
-            checkpoints.restore_part(7, "ema_params", make_state(width=5).params)
-        with pytest.raises(ConfigError, match="ema/w is absent there"):
-            checkpoints.restore_part(7, "ema", {"w": jnp.ones(3)})
 
 
 def test_a_work_directory_without_checkpoints_says_to_train_first(tmp_path):
