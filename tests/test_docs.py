@@ -10,6 +10,7 @@ import shlex
 import pytest
 
 from configs import base
+from experiments import notebook
 from experiments.harness.command_line import EXPERIMENTS
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -120,6 +121,8 @@ def test_files_and_names_in_code_spans_exist(page):
 @each_page
 def test_examples_import_what_exists(page):
     for block in code_blocks(page):
+        for name in re.findall(r"\brun\.(\w+)", block):
+            assert hasattr(notebook.Run, name), f"run.{name}"
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.ImportFrom):
                 for alias in node.names:
