@@ -16,6 +16,7 @@ from experiments.harness.evaluation import paired
 from experiments.harness.evaluation.paired import Choice, Entry
 from experiments.harness.setup import optimal_steps, trained
 from experiments.harness.setup.trained import Run
+from experiments.harness.workdir import provenance
 from experiments.harness.workdir.files import write_json
 
 REFERENCE = "uniform"  # what the others are compared with
@@ -52,7 +53,7 @@ def spacing(config: ConfigDict, workdir: epath.PathLike) -> list[Entry]:
     result = {
         "split": config.spacing.split,
         "checkpoint": config.spacing.checkpoint,
-        "step": run.step,
+        **provenance.identity(provenance.OPTIMAL_LEVELS, config, run.step),
         "seed": config.seed,
         "variance": config.spacing.variance or config.model.variance,
         "candidates": config.spacing.candidates,

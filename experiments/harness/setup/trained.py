@@ -133,7 +133,7 @@ def load_ema(
     with Checkpoints(workdir, read_only=True, setting=setting) as checkpoints:
 
         def read(step: int) -> tuple[Any, int]:
-            return checkpoints.restore_part(step, "ema_params", like), step
+            return checkpoints.restore(step, like, "ema_params"), step
 
         if jax.process_count() > 1:  # the processes must agree, so the first one chooses
             chosen = checkpoints.choose(which) if distributed.is_first() else None

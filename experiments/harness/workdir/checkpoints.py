@@ -197,14 +197,16 @@ class Checkpoints:
         """Whether this is the state of a stopped run: its scheduled tasks are still to do."""
         return self._path(step).parent.name == _INTERRUPTED
 
-    def restore(self, step: int, like: Any) -> Any:
-        """The whole state saved at `step`, bit for bit.
+    def restore(self, step: int, like: Any, part: str | None = None) -> Any:
+        """The state saved at `step`, or one field of it, bit for bit.
 
         Args:
           step: step of a complete checkpoint.
           like: pytree of jax.Arrays or jax.ShapeDtypeStructs with the structure, shapes and dtypes
             of the saved state. Each array is restored with the sharding of its leaf here, or on
             this process's first device if the leaf has none. A NumPy leaf is restored as NumPy.
+          part: name of a field, such as `ema_params`: `like` describes that field alone (of a
+            dictionary perhaps some keys), and the rest is not read. None: the whole state.
 
         Returns:
           A pytree of the structure of `like`.
@@ -215,20 +217,24 @@ class Checkpoints:
           DamagedError: its files differ from those that were written.
           RemovedError: it was removed while it was being read.
         """
-        return self._restore(step, like, part=None)
-
-    def restore_part(self, step: int, part: str, like: Any) -> Any:
-        """One field of the state saved at `step`, such as `ema_params`; the rest is not read.
-
-        Args:
-          step: step of a complete checkpoint.
-          part: name of a field (or, for a dictionary, key) of the saved state.
-          like: as for `restore`, of that field alone; a dictionary may leave out keys.
-
-        Raises:
-          ConfigError, DamagedError, RemovedError: as for `restore`.
-        """
-        return self._restore(step, like, part)
+        was_seen, steps = step in self._seen, self.steps()
+        if step not in steps and was_seen:
+            raise self._removed(step)
+        if not steps:
+            raise self._no_checkpoint()
+        if step not in steps:
+            raise ConfigError(
+                f"step={step}: {self._name} has checkpoints at steps {', '.join(map(str, steps))}"
+            )
+        self._verify(step)
+        with self._while_it_exists(step):
+            try:
+                return orbax.read(self._path(step) / orbax.ITEM, like, part)
+            except orbax.DifferentError as error:
+                raise ConfigError(
+                    f"{self._name}: the checkpoint at step {step} is of another architecture: "
+                    f"{error}: use the config of its training, or another work directory"
+                ) from error
 
     def wait(self) -> None:
         """Waits until the current save is complete; raises RunError if it failed."""
@@ -262,25 +268,6 @@ class Checkpoints:
             removed.mkdir()
             interrupted.rename(removed / _INTERRUPTED)
             _remove(removed)
-
-    def _restore(self, step: int, like: Any, part: str | None) -> Any:
-        was_seen, steps = step in self._seen, self.steps()
-        if step not in steps and was_seen:
-            raise self._removed(step)
-        if not steps:
-            raise self._no_checkpoint()
-        if step not in steps:
-            known = ", ".join(map(str, steps))
-            raise ConfigError(f"step={step}: {self._name} has checkpoints at steps {known}")
-        self._verify(step)
-        with self._while_it_exists(step):
-            try:
-                return orbax.read(self._path(step) / orbax.ITEM, like, part)
-            except orbax.DifferentError as error:
-                raise ConfigError(
-                    f"{self._name}: the checkpoint at step {step} is of another architecture: "
-                    f"{error}: use the config of its training, or another work directory"
-                ) from error
 
     def _verify(self, step: int) -> None:
         """Raises DamagedError unless the files agree with their checksums."""
@@ -343,10 +330,10 @@ class Checkpoints:
             places = (self._directory, self._workdir / _INTERRUPTED)
             complete = {s for place in places for s in orbax.complete_steps(place)}
             earlier = complete - {step}
-            kept = f"those up to step {max(earlier)} are intact" if earlier else "there is no other"
+            rest = f"those up to step {max(earlier)} are intact" if earlier else "there is no other"
             raise RunError(
                 f"{self._name}: the checkpoint at step {step} could not be written to "
-                f"{directory} ({in_short(error)}); {kept}; once it can, the same command goes "
+                f"{directory} ({in_short(error)}); {rest}; once it can, the same command goes "
                 "on from there"
             ) from error
 

@@ -238,7 +238,7 @@ RESULTS: dict[str, tuple[Dependence, ...]] = {
     ),
 }
 
-# Results that another training run must not find. Those in quality/ depend on the data alone.
+# A new training run removes these. The results in quality/ depend on the data alone.
 FILES_OF_A_RUN = (EVALUATION, MEASURED_ERRORS, OPTIMAL_LEVELS, SAMPLES, SWEEP)
 
 

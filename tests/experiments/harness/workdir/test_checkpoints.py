@@ -160,8 +160,8 @@ def test_a_part_is_restored_without_knowing_the_rest(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(7, state)
     with Checkpoints(tmp_path, read_only=True) as checkpoints:
-        ema_params = checkpoints.restore_part(7, "ema_params", abstract(state.ema_params))
-        step = checkpoints.restore_part(7, "step", state.step)
+        ema_params = checkpoints.restore(7, abstract(state.ema_params), "ema_params")
+        step = checkpoints.restore(7, state.step, "step")
     assert_bit_equal(ema_params, state.ema_params)
     assert step == 7
 
@@ -187,9 +187,9 @@ def test_another_architecture_is_one_clear_line_and_never_a_cast(tmp_path, like,
         with pytest.raises(ConfigError) as error:
             checkpoints.restore(7, like)
         with pytest.raises(ConfigError, match=r"ema_params/conv/kernel is \(3, 4\) .* \(3, 5\)"):
-            checkpoints.restore_part(7, "ema_params", make_state(width=5).params)
+            checkpoints.restore(7, make_state(width=5).params, "ema_params")
         with pytest.raises(ConfigError, match="ema/w is absent there"):
-            checkpoints.restore_part(7, "ema", {"w": jnp.ones(3)})
+            checkpoints.restore(7, {"w": jnp.ones(3)}, "ema")
     message = str(error.value)
     assert difference in message
     assert message.startswith(f"workdir={tmp_path}: the checkpoint at step 7")
