@@ -21,7 +21,8 @@ def get_config(workdir: str) -> ConfigDict:
     config, path = base.get_config(), epath.Path(workdir) / "config.json"
     if not path.exists():
         raise ValueError(f"--config=configs/recorded.py:{workdir}: {path} does not exist")
-    config.update(_with_tuples(json.loads(path.read_text())))
+    with config.unlocked():  # a part that a notebook registered has a group of its own
+        config.update(_with_tuples(json.loads(path.read_text())))
     return config
 
 
