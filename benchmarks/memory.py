@@ -30,7 +30,7 @@ from experiments.harness.data.splits import Examples
 from experiments.harness.setup.definition import define_model
 from experiments.harness.setup.params import abstract_params
 from experiments.harness.training import step
-from experiments.harness.training.loss import init_history, make_loss
+from experiments.harness.training.loss import init_history, make_draw, make_loss
 from experiments.harness.training.state import abstract_state, make_setup
 
 _BATCH = flags.DEFINE_integer("batch", 128, "Examples in a batch.")
@@ -98,12 +98,13 @@ def kept(config: ConfigDict) -> int:
     """Bytes that a forward pass keeps for the gradient, parameters included."""
     definition = define_model(config)
     definition = definition._replace(network=step.trained_network(config, definition.network))
-    loss_fn = make_loss(config, definition)
+    draw, loss_fn = make_draw(config), make_loss(config, definition)
     x_0 = jax.ShapeDtypeStruct((config.train.batch_size, *definition.image_shape), jnp.float32)
     key, history = jax.eval_shape(lambda: (jax.random.key(0), init_history(config, definition)))
 
     def pullback(params, x_0, key, history):
-        return jax.vjp(lambda params: loss_fn(params, x_0, key, history, None)[0], params)[1]
+        draws = draw(key, x_0)
+        return jax.vjp(lambda params: loss_fn(params, *draws, history)[0], params)[1]
 
     leaves = jax.tree.leaves(
         jax.eval_shape(pullback, abstract_params(definition), x_0, key, history)

@@ -30,7 +30,7 @@ from experiments.harness.setup.definition import define_model
 from experiments.harness.setup.trained import Run, load
 from experiments.harness.training import step as steps
 from experiments.harness.training.state import first_state, make_setup
-from experiments.harness.training.step import make_train_step, withhold
+from experiments.harness.training.step import drop_labels, make_train_step
 from experiments.train import train
 from tests.experiments import tiny
 
@@ -98,7 +98,7 @@ def test_labels_are_withheld_with_their_probability(probability):
     """Over 200 keys and 100 labels: the share is binomial, and the other labels stay."""
     labels = jnp.arange(100) % K
     keys = jax.random.split(jax.random.key(0), 200)
-    drop = jax.vmap(lambda key: withhold(key, labels, probability, K))
+    drop = jax.vmap(lambda key: drop_labels(key, labels, probability, K))
     dropped = np.asarray(drop(keys))
     withheld = dropped == NONE
     se = np.sqrt(probability * (1 - probability) / withheld.size)
@@ -116,7 +116,7 @@ def test_labels_are_withheld_apart_from_a_step_s_other_random_numbers():
 
     def agree(key):
         of_others = jax.random.split(key)
-        withheld = withhold(jax.random.fold_in(key, steps.LABELS), labels, 0.5, K) == NONE
+        withheld = drop_labels(jax.random.fold_in(key, steps.LABELS), labels, 0.5, K) == NONE
         return jnp.stack([withheld == jax.random.bernoulli(k, shape=(100,)) for k in of_others])
 
     agreement = jax.vmap(agree)(jax.random.split(jax.random.key(1), 100))

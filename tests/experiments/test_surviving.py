@@ -296,7 +296,7 @@ def test_a_step_that_is_not_finite_is_described(tmp_path, monkeypatch):
 def test_parameters_that_are_not_finite_stop_the_run(tmp_path):
     """A rate of 10³⁹ is infinite in float32; loss and gradient are fine."""
     config = tiny.config(train__learning_rate=1e39, train__warmup_steps=1, train__decay="constant")
-    with pytest.raises(RunError, match="what the step makes of the parameters is not finite at"):
+    with pytest.raises(RunError, match="the updated parameter is not finite at"):
         train(config, tmp_path)
 
 

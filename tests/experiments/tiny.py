@@ -43,6 +43,7 @@ class Convolution(nn.Module):
 
     out_channels: int
     num_classes: int = 0
+    dropout: float = 0.1
 
     def validate(self, image_shape):
         del image_shape
@@ -55,7 +56,7 @@ class Convolution(nn.Module):
             label = none if condition is None else condition
             gain += nn.Embed(self.num_classes + 1, self.out_channels, name="label")(label)
         y = nn.Conv(self.out_channels, (3, 3), name="conv")(x_t) * gain[:, None, None]
-        return nn.Dropout(0.1, deterministic=not train)(y)
+        return nn.Dropout(self.dropout, deterministic=not train)(y)
 
 
 # One line in the registry is all that a new network takes.

@@ -1,4 +1,4 @@
-"""What a training step that is not finite was like."""
+"""A description of a training step that is not finite."""
 
 import jax
 import jax.numpy as jnp
@@ -20,33 +20,42 @@ def describe_bad_step(
     examples: Examples,
     indices: Int[Array | np.ndarray, "b"] | None,
 ) -> str:
-    """The losses and gradients of a step in a line, computed again from the state before it."""
+    """One line on the losses and gradients of a step, which are computed again.
 
-    def numbers(state, examples, indices):
+    Args:
+      setup: what the step was compiled from.
+      state: the state before the step.
+      examples: the examples, as the step takes them.
+      indices: the batch's, or None if the examples are the batch.
+    """
+
+    def measure(state, examples, indices):
         batch, grads = make_gradients(setup)(state, examples, indices)
         quartile = quartile_of(batch.time)
         sums = jnp.zeros(4).at[quartile].add(batch.unweighted)
-        means = sums / jnp.zeros(4).at[quartile].add(1.0)  # NaN of none
-        modules = {
+        means = sums / jnp.zeros(4).at[quartile].add(1.0)  # NaN without examples
+        norms = {
             name if part == "network" else f"{part}/{name}": optax.tree.norm(module)
             for part, tree in grads.items()
             for name, module in tree.items()
         }
-        return batch.losses.mean(), means, modules
+        return batch.losses.mean(), means, norms
 
-    compute = jax.jit(numbers, out_shardings=devices.replicated(setup.mesh))
-    loss, means, modules = jax.device_get(compute(state, examples, indices))
-    what = "the loss"
-    if np.isfinite(loss):
-        is_finite = all(np.isfinite(norm) for norm in modules.values())
-        what = "what the step makes of the parameters" if is_finite else "the gradient"
-    # The largest first, and before them those that are not finite.
-    names = sorted(modules, key=lambda name: -np.nan_to_num(modules[name], nan=np.inf))
-    norms = [f"{name} {modules[name]:.3g}" for name in names[:_MODULES_SHOWN]]
+    compiled = jax.jit(measure, out_shardings=devices.replicated(setup.mesh))
+    loss, means, norms = jax.device_get(compiled(state, examples, indices))
+    if not np.isfinite(loss):
+        quantity = "the loss"
+    elif not all(np.isfinite(norm) for norm in norms.values()):
+        quantity = "the gradient"
+    else:
+        quantity = "the updated parameter"
+    # The largest norms first, with infinite and undefined ones before all others.
+    names = sorted(norms, key=lambda name: -np.nan_to_num(norms[name], nan=np.inf))
+    largest = [f"{name} {norms[name]:.3g}" for name in names[:_MODULES_SHOWN]]
     if len(names) > _MODULES_SHOWN:
-        norms.append(f"{len(names) - _MODULES_SHOWN} others less")
+        largest.append(f"{len(names) - _MODULES_SHOWN} others less")
     return (
-        f"{what} is not finite at step {int(state.step) + 1} "
+        f"{quantity} is not finite at step {int(state.step) + 1} "
         f"(loss by quartile of t: {', '.join(f'{mean:.3g}' for mean in means)}; "
-        f"norm of the gradient by module: {', '.join(norms)})"
+        f"norm of the gradient by module: {', '.join(largest)})"
     )

@@ -110,10 +110,10 @@ class Trainer:
         """The first step is left out of the timing, since the first call of a program is slow."""
         self.bar.set_postfix_str("compiling")
         batch, began = self.feed.next(), time.monotonic()
-        self.train_step = make_train_step(self.setup, self.feed.streamed)
-        self.train_step = self.train_step.lower(state, *batch).compile()
+        traced = make_train_step(self.setup, self.feed.streamed).trace(state, *batch)
+        self.train_step = traced.lower().compile()
         self.clock.compile_seconds = time.monotonic() - began
-        self.clock.flops = count_flops(self.train_step, self.setup.config)
+        self.clock.flops = count_flops(traced.jaxpr) / self.steps_per_call
         self.profile.before(0, state)
         state = self.train_step(state, *batch)
         self.bar.set_postfix_str("")

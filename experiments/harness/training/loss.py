@@ -15,14 +15,30 @@ from diffusion.timesteps import TIMES, LossHistory, by_importance, to_timestep
 from experiments.harness.setup.definition import ModelDefinition
 
 
-class Batch(NamedTuple):
-    """What a loss says of its examples, beside its mean.
+class Inputs(NamedTuple):
+    """A batch with its random draws: x_t is a function of the three arrays.
 
     Attributes:
-      losses: of each example; their mean is the batch's loss.
-      unweighted: the same without the weight of an importance-sampled t.
-      time: where in (0, 1] each was drawn.
-      t: the timestep; zero in continuous time.
+      x_0: the examples, in data units.
+      eps: their noise.
+      time: their times in [0, 1), as a draw from `diffusion.timesteps.TIMES` gives them.
+      labels: the network's condition; None if it has none.
+    """
+
+    x_0: Float[Array, "b ..."]
+    eps: Float[Array, "b ..."]
+    time: Float[Array, "b"]
+    labels: Int[Array, "b"] | None
+
+
+class Batch(NamedTuple):
+    """The losses of a batch by example.
+
+    Attributes:
+      losses: the losses; their mean is the batch's loss.
+      unweighted: the losses without the weights of importance sampling.
+      time: time in (0, 1].
+      t: timestep; zero in continuous time.
     """
 
     losses: Float[Array, "b"]
@@ -31,29 +47,36 @@ class Batch(NamedTuple):
     t: Int[Array, "b"]
 
 
+DrawFn = Callable[..., tuple[Inputs, Array]]
+"""(key, x_0, labels=None) -> (Inputs, key for dropout)."""
+
 LossFn = Callable[..., tuple[Array, Batch]]
-"""(params, x_0, key, history, labels=None, part=…) -> (what is differentiated, Batch).
-
-`part` picks the examples to take the loss of out of whatever has all of a batch's: random numbers
-are drawn for the whole batch first, so that no example's depend on the part that it is in.
-"""
+"""(params, inputs, dropout_key, history) -> (scalar to be differentiated, Batch)."""
 
 
-def whole(tree: Any) -> Any:
-    """The part that is all of a batch."""
-    return tree
+def make_draw(config: ConfigDict) -> DrawFn:
+    """The random draws of a batch. Times are stratified over the whole batch by default."""
+    name = config.train.timesteps
+    draw_time = TIMES["stratified" if name == "importance" else name]
+
+    def draw(key, x_0, labels=None):
+        eps_key, time_key, dropout_key = jax.random.split(key, 3)
+        eps, time = jax.random.normal(eps_key, x_0.shape), draw_time(time_key, len(x_0))
+        return Inputs(x_0, eps, time, labels), dropout_key
+
+    return draw
 
 
 def make_loss(config: ConfigDict, definition: ModelDefinition) -> LossFn:
-    """The config's objective over its draws of time."""
+    """The config's objective, as a function of parameters and a batch with its draws."""
     objective = make_objective(config)
-    by_history = config.train.timesteps == "importance"
-    draw_time = TIMES["stratified" if by_history else config.train.timesteps]
+    follows_losses = config.train.timesteps == "importance"
     num_timesteps = definition.levels.num_timesteps
 
-    def discrete(params, x_0, key, history, labels=None, part=whole):
-        x_0, eps, time, model = draw(params, x_0, key, labels, part)
-        if by_history:
+    def discrete(params, inputs, dropout_key, history):
+        x_0, eps, time, labels = inputs
+        model = definition.model(params, labels, dropout_key)
+        if follows_losses:
             t, weight = by_importance(time, history.probabilities())
         else:
             t, weight = to_timestep(time, num_timesteps), 1.0
@@ -61,10 +84,11 @@ def make_loss(config: ConfigDict, definition: ModelDefinition) -> LossFn:
         losses = loss.rest + weight * loss.term
         return losses.mean(), Batch(losses, loss.rest + loss.term, t / num_timesteps, t)
 
-    def continuous(params, x_0, key, history, labels=None, part=whole):
+    def continuous(params, inputs, dropout_key, history):
         del history
-        x_0, eps, time, model = draw(params, x_0, key, labels, part)
-        time = 1 - time  # in (0, 1], as t/T is
+        x_0, eps, time, labels = inputs
+        model = definition.model(params, labels, dropout_key)
+        time = 1 - time  # in (0, 1], as t/T
         if definition.noise_schedule is None:
             log_snr, slope = definition.schedule.log_snr(time), definition.schedule.slope(time)
         else:
@@ -74,20 +98,14 @@ def make_loss(config: ConfigDict, definition: ModelDefinition) -> LossFn:
         losses = loss.rest + loss.term
         total = losses.mean()
         if definition.noise_schedule is not None:
-            total += _of_schedule(definition, params, time, loss.term / -slope)
+            total += _schedule_variance(definition, params, time, loss.term / -slope)
         return total, Batch(losses, losses, time, jnp.zeros(len(time), jnp.int32))
-
-    def draw(params, x_0, key, labels, part):
-        eps_key, time_key, dropout_key = jax.random.split(key, 3)
-        eps, time = jax.random.normal(eps_key, x_0.shape), draw_time(time_key, len(x_0))
-        x_0, eps, time, labels = part((x_0, eps, time, labels))
-        return x_0, eps, time, definition.model(params, labels, dropout_key)
 
     return continuous if config.train.time == "continuous" else discrete
 
 
 def init_history(config: ConfigDict, definition: ModelDefinition) -> LossHistory | dict:
-    """The losses that importance sampling follows; nothing where there is none."""
+    """The loss history of importance sampling before the first step; without it an empty dict."""
     if config.train.timesteps == "importance":
         return LossHistory.empty(definition.levels.num_timesteps)
     return {}
@@ -96,7 +114,10 @@ def init_history(config: ConfigDict, definition: ModelDefinition) -> LossHistory
 def _learned_levels(
     definition: ModelDefinition, params: Any, time: Float[Array, "b"]
 ) -> tuple[Float[Array, "b"], Float[Array, "b"], Levels]:
-    """λ and dλ/dt for the bound, which trains the two ends at most; and these as levels."""
+    """λ and dλ/dt at these times, and the first and last level, which prior and reconstruction use.
+
+    The bound has gradients with respect to the schedule's two ends only.
+    """
     schedule, variables = definition.noise_schedule, {"params": params["noise_schedule"]}
     log_snr, slope = schedule.apply(variables, time, method="ends_only")
     first, last = schedule.apply(variables, method="ends")
@@ -105,10 +126,13 @@ def _learned_levels(
     return log_snr, slope, ends
 
 
-def _of_schedule(
+def _schedule_variance(
     definition: ModelDefinition, params: Any, time: Float[Array, "b"], half_error: Float[Array, "b"]
 ) -> Float[Array, ""]:
-    """The relative variance of the loss as a function of the schedule's interior; of value zero."""
+    """The relative variance of the loss as a function of the schedule's interior.
+
+    Its mean is subtracted without a gradient: its value is zero, and only its gradient counts.
+    """
 
     def log_snr(time):
         variables = {"params": params["noise_schedule"]}

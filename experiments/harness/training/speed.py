@@ -1,5 +1,6 @@
-"""How fast a run is, and what its device could do: numbers for the log, and traces."""
+"""The speed of a run, beside the peak of its device; and traces for a profiler."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -7,9 +8,9 @@ from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-# Floating-point operations a second of one device, dense, in bfloat16 and as float32 products are
-# computed by default: in TensorFloat-32 on a GPU, in bfloat16 on a TPU. The first that a device's
-# kind begins with.
+# A device's peak floating-point operations a second for dense products of bfloat16, and of float32
+# at the default precision, which is TensorFloat-32 on a GPU and bfloat16 on a TPU. The first name
+# that the device's kind starts with applies.
 PEAK_FLOPS = {
     # NVIDIA's data sheets: A100 (2021), H100 (2022, the figures without sparsity), H200 (2024).
     "NVIDIA A100": (312e12, 156e12),
@@ -18,8 +19,8 @@ PEAK_FLOPS = {
     "NVIDIA H100": (989.4e12, 494.7e12),
     "NVIDIA H200 NVL": (835e12, 417.5e12),
     "NVIDIA H200": (989.4e12, 494.7e12),
-    # cloud.google.com/tpu/docs: system architecture of each version, per chip. A device is a core
-    # in v3, and a chip from v4 on.
+    # cloud.google.com/tpu/docs, system architecture of each version, per chip. In v3 a device is a
+    # core, from v4 on a chip.
     "TPU v3": (61.5e12, 61.5e12),
     "TPU v4": (275e12, 275e12),
     "TPU v5 lite": (197e12, 197e12),
@@ -29,8 +30,7 @@ PEAK_FLOPS = {
     "TPU v6": (918e12, 918e12),
 }
 
-
-# What a line of the log says that depends on the machine and its clock.
+# The values of a log line that depend on the machine and its clock.
 TIMING = (
     "images_per_second",
     "step_seconds",
@@ -43,7 +43,7 @@ TIMING = (
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
-    """A device's floating-point operations a second at most; None where that is not known.
+    """A device's peak floating-point operations a second; None if unknown.
 
     Args:
       device_kind: as `jax.Device.device_kind`.
@@ -73,30 +73,38 @@ class Timing(NamedTuple):
     flops: float | None = None
 
 
-def count_flops(compiled: jax.stages.Compiled, config: ConfigDict) -> float | None:
-    """Floating-point operations of a step, over all devices, as the compiler counts them.
+def count_flops(jaxpr: Any) -> float:
+    """Floating-point operations of a program's matrix products and convolutions.
 
-    The count of a program with rematerialisation includes recomputation, that of a loop has its
-    body once, and that of a GPU's program leaves out library calls, which do nearly all the work:
-    there it is None, since it would not be the model's.
+    A multiplication and an addition are two. Other operations are left out. A convolution's padding
+    counts like its data. With `model.remat` the count includes recomputation.
 
     Args:
-      compiled: the compiled training step; a loop over several steps counts as one of them.
-      config: the config.
+      jaxpr: a `jax.extend.core.Jaxpr` or `ClosedJaxpr`, such as `jax.jit(f).trace(…).jaxpr`.
     """
-    is_counted = not config.model.remat and config.train.accumulate == 1
-    if not is_counted or jax.default_backend() == "gpu":
-        return None
-    costs = compiled.cost_analysis() or {}
-    # One device's share of the program.
-    return costs["flops"] * jax.device_count() if costs.get("flops", 0) > 0 else None
+    total = 0.0
+    for equation in jaxpr.eqns:
+        settings, output = equation.params, equation.outvars[0].aval
+        if equation.primitive.name == "dot_general":
+            (summed_axes, _), _ = settings["dimension_numbers"]
+            summed = math.prod(equation.invars[0].aval.shape[axis] for axis in summed_axes)
+            total += 2 * output.size * summed
+        elif equation.primitive.name == "conv_general_dilated":
+            kernel, axes = equation.invars[1].aval, settings["dimension_numbers"].rhs_spec
+            # Dilation fills the input with zeros, which need no operations.
+            summed = kernel.size / kernel.shape[axes[0]] / math.prod(settings["lhs_dilation"])
+            total += 2 * output.size * summed
+        leaves = jax.tree.leaves(list(settings.values()), is_leaf=lambda x: hasattr(x, "eqns"))
+        inner = sum(count_flops(leaf) for leaf in leaves if hasattr(leaf, "eqns"))
+        total += settings.get("length", 1) * inner  # a scan's number of iterations
+    return total
 
 
 def peak_memory() -> int | None:
-    """The most bytes that a device of this process has had in use; None where none says."""
-    stats = [device.memory_stats() for device in jax.local_devices()]
-    found = [of["peak_bytes_in_use"] for of in stats if of and "peak_bytes_in_use" in of]
-    return max(found, default=None)
+    """The most bytes in use so far on a device of this process; None if no device says."""
+    statistics = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [each["peak_bytes_in_use"] for each in statistics if "peak_bytes_in_use" in each]
+    return max(peaks, default=None)
 
 
 def speed_values(
@@ -144,51 +152,52 @@ def speed_text(values: dict[str, float]) -> str:
 class Profile:
     """A trace of chosen training steps, in `profile/` of the work directory.
 
-    They are counted from where the run begins or goes on, so that either may be looked at.
+    Steps are counted from where the run starts or resumes.
 
         with Profile(config, workdir) as profile:
             for step in ...:
                 profile.before(step, state)
                 state = train_step(state, ...)
 
-    For TensorBoard's profile plugin, or ui.perfetto.dev.
+    TensorBoard's profile plugin and ui.perfetto.dev show the trace.
     """
 
     def __init__(self, config: ConfigDict, workdir: epath.PathLike):
         self._first = config.profile.first_step
         self._last = self._first + config.profile.num_steps
         self._directory = str(epath.Path(workdir) / "profile")
-        self._is_on, self._is_over = False, not config.profile.num_steps
+        self._is_tracing, self._is_finished = False, not config.profile.num_steps
 
     def __enter__(self) -> "Profile":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._is_on:
+        if self._is_tracing:
             self._stop()
-        elif not self._is_over:
+        elif not self._is_finished:
             tqdm.write(
-                f"no step was traced: the run took less than config.profile.first_step = "
-                f"{self._first} of them"
+                "no step was traced: the run took fewer steps than config.profile.first_step = "
+                f"{self._first}"
             )
 
     def before(self, step: int, state: Any) -> None:
-        """Starts or ends the trace where it is time to; then it waits for the steps under way.
+        """Starts or stops the trace before the steps that the config names.
+
+        At a start or stop it waits for the device, so that the trace has the chosen steps only.
 
         Args:
-          step: 0-based number of the step to come; may leave some out, as where several are
-            dispatched at once.
-          state: what the step before it returned.
+          step: 0-based number of the next step; numbers are left out if a call takes several steps.
+          state: the state that the next step takes.
         """
-        if self._is_on and step >= self._last:
+        if self._is_tracing and step >= self._last:
             jax.block_until_ready(state)
             self._stop()
-        elif not self._is_on and not self._is_over and step >= self._first:
+        elif not self._is_tracing and not self._is_finished and step >= self._first:
             jax.block_until_ready(state)
             jax.profiler.start_trace(self._directory)
-            self._is_on = True
+            self._is_tracing = True
 
     def _stop(self) -> None:
         jax.profiler.stop_trace()
-        self._is_on, self._is_over = False, True
+        self._is_tracing, self._is_finished = False, True
         tqdm.write(f"a trace of the steps is in {self._directory}")

@@ -1,6 +1,5 @@
 """The compiled training step. Its random numbers are functions of (seed, step)."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,7 @@ from experiments.harness.data.splits import Examples
 from experiments.harness.errors import ConfigError
 from experiments.harness.seeds import stream
 from experiments.harness.setup.definition import ModelDefinition
-from experiments.harness.training.loss import Batch, LossFn, make_loss, whole
+from experiments.harness.training.loss import Batch, LossFn, make_draw, make_loss
 from experiments.harness.training.state import (
     TrainingSetup,
     TrainState,
@@ -27,7 +26,7 @@ from experiments.harness.training.state import (
 )
 
 TrainStep = Callable[[TrainState, Examples, Any], TrainState]
-LABELS = 2  # folded into a step's key: 0 and 1 would be the two that it is split into
+LABELS = 2  # folded into a step's key: 0 and 1 give the keys that `split` gives
 DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}
 GATHERED = "gathered"
 
@@ -47,10 +46,12 @@ def check(config: ConfigDict, definition: ModelDefinition) -> None:
 
 
 def trained_network(config: ConfigDict, network: nn.Module) -> nn.Module:
-    """The network as it is trained: `model.dtype` and `model.remat`. Its parameters are the same.
+    """The network with the config's `model.dtype` and `model.remat`, for the same parameters.
+
+    Evaluation and sampling use the network without them: in float32.
 
     Raises:
-      ConfigError: for a network that has only one way to compute.
+      ConfigError: for a network without these fields.
     """
     dtype = DTYPES[config.model.dtype]
     if dtype is None and not config.model.remat:
@@ -106,12 +107,7 @@ def _make_one_step(setup: TrainingSetup) -> TrainStep:
         params = optax.apply_updates(state.params, updates)
         rate = jnp.minimum(decay, (1 + state.step) / (10 + state.step))
         ema_params = optax.incremental_update(params, state.ema_params, 1 - rate)
-        restart = state.step % config.train.log_every == 0
-        grad_norm = optax.tree.norm(grads)
-        is_bad = ~_all_finite((batch.losses.mean(), grad_norm, params))
-        window = _update_window(
-            state.window, restart, state.step, batch, grad_norm, is_bad, config.train.skip_nonfinite
-        )
+        window, is_bad = _update_window(config.train, state, batch, grads, params)
         history = state.history
         if follows_losses:
             history = history.update(batch.t, batch.unweighted)
@@ -129,146 +125,29 @@ def _make_one_step(setup: TrainingSetup) -> TrainStep:
     return train_step
 
 
-def make_gradients(
-    setup: TrainingSetup,
-) -> Callable[[TrainState, Examples, Any], tuple[Batch, Any]]:
-    """What a step is made of, as (state, examples, indices) -> the batch's losses, its gradients.
-
-    Not compiled; a function of the state's step as the step itself is. Without indices the examples
-    are the batch.
-    """
-    config, definition, _, mesh = setup
-    definition = definition._replace(network=trained_network(config, definition.network))
-    loss_fn, root = make_loss(config, definition), stream(config.seed, "train")
-    if mesh.shape.get("fsdp", 1) > 1:
-        loss_fn = gathering(loss_fn, mesh)
-    value_and_gradient = accumulated(loss_fn, config.train.accumulate, mesh)
-
-    def gradients(state, examples, indices):
-        if indices is not None:
-            examples = jax.tree.map(lambda of: of[indices], examples)
-        key = jax.random.fold_in(root, state.step)
-        flip_key, loss_key = jax.random.split(key)
-        x_0 = definition.quantization.to_data(examples.images)
-        x_0 = jax.lax.with_sharding_constraint(x_0, devices.split_batch(mesh))
-        labels = None
-        if definition.num_classes:
-            labels = jax.lax.with_sharding_constraint(examples.labels, devices.split_batch(mesh))
-            share, label_key = config.train.label_dropout, jax.random.fold_in(key, LABELS)
-            labels = withhold(label_key, labels, share, definition.num_classes)
-        if config.data.flip:
-            x_0 = random_flip(flip_key, x_0)
-        return value_and_gradient(state.params, x_0, loss_key, state.history, labels)
-
-    return gradients
-
-
-def gathering(loss_fn: LossFn, mesh: Mesh) -> LossFn:
-    """A loss of parameters that are split over devices: whole only while they are used.
-
-    What was gathered is not kept for the gradient, but gathered again.
-    """
-
-    def gathered(params, *args, part=whole):
-        params = jax.lax.with_sharding_constraint(params, devices.replicated(mesh))
-        params = jax.tree.map(lambda leaf: checkpoint_name(leaf, GATHERED), params)
-        return loss_fn(params, *args, part=part)
-
-    def run(params, *args, part=whole):
-        policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
-        return jax.checkpoint(functools.partial(gathered, part=part), policy=policy)(params, *args)
-
-    return run
-
-
-def accumulated(loss_fn: LossFn, parts: int, mesh: Mesh) -> Callable[..., tuple[Batch, Any]]:
-    """A loss's gradient as (params, x_0, key, history, labels) -> Batch, gradients.
-
-    Of a batch in several parts, one after another, it is the mean of theirs: that of the whole
-    batch but for rounding, with the same random numbers for each example. Every so many examples
-    make a part, so that each device has as many of each.
-    """
-    gradient = jax.value_and_grad(loss_fn, has_aux=True)
-
-    def at_once(*args):
-        (_, batch), grads = gradient(*args)
-        return batch, grads
-
-    if parts == 1:
-        return at_once
-
-    def in_parts(params, *args):
-        def add(total, number):
-            def part(tree):
-                rows = jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:])[:, number], tree)
-                return jax.lax.with_sharding_constraint(rows, devices.split_batch(mesh))
-
-            with nn.intercept_methods(dropping_from_all(parts, part)):
-                (_, batch), grads = gradient(params, *args, part=part)
-            return jax.tree.map(jnp.add, total, grads), batch
-
-        # Within a loop a CPU takes many times as long for a convolution's gradient.
-        unroll = mesh.devices.flat[0].platform == "cpu"
-        zero = jax.tree.map(jnp.zeros_like, params)
-        total, batches = jax.lax.scan(add, zero, jnp.arange(parts), unroll=unroll)
-        batch = jax.tree.map(lambda a: a.T.reshape(-1), batches)
-        return batch, jax.tree.map(lambda a: a / parts, total)
-
-    return in_parts
-
-
-def dropping_from_all(parts: int, part: Callable[[Any], Any]) -> Callable:
-    """For `nn.intercept_methods`: dropout with the random numbers that the whole batch would have.
-
-    It is applied to a batch of which the part is as it was, and the rest is dropped again.
-    """
-
-    def intercept(method, args, kwargs, context):
-        if not isinstance(context.module, nn.Dropout):
-            return method(*args, **kwargs)
-        x, *others = args
-        return part(method(jnp.repeat(x, parts, axis=0), *others, **kwargs))
-
-    return intercept
-
-
-def random_flip(key: Array, x_0: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    """Each image mirrored left to right with probability ½."""
-    mirrored = jax.random.bernoulli(key, shape=(x_0.shape[0], 1, 1, 1))
-    return jnp.where(mirrored, x_0[:, :, ::-1], x_0)
-
-
-def withhold(
-    key: Array, labels: Int[Array, "b"], probability: float, num_classes: int
-) -> Int[Array, "b"]:
-    """Each label replaced with this probability by num_classes, which is no label."""
-    return jnp.where(jax.random.bernoulli(key, probability, labels.shape), num_classes, labels)
-
-
-def quartile_of(time: Float[Array, "b"]) -> Int[Array, "b"]:
-    """Which quarter of (0, 1] each time is in, from 0."""
-    return jnp.ceil(4 * time).astype(jnp.int32) - 1
-
-
-def _all_finite(tree: Any) -> Array:
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
-
-
 def _update_window(
-    window: Window,
-    restart: Array,
-    step: Array,
-    batch: Batch,
-    grad_norm: Array,
-    is_bad: Array,
-    max_skipped: int,
-) -> Window:
-    """Adds a batch; or counts a bad step, and remembers the first that is one too many."""
-    frozen = window.first_bad_step >= 0
-    fresh = Window.empty()._replace(
-        first_bad_step=window.first_bad_step, skipped_steps=window.skipped_steps
+    train: ConfigDict, state: TrainState, batch: Batch, grads: Any, params: Any
+) -> tuple[Window, Array]:
+    """Adds a step to the log's sums, or counts it as bad.
+
+    Args:
+      train: the section `train` of the config.
+      state: the state before the step.
+      batch: the step's losses.
+      grads: its gradients.
+      params: the parameters after it.
+
+    Returns:
+      The window after the step, and whether a loss, gradient or parameter of it is not finite.
+    """
+    restart = state.step % train.log_every == 0
+    grad_norm = optax.tree.norm(grads)
+    is_bad = ~_all_finite((batch.losses.mean(), grad_norm, params))
+    is_stopped = state.window.first_bad_step >= 0
+    empty = Window.empty()._replace(
+        first_bad_step=state.window.first_bad_step, skipped_steps=state.window.skipped_steps
     )
-    old, window = window, jax.tree.map(lambda a, b: jnp.where(restart, a, b), fresh, window)
+    window = jax.tree.map(lambda a, b: jnp.where(restart, a, b), empty, state.window)
     quartile = quartile_of(batch.time)
     good = window._replace(
         steps=window.steps + 1,
@@ -277,10 +156,116 @@ def _update_window(
         quartile_loss=window.quartile_loss.at[quartile].add(batch.unweighted),
         quartile_count=window.quartile_count.at[quartile].add(1.0),
     )
-    skips = window.skipped_steps < max_skipped
+    may_skip = window.skipped_steps < train.skip_nonfinite
     bad = window._replace(
-        skipped_steps=window.skipped_steps + skips,
-        first_bad_step=jnp.where(skips, window.first_bad_step, step + 1),
+        skipped_steps=window.skipped_steps + may_skip,
+        first_bad_step=jnp.where(may_skip, window.first_bad_step, state.step + 1),
     )
     new = jax.tree.map(lambda a, b: jnp.where(is_bad, a, b), bad, good)
-    return jax.tree.map(lambda a, b: jnp.where(frozen, a, b), old, new)
+    return jax.tree.map(lambda a, b: jnp.where(is_stopped, a, b), state.window, new), is_bad
+
+
+def _all_finite(tree: Any) -> Array:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
+
+
+def make_gradients(
+    setup: TrainingSetup,
+) -> Callable[[TrainState, Examples, Any], tuple[Batch, Any]]:
+    """The losses and gradients of a step, as (state, examples, indices) -> (Batch, gradients).
+
+    Not compiled. The random numbers are functions of the seed and the state's step. If the indices
+    are None, the examples are the batch.
+    """
+    config, definition, _, mesh = setup
+    definition = definition._replace(network=trained_network(config, definition.network))
+    draw, loss_fn = make_draw(config), make_loss(config, definition)
+    if mesh.shape.get("fsdp", 1) > 1:
+        loss_fn = gather_params(loss_fn, mesh)
+    value_and_gradient = accumulate_gradients(loss_fn, config.train.accumulate, mesh)
+    seed_key = stream(config.seed, "train")
+
+    def gradients(state, examples, indices):
+        if indices is not None:
+            examples = jax.tree.map(lambda array: array[indices], examples)
+        key = jax.random.fold_in(seed_key, state.step)
+        flip_key, loss_key = jax.random.split(key)
+        x_0 = definition.quantization.to_data(examples.images)
+        x_0 = jax.lax.with_sharding_constraint(x_0, devices.split_batch(mesh))
+        labels = None
+        if definition.num_classes:
+            labels = jax.lax.with_sharding_constraint(examples.labels, devices.split_batch(mesh))
+            share, label_key = config.train.label_dropout, jax.random.fold_in(key, LABELS)
+            labels = drop_labels(label_key, labels, share, definition.num_classes)
+        if config.data.flip:
+            x_0 = random_flip(flip_key, x_0)
+        inputs, dropout_key = draw(loss_key, x_0, labels)
+        return value_and_gradient(state.params, inputs, dropout_key, state.history)
+
+    return gradients
+
+
+def gather_params(loss_fn: LossFn, mesh: Mesh) -> LossFn:
+    """The same loss, of parameters that are split over devices.
+
+    They are gathered where they are used, and gathered again for the gradient instead of stored.
+    """
+
+    def gathered(params, *args):
+        params = jax.lax.with_sharding_constraint(params, devices.replicated(mesh))
+        params = jax.tree.map(lambda leaf: checkpoint_name(leaf, GATHERED), params)
+        return loss_fn(params, *args)
+
+    policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
+    return jax.checkpoint(gathered, policy=policy)
+
+
+def accumulate_gradients(
+    loss_fn: LossFn, num_parts: int, mesh: Mesh
+) -> Callable[..., tuple[Batch, Any]]:
+    """The gradient as (params, inputs, dropout_key, history) -> (Batch, gradients).
+
+    The batch is processed in parts, one after another, and the gradient is the mean of theirs. An
+    example has the same noise and time for any number of parts; each part draws its own dropout.
+    A part has every num_parts-th example, so that it is spread over all devices evenly.
+    """
+    gradient = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def whole_batch(*args):
+        (_, batch), grads = gradient(*args)
+        return batch, grads
+
+    def in_parts(params, inputs, dropout_key, history):
+        def add(total, number):
+            part = jax.tree.map(lambda a: a.reshape(-1, num_parts, *a.shape[1:])[:, number], inputs)
+            part = jax.lax.with_sharding_constraint(part, devices.split_batch(mesh))
+            key = jax.random.fold_in(dropout_key, number)
+            (_, batch), grads = gradient(params, part, key, history)
+            return jax.tree.map(jnp.add, total, grads), batch
+
+        # In a compiled loop a CPU takes many times as long for a convolution's gradient.
+        unroll = mesh.devices.flat[0].platform == "cpu"
+        zero = jax.tree.map(jnp.zeros_like, params)
+        total, batches = jax.lax.scan(add, zero, jnp.arange(num_parts), unroll=unroll)
+        batch = jax.tree.map(lambda a: a.T.reshape(-1), batches)
+        return batch, jax.tree.map(lambda a: a / num_parts, total)
+
+    return whole_batch if num_parts == 1 else in_parts
+
+
+def random_flip(key: Array, x_0: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    """Mirrors each image left to right with probability ½."""
+    mirrored = jax.random.bernoulli(key, shape=(x_0.shape[0], 1, 1, 1))
+    return jnp.where(mirrored, x_0[:, :, ::-1], x_0)
+
+
+def drop_labels(
+    key: Array, labels: Int[Array, "b"], probability: float, num_classes: int
+) -> Int[Array, "b"]:
+    """Replaces each label, with this probability, by num_classes, which stands for no label."""
+    return jnp.where(jax.random.bernoulli(key, probability, labels.shape), num_classes, labels)
+
+
+def quartile_of(time: Float[Array, "b"]) -> Int[Array, "b"]:
+    """The quarter of (0, 1] that each time is in, numbered from 0."""
+    return jnp.ceil(4 * time).astype(jnp.int32) - 1

@@ -14,7 +14,7 @@ from experiments.harness.seeds import stream
 from experiments.harness.setup.definition import define_model
 from experiments.harness.setup.params import init_params
 from experiments.harness.training import loss
-from experiments.harness.training.loss import init_history, make_loss
+from experiments.harness.training.loss import init_history, make_draw, make_loss
 from experiments.harness.training.optimizer import make_optimizer
 from experiments.harness.training.state import first_state, make_setup
 from experiments.harness.training.step import make_train_step
@@ -42,13 +42,12 @@ class Fixed:
         self.definition = define_model(config)
         self.params = init_params(self.definition, config.seed) if params is None else params
         self.x_0 = digits(config, config.train.batch_size) if x_0 is None else x_0
-        self.history, self.loss_fn = (
-            init_history(config, self.definition),
-            make_loss(config, self.definition),
-        )
+        self.history = init_history(config, self.definition)
+        draw, loss_fn = make_draw(config), make_loss(config, self.definition)
+        self.loss = lambda params, key, history: loss_fn(params, *draw(key, self.x_0), history)
         self.compiled = jax.jit(
             lambda keys, history: jax.lax.map(
-                lambda key: self.loss_fn(self.params, self.x_0, key, history), keys
+                lambda key: self.loss(self.params, key, history), keys
             )
         )
 
@@ -148,8 +147,8 @@ def test_a_new_learned_schedule_is_the_linear_one():
 def test_the_variance_moves_the_schedule_and_not_the_loss(train_ends):
     """The loss is the mean of its examples' to the last bit, and the gradient reaches all."""
     fixed = Fixed(tiny.config(**LEARNED, schedule__learned__train_ends=train_ends))
-    compiled = jax.jit(jax.value_and_grad(fixed.loss_fn, has_aux=True))
-    (total, batch), grads = compiled(fixed.params, fixed.x_0, jax.random.key(1), {})
+    compiled = jax.jit(jax.value_and_grad(fixed.loss, has_aux=True))
+    (total, batch), grads = compiled(fixed.params, jax.random.key(1), {})
     # The same sum, in another program.
     assert float(total) == pytest.approx(float(batch.losses.mean()), rel=1e-6)
     np.testing.assert_array_equal(batch.losses, batch.unweighted)
@@ -220,13 +219,14 @@ def test_a_step_adds_its_unweighted_losses_to_the_history():
     assert known
     assert np.ptp(states[2].history.probabilities()) > 0.05
     assert np.ptp(states[1].history.probabilities()) < 1e-6
-    loss_fn, images = make_loss(config, definition), splits.load_data(config, "train").images
+    draw, loss_fn = make_draw(config), make_loss(config, definition)
+    images = splits.load_data(config, "train").images
     for before, after in itertools.pairwise(states):
         step = int(before.step)
         _, key = jax.random.split(jax.random.fold_in(stream(config.seed, "train"), step))
         indices = order.batch_indices(config.seed, step, len(images), 64)
         x_0 = definition.quantization.to_data(images[indices])
-        _, batch = loss_fn(before.params, x_0, key, before.history)
+        _, batch = loss_fn(before.params, *draw(key, x_0), before.history)
         history = LossHistory(*map(jnp.asarray, before.history))
         squared, count = history.update(batch.t, batch.unweighted)
         np.testing.assert_array_equal(after.history.count, count)

@@ -26,14 +26,31 @@ def test_the_peak_of_a_device_by_its_kind(kind, dtype, expected):
     assert speed.peak_flops(kind, dtype) == expected
 
 
-def test_a_matrix_product_has_two_operations_for_each_term():
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_operations_of_a_product_and_a_convolution_repeated(repeats):
+    """Two for each term of a sum: k terms in a product, the taps times the channels in a
+    convolution. A gradient with respect to both factors takes twice as many again."""
     m, k, n = 48, 40, 56
-    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((m, k), (k, n))]
-    compiled = jax.jit(jnp.dot).lower(*shapes).compile()
-    num_devices = jax.device_count()
-    assert speed.count_flops(compiled, tiny.config()) == 2 * m * k * n * num_devices
-    # A count with recomputation, or of one part of the batch, is not the model's.
-    assert speed.count_flops(compiled, tiny.config(train__accumulate=2)) is None
+    image, kernel = jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 5))
+    left, right = jnp.ones((m, k)), jnp.ones((k, n))
+
+    def conv(image, kernel, stride=1):
+        axes = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            image, kernel, (stride, stride), "SAME", dimension_numbers=axes
+        )
+
+    def step(carry, _):
+        return carry + (left @ right).sum() + conv(image, kernel, stride=2).sum(), None
+
+    def flops(function, *args):
+        return speed.count_flops(jax.jit(function).trace(*args).jaxpr)
+
+    product, convolution = 2 * m * k * n, 2 * (2 * 4 * 4 * 5) * (3 * 3 * 3)
+    repeated = flops(lambda: jax.lax.scan(step, 0.0, length=repeats))
+    assert repeated == repeats * (product + convolution)
+    gradient = jax.grad(lambda *args: jnp.square(conv(*args)).sum(), argnums=(0, 1))
+    assert flops(gradient, image, kernel) == 3 * 4 * convolution
 
 
 def test_the_speed_between_two_timings():
