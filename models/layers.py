@@ -43,17 +43,17 @@ def sinusoidal_embedding(timestep: Float[Array, "b"], dim: int) -> Float[Array, 
 def fourier_features(
     x: Float[Array, "b h w c"], exponents: Sequence[int]
 ) -> Float[Array, "b h w features"]:
-    """x, and beside it sin(2ⁿ π x) and cos(2ⁿ π x) for each exponent n, as further channels.
+    """Adds sin(2ⁿ π x) and cos(2ⁿ π x) to x as channels, for each exponent n.
 
-    Near the data they tell which grey level a pixel is close to: choose n so that the period 2¹⁻ⁿ
-    is about the spacing of the levels. Kingma et al. 2021, appendix C.
+    At low noise they show which grey level a pixel is close to: choose n so that the period 2¹⁻ⁿ is
+    about the spacing of the levels. Kingma et al. 2021, appendix C.
     """
     waves = [wave(2.0**n * np.pi * x) for n in exponents for wave in (jnp.sin, jnp.cos)]
     return jnp.concatenate([x, *waves], axis=-1)
 
 
 def at_least_float32(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
-    """x as it is, or, of less precision, in float32."""
+    """x in its own precision, but in float32 if that is lower."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
@@ -74,8 +74,7 @@ def conv3x3(
 ) -> nn.Conv:
     """A convolution that keeps height and width.
 
-    XLA's own on every platform. Written as matrix products (nine shifted ones, or one over the
-    concatenated shifts) it was slower on a CPU too, the weight gradient included.
+    On a CPU too, XLA's convolution was faster than matrix products over the nine shifts.
     """
     return nn.Conv(features, (3, 3), kernel_init=kernel_init, dtype=dtype, name=name)
 
@@ -83,12 +82,12 @@ def conv3x3(
 class GroupNorm(nn.Module):
     """Zero mean and unit variance over the pixels and channels of a group, then scale and bias.
 
-    `flax.linen.GroupNorm` with its two-pass variance, in an order that takes a fifth less time in a
-    forward pass on a CPU: pixels first, channels of a group last, one multiply-add for each value.
-    It computes in float32 at least, and returns what it was given.
+    Computes what `flax.linen.GroupNorm` does with a two-pass variance, in float32 at least, and
+    returns the input's dtype. It averages over pixels first and over a group's channels last, and
+    uses one multiply-add for each value, which takes a fifth less time in a forward pass on a CPU.
 
     Attributes:
-      num_groups: groups of channels; it must divide their number.
+      num_groups: number of groups; it must divide the number of channels.
 
     Wu and He 2018.
     """
@@ -107,20 +106,20 @@ class GroupNorm(nn.Module):
             return groups.mean(axis=-1).repeat(groups.shape[-1], axis=-1)[:, None, None, :]
 
         mean = group_mean(x)
-        # Not E[x²] − E[x]², which cancels where the mean is large.
+        # E[x²] − E[x]² would lose precision to cancellation if the mean is large.
         variance = group_mean(jnp.square(x - mean))
         slope = scale * jax.lax.rsqrt(variance + GROUP_NORM_EPSILON)
         return (x * slope + (bias - mean * slope)).astype(dtype)
 
 
 class ResBlock(nn.Module):
-    """Two convolutions with the noise level added between them, around a shortcut.
+    """A residual block: two convolutions, with the embedded noise level added between them.
 
     Attributes:
-      features: channels of the output.
-      num_groups: groups of the group norms.
+      features: number of output channels.
+      num_groups: number of groups of the group norms.
       dropout: probability of dropping an activation before the second convolution.
-      dtype: what the convolutions compute in; None for the precision of their input.
+      dtype: precision of the convolutions; None for that of their input.
     """
 
     features: int
@@ -146,11 +145,11 @@ class ResBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Single-head attention of every pixel to every other, added to its input.
+    """Single-head self-attention over all pixels, added to its input.
 
     Attributes:
-      num_groups: groups of the group norm.
-      dtype: what the products compute in; None for the precision of their input. The softmax is in
+      num_groups: number of groups of the group norm.
+      dtype: precision of the matrix products; None for that of their input. The softmax is in
         float32 at least.
     """
 
@@ -172,7 +171,7 @@ class SelfAttention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves height and width by a strided convolution, padded below and on the right only."""
+    """Halves height and width by a strided convolution, padded at the bottom and right only."""
 
     dtype: DTypeLike | None = None
 

@@ -13,18 +13,20 @@ from jaxtyping import Float, PyTree
 from diffusion.learned_schedule import value_and_slope
 from diffusion.schedules import Array, Levels, Schedule
 
-MARGIN = 0.2  # the units' centres go so far beyond [0, 1], for the ends to have as many as the rest
-WIDTH = 0.75  # of a unit's logistic density at first, in spacings of the centres
+# The units' centres extend beyond [0, 1] by this margin, so that the ends have as many units nearby
+# as the interior.
+MARGIN = 0.2
+WIDTH = 0.75  # initial width of a unit's logistic density, in spacings of the centres
 
 
 class Interior(NamedTuple):
-    """What shapes a schedule between its ends: a straight line and logistic units.
+    """The shape of a schedule between its ends: a straight line plus k logistic units.
 
     Attributes:
-      weight: positive weights of the line, first, and of the units; their sum is one.
-      steepness: of each unit, positive, over the unit of time.
-      shift: of each unit against its centre, in its own widths.
-      centre: constants that spread the units over the unit of time.
+      weight: positive weights, of the line first and then of the units; their sum is one.
+      steepness: slope of each unit's argument in time, positive.
+      shift: offset of each unit's argument from its value at the centre.
+      centre: fixed times, spread evenly.
     """
 
     weight: Float[Array, "k+1"]
@@ -33,9 +35,9 @@ class Interior(NamedTuple):
     centre: Float[Array, "k"]
 
     def rise(self, start: Float[Array, "*b"], end: Float[Array, "*b"]) -> Float[Array, "*b"]:
-        """How much the weighted sum rises from time `start` to a later `end`; zero if they meet.
+        """The increase of the weighted sum from time `start` to `end` ≥ `start`; zero if they meet.
 
-        σ(y) − σ(x) = σ(y) σ(−x) (1 − e^{x − y}): every factor is positive and none cancels.
+        σ(y) − σ(x) = σ(y) σ(−x) (1 − e^{x − y}): every factor is positive, and nothing cancels.
         """
         duration = jnp.asarray(end - start)[..., None]
         before = self.steepness * (jnp.asarray(start)[..., None] - self.centre) + self.shift
@@ -48,19 +50,20 @@ class Interior(NamedTuple):
 class NoiseSchedule(nn.Module):
     """λ(u) = max − (max − min) g(u) for u ∈ [0, 1], where g rises strictly from 0 to 1.
 
-    g is a straight line plus logistic units with positive weights, less its value at 0 and over its
-    rise to 1. At first g(u) = u to 1e-7 with 64 units, 3e-5 with 32 and 0.006 with any number.
-    Kingma et al. (2021), appendix H.
+    g is a straight line plus logistic units with positive weights, shifted and scaled so that
+    g(0) = 0 and g(1) = 1. At initialisation g(u) = u to 1e-7 with 64 units, to 3e-5 with 32, and to
+    0.006 with any number. Kingma et al. (2021), appendix H.
 
-    The two ends belong to the bound and the interior to its variance
-    (`diffusion.learned_schedule`): `ends_only` and `interior_only` send gradients to one alone.
+    The ends are trained on the bound and the interior on its variance
+    (`diffusion.learned_schedule`): the gradients of `ends_only` reach the ends only, and those of
+    `interior_only` the interior only.
 
     Attributes:
-      max: log-SNR at u = 0, or where it starts if the ends are trained.
+      max: log-SNR at u = 0; its initial value if the ends are trained.
       min: log-SNR at u = 1, likewise.
       features: number of logistic units.
-      train_ends: whether the ends are parameters, as a middle and a log-width, so that max > min
-        always. Otherwise they are constants.
+      train_ends: whether the ends are parameters instead of constants. Their parameters are a
+        middle and a log-width, so that max > min always.
     """
 
     max: float = 10.0
@@ -72,7 +75,7 @@ class NoiseSchedule(nn.Module):
         """Checks the settings.
 
         Raises:
-          ValueError: with one line naming the setting, its value and what would be right.
+          ValueError: with one line that names the setting, its value and the permitted values.
         """
 
         def check(right: bool, name: str, remedy: str) -> None:
@@ -86,7 +89,7 @@ class NoiseSchedule(nn.Module):
 
     def setup(self) -> None:
         self.validate()
-        # Between them the units have as much weight as the line.
+        # All units together have as much weight as the line.
         self.line_log_weight = self.param("line_log_weight", constant(np.log(self.features)), (1,))
         self.log_weight = self.param("log_weight", zeros_init(), (self.features,))
         steepness = constant(-np.log(WIDTH * self._spacing()))
@@ -101,26 +104,26 @@ class NoiseSchedule(nn.Module):
         return _log_snr(time, self.ends(), self._interior())
 
     def ends_only(self, time: Float[Array, "b"]) -> tuple[Float[Array, "b"], Float[Array, "b"]]:
-        """λ and dλ/du for the bound: their gradient reaches `max` and `min` and nothing else.
+        """λ and dλ/du for the bound, with gradients with respect to the ends only.
 
-        g(u) is held constant. If the ends are not trained there is no gradient at all.
+        g(u) is held constant. If the ends are not trained, there are no gradients.
         """
         interior = jax.lax.stop_gradient(self._interior())
         return value_and_slope(lambda u: _log_snr(u, self.ends(), interior), time)
 
     def interior_only(self, time: Float[Array, "b"]) -> Float[Array, "b"]:
-        """λ for `variance_surrogate`: its gradient reaches the interior and never the ends."""
+        """λ for `variance_surrogate`, with gradients with respect to the interior only."""
         return _log_snr(time, jax.lax.stop_gradient(self.ends()), self._interior())
 
     def ends(self) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """λ(0) and λ(1), the least noisy level and the noisiest: what the bound's ends need."""
+        """λ(0) and λ(1), of the least and the most noisy level, for reconstruction and prior."""
         if not self.train_ends:
             return jnp.asarray(self.max, float), jnp.asarray(self.min, float)
         half_width = 0.5 * jnp.exp(self.log_width)
         return self.middle + half_width, self.middle - half_width
 
     def _interior(self) -> Interior:
-        # Only ratios of weights matter.
+        # Only the ratios of the weights matter.
         weight = jax.nn.softmax(jnp.concatenate([self.line_log_weight, self.log_weight]))
         centre = (jnp.arange(self.features) + 0.5) * self._spacing() - MARGIN
         return Interior(weight, jnp.exp(self.log_steepness), self.shift, centre)
@@ -134,7 +137,7 @@ def _log_snr(
     ends: tuple[Float[Array, ""], Float[Array, ""]],
     interior: Interior,
 ) -> Float[Array, "b"]:
-    """λ(u), counted from the nearer end: so it meets both exactly, however a program rounds."""
+    """λ(u), computed from the nearer end, so that both ends are exact in any rounding."""
     time = jnp.asarray(time)
     max, min = ends
     start, end = jnp.zeros_like(time), jnp.ones_like(time)
@@ -148,15 +151,15 @@ def tabulate(
     params: PyTree,
     num_knots: int = 2**16 + 1,
 ) -> Schedule:
-    """The schedule as a table, evaluated in float64: from here on it is like any other.
+    """The learned schedule as a table that is evaluated in float64, like every other schedule.
 
-    Between knots the table is off by at most max|λ''|/(8 (num_knots − 1)²). `Schedule.levels` takes
-    the nearest knots, so T levels are the network's own where num_knots = T; with many more knots
-    than T, as by default at T = 1000, their times are off by half a knot at most.
+    Between knots the error is at most max|λ''|/(8 (num_knots − 1)²). `Schedule.levels` takes the
+    nearest knots: for num_knots = T the T levels are the network's own, and with many more knots,
+    as by default at T = 1000, the error of their times is at most half a knot.
 
     Args:
       apply: (params, times) -> log-SNRs, such as a `NoiseSchedule`'s `apply`.
-      params: what `apply` takes; floats of any precision.
+      params: parameters for `apply`, of any float precision.
       num_knots: number of equally spaced knots, both ends included.
 
     Raises:

@@ -1,4 +1,4 @@
-"""DDPM's U-Net: a denoiser (x_t, log-SNR) -> prediction, of the shape of an image."""
+"""DDPM's U-Net: (x_t, log-SNR, condition) -> prediction, of the shape of an image."""
 
 from collections.abc import Callable, Sequence
 
@@ -38,8 +38,8 @@ def ddpm_timestep(
       level_log_snrs: log-SNRs of the levels t = 1 … T that the network was trained on.
 
     Returns:
-      A function of log-SNRs. Level t gives t − 1, bit for bit where the log-SNR is the table's
-      entry in float32; between levels it is linear in log-SNR, and outside them it is clamped.
+      A function of log-SNRs. At level t it is t − 1 exactly, if the log-SNR is the table's entry in
+      float32. Between levels it is linear in log-SNR, and outside of them it is clamped.
 
     Raises:
       ValueError: if the table is empty, or not finite and strictly falling in float32.
@@ -64,21 +64,22 @@ class UNet(nn.Module):
     The defaults are DDPM's for CIFAR-10: 35,746,307 parameters.
 
     Attributes:
-      channels: channels at full resolution.
-      channel_multipliers: one a resolution, from the full one, each half of the one before.
-      num_res_blocks: residual blocks a resolution on the way down; one more on the way up.
-      attention_resolutions: heights of the feature maps whose residual blocks are each followed by
-        self-attention. The middle has it always.
+      channels: number of channels at full resolution.
+      channel_multipliers: a factor for each resolution, which halves from one to the next.
+      num_res_blocks: number of residual blocks at each resolution of the encoder; the decoder has
+        one more.
+      attention_resolutions: heights of the feature maps with self-attention after each residual
+        block. The middle always has attention.
       dropout: probability of dropping an activation in a residual block.
-      num_groups: groups of the group norms.
-      fourier_exponents: of the `fourier_features` of the input; DDPM has none.
-      out_channels: channels of the prediction; None for as many as the image has.
-      num_classes: whose labels can be given as the condition; 0 for an unconditional network.
-      timestep_of: from log-SNRs to what the sinusoidal embedding is fed, of the order of 0 … 1000.
-      dtype: what convolutions and attention compute in, such as bfloat16; None for the precision of
-        their input. Parameters, norms, softmax, embeddings and the output are in float32 at least.
-      remat: whether a residual or attention block keeps nothing but its input for the gradient, and
-        is computed again there: less memory for a third more arithmetic.
+      num_groups: number of groups of the group norms.
+      fourier_exponents: exponents for `fourier_features` of the input; DDPM has none.
+      out_channels: number of channels of the prediction; None for the image's own.
+      num_classes: number of classes of the condition; 0 for an unconditional network.
+      timestep_of: maps log-SNRs to the input of the sinusoidal embedding, of the order of 0 … 1000.
+      dtype: precision of convolutions and attention, such as bfloat16; None for that of their
+        input. Parameters, norms, softmax, embeddings and the output are in float32 at least.
+      remat: whether residual and attention blocks store only their input for the gradient and are
+        computed again there, which takes less memory and a third more arithmetic.
     """
 
     channels: int = 128
@@ -98,7 +99,7 @@ class UNet(nn.Module):
         """Checks the settings against the shape (height, width, channels) of the images.
 
         Raises:
-          ValueError: with one line naming the setting, its value and what would be right.
+          ValueError: with one line that names the setting, its value and the permitted values.
         """
         height, width, _ = image_shape
         halvings = len(self.channel_multipliers) - 1
@@ -150,26 +151,26 @@ class UNet(nn.Module):
         """The prediction at x_t.
 
         Args:
-          x_t: noisy images, in the units the network was trained in.
+          x_t: noisy images, in the units of the training data.
           log_snr: their log-SNRs.
-          condition: labels 0 … num_classes − 1, where the network has classes. No label is
-            num_classes, or None for the whole batch. Any other label gives NaN, since inside a
-            compiled program nothing can be raised.
-          train: whether to drop activations, with the random numbers of the collection `dropout`.
+          condition: labels 0 … num_classes − 1 for a network with classes; num_classes means no
+            label, and so does None for the whole batch. Any other label gives NaN, since a compiled
+            program cannot raise an error.
+          train: whether to apply dropout, with the random key of the collection `dropout`.
 
         Returns:
-          What the parameterisation says: ε, x_0, v or the score. Zero at initialisation.
+          ε, x_0, v or the score, whichever the parameterisation is. Zero at initialisation.
 
         Raises:
-          ValueError: for a condition that is no integers, or that an unconditional network is
-            given, and as `validate`.
+          ValueError: if the condition is not of integers, or the network is unconditional and has
+            one; and as `validate`.
         """
         self.validate(x_t.shape[1:])
         x_t = jnp.asarray(x_t)
         embedding = self._embedding(log_snr, condition)
 
         def res_block(x, features, name):
-            # Of its arguments, itself included, `train` is known when it is compiled.
+            # Argument 3, counted from `self`, is `train`: a constant of the compiled program.
             block = nn.remat(ResBlock, static_argnums=3) if self.remat else ResBlock
             block = block(features, self.num_groups, self.dropout, self.dtype, name=name)
             return block(x, embedding, train)
@@ -200,7 +201,7 @@ class UNet(nn.Module):
         x = nn.swish(GroupNorm(self.num_groups, name="norm_out")(at_least_float32(x)))
         return conv3x3(self.out_channels or x_t.shape[-1], "conv_out", zeros_init())(x)
 
-    # Parts of `__call__`, whose scope their layers belong to.
+    # Parts of `__call__`: their layers have its scope.
 
     @nn.nowrap
     def _stage(
@@ -211,7 +212,7 @@ class UNet(nn.Module):
         level: int,
         index: int,
     ) -> Float[Array, "b h w features"]:
-        """A residual block of a resolution, and self-attention where it has that."""
+        """A residual block, followed by self-attention at the resolutions that have it."""
         features = self.channels * self.channel_multipliers[level]
         x = res_block(x, features, f"{direction}_{level}_block_{index}")
         if x.shape[1] in self.attention_resolutions:
@@ -227,7 +228,7 @@ class UNet(nn.Module):
     def _embedding(
         self, log_snr: Float[Array, "b"], condition: Shaped[Array, "b"] | None
     ) -> Float[Array, "b e"]:
-        """The noise level, and the label where there are classes."""
+        """The embedding of the noise level, plus that of the label if the network has classes."""
         embedding = sinusoidal_embedding(self.timestep_of(log_snr), self.channels)
         embedding = dense(4 * self.channels, "embedding_1")(embedding)
         embedding = dense(4 * self.channels, "embedding_2")(nn.swish(embedding))
@@ -242,12 +243,12 @@ class UNet(nn.Module):
         label = jnp.asarray(condition)
         if not jnp.issubdtype(label.dtype, jnp.integer):
             raise ValueError(f"condition is of type {label.dtype}; labels must be integers")
-        # Below zero `take` would count from the end.
+        # A negative index would count from the end of the table.
         label = jnp.where(label < 0, self.num_classes + 1, label)
         return embedding + jnp.take(table, label, axis=0, mode="fill")
 
 
 def _halvings(height: int, width: int) -> int:
-    """How often 2 divides both sides of an image."""
+    """The number of times that both sides of an image can be halved."""
     side = int(np.gcd(height, width))
     return (side & -side).bit_length() - 1
