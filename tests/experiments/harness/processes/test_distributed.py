@@ -22,6 +22,8 @@ from experiments.harness.processes import distributed
 from experiments.harness.setup.definition import MODELS, define_model
 from experiments.harness.training import step
 from experiments.harness.training.loss import Batch, Inputs
+from experiments.harness.training.state import first_state, make_setup
+from experiments.train import check as check_training
 from models import layers
 from tests.experiments import processes, tiny
 
@@ -183,10 +185,16 @@ def test_processes_that_are_told_too_little_say_so():
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        ({"train__accumulate": 0}, "train.accumulate = 0; it must be at least 1"),
+        ({"train__accumulate": 0}, "train.accumulate = 0; it must be a whole number in"),
         ({"train__accumulate": 3}, "does not split over 1 devices in 3 parts; use a multiple of 3"),
-        ({"train__accumulate": 2, "schedule__name": "learned"}, "accumulate = 2, but a learned"),
-        ({"train__steps_per_dispatch": 2}, "steps_per_dispatch = 2 is for accelerators"),
+        (
+            {"train__accumulate": 2, "schedule__name": "learned"},
+            "accumulate = 2; the gradient of a learned schedule",
+        ),
+        (
+            {"train__steps_per_dispatch": 2, "train__log_every": 2},
+            "steps_per_dispatch = 2 is for accelerators",
+        ),
         ({"devices__fsdp": 3}, "devices.fsdp = 3; it must divide the number of devices, 1"),
         ({"model__dtype": "float16"}, "model.dtype = 'float16' is unknown; known: float32, bfl"),
         ({"model__remat": True}, "model.name = 'dense' has no config.model.dtype or remat"),
@@ -196,9 +204,8 @@ def test_settings_that_do_not_fit_are_named(overrides, expected):
     learned = {"train__time": "continuous", "train__objective": "vlb"}
     overrides |= learned if "schedule__name" in overrides else {}
     config = processes.config(**overrides)
-    definition = define_model(config)
     with pytest.raises(ConfigError, match=expected):
-        step.check(config, definition)
+        check_training(config)
 
 
 def gradients(config):

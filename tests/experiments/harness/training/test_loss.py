@@ -13,7 +13,6 @@ from experiments.harness.data import order, splits
 from experiments.harness.seeds import stream
 from experiments.harness.setup.definition import define_model
 from experiments.harness.setup.params import init_params
-from experiments.harness.training import loss
 from experiments.harness.training.loss import init_history, make_draw, make_loss
 from experiments.harness.training.optimizer import make_optimizer
 from experiments.harness.training.state import first_state, make_setup
@@ -243,7 +242,9 @@ def test_the_loss_at_many_levels_is_nearly_that_in_continuous_time():
     """
     num_timesteps = 1024
     shared = {"schedule__num_timesteps": num_timesteps, "train__batch_size": num_timesteps}
-    discrete, continuous = (tiny.config(**shared, train__time=of) for of in loss.TIME)
+    discrete, continuous = (
+        tiny.config(**shared, train__time=time) for time in ("discrete", "continuous")
+    )
     x_0 = jnp.repeat(digits(discrete, 1), num_timesteps, axis=0)
     params = init_params(define_model(discrete), 0)
     at_levels, at_all = (Fixed(of, x_0, params).draw(24) for of in (discrete, continuous))
