@@ -19,6 +19,7 @@ from diffusion.bound import Bound
 from experiments.harness.data import splits
 from experiments.harness.errors import ConfigError
 from experiments.harness.evaluation.full_bound import full_bound, summary
+from experiments.harness.evaluation.subject import subject_of
 from experiments.harness.sampling.draw import Drawer
 from experiments.harness.setup import trained
 from experiments.harness.workdir.record import recorded_config
@@ -74,8 +75,9 @@ class Run(trained.Run):
         """
         choose = None if num_examples is None else splits.first(num_examples)
         dataset = splits.load_measured(self.config, split, choose)
-        terms, variances = full_bound(self.config, self.definition, self.params, dataset)
-        return MeasuredBound(split, **summary(terms, variances, self.definition), terms=terms)
+        subject = subject_of(self.config, self.definition, self.params, dataset)
+        terms, variances = full_bound(subject, self.config.evaluate.replicates)
+        return MeasuredBound(split, **summary(terms, variances, subject.num_dims), terms=terms)
 
     def sample(
         self, num_samples: int, num_timesteps: int | None = None

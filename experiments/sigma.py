@@ -4,7 +4,6 @@ All Σ_θ are measured on the same examples with the same noise, so their differ
 better than they are themselves.
 """
 
-import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -12,6 +11,7 @@ from experiments.harness import checks
 from experiments.harness.data import splits
 from experiments.harness.evaluation import paired
 from experiments.harness.evaluation.paired import Choice, Entry
+from experiments.harness.evaluation.subject import subject_of
 from experiments.harness.setup import analytic, trained
 from experiments.harness.workdir.files import write_json
 
@@ -41,27 +41,27 @@ def sigma(config: ConfigDict, workdir: epath.PathLike) -> list[Entry]:
     """
     check(config)
     run = trained.load(config, workdir, config.sigma.checkpoint)
-    definition = run.definition
     variances = {
         name: run.with_variance(name).definition.variance
         for name in analytic.available_variances(config)
     }
     dataset = splits.load_measured(config, config.sigma.split)
+    subject = subject_of(config, run.definition, run.params, dataset)
     choices = {
-        (num_timesteps, name): Choice(definition.schedule.levels(num_timesteps), variance)
+        (num_timesteps, name): Choice(subject.schedule.levels(num_timesteps), variance)
         for num_timesteps in config.sigma.num_timesteps
         for name, variance in variances.items()
     }
     draws = config.sigma.draws
-    totals = paired.measure_totals(config, definition, run.params, dataset, choices, draws)
-    entries = paired.summarize(totals, REFERENCE, int(np.prod(definition.image_shape)))
+    totals = paired.measure_totals(subject, choices, draws)
+    entries = paired.summarize(totals, REFERENCE, subject.num_dims)
     result = {
         "split": config.sigma.split,
         "checkpoint": config.sigma.checkpoint,
         "step": run.step,
         "seed": config.seed,
         "draws": draws,
-        "num_examples": len(dataset.images),
+        "num_examples": subject.num_examples,
         "entries": paired.rows(entries, "variance"),
     }
     paired.write(workdir, "sigma", entries, "Σ_θ", REFERENCE)

@@ -4,7 +4,6 @@ The best levels are those of the lowest expected bound, found from the network's
 training data; all are measured on the same examples with the same noise.
 """
 
-import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -14,6 +13,7 @@ from experiments.harness import checks
 from experiments.harness.data import splits
 from experiments.harness.evaluation import paired
 from experiments.harness.evaluation.paired import Choice, Entry
+from experiments.harness.evaluation.subject import subject_of
 from experiments.harness.setup import optimal_steps, trained
 from experiments.harness.setup.trained import Run
 from experiments.harness.workdir import provenance
@@ -47,8 +47,8 @@ def spacing(config: ConfigDict, workdir: epath.PathLike) -> list[Entry]:
     check(config)
     run = trained.load(config, workdir, config.spacing.checkpoint)
     run = run.with_variance(config.spacing.variance)
-    definition = run.definition
     dataset = splits.load_measured(config, config.spacing.split)
+    subject = subject_of(config, run.definition, run.params, dataset)
     optimal = _optimal(run)
     result = {
         "split": config.spacing.split,
@@ -58,22 +58,22 @@ def spacing(config: ConfigDict, workdir: epath.PathLike) -> list[Entry]:
         "variance": config.spacing.variance or config.model.variance,
         "candidates": config.spacing.candidates,
         "draws": config.spacing.draws,
-        "num_examples": len(dataset.images),
+        "num_examples": subject.num_examples,
         "log_snr": optimal_steps.to_json(optimal),
     }
     path = epath.Path(workdir) / optimal_steps.FILE
     write_json(path, result)
     choices = {
-        (num_timesteps, name): Choice(levels, definition.variance)
+        (num_timesteps, name): Choice(levels, run.definition.variance)
         for num_timesteps in config.spacing.num_timesteps
         for name, levels in {
-            **{name: of(definition.schedule, num_timesteps) for name, of in SPACINGS.items()},
+            **{name: rule(subject.schedule, num_timesteps) for name, rule in SPACINGS.items()},
             OPTIMAL: optimal[num_timesteps],
         }.items()
     }
     draws = config.spacing.draws
-    totals = paired.measure_totals(config, definition, run.params, dataset, choices, draws)
-    entries = paired.summarize(totals, REFERENCE, int(np.prod(definition.image_shape)))
+    totals = paired.measure_totals(subject, choices, draws)
+    entries = paired.summarize(totals, REFERENCE, subject.num_dims)
     paired.write(workdir, "spacing", entries, "spacing", REFERENCE)
     write_json(path, result | {"entries": paired.rows(entries, "spacing")})
     return entries

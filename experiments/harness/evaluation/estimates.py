@@ -1,7 +1,7 @@
-"""What else an evaluation can say of a model: its bound as T → ∞, the K-sample bound, the ODE's.
+"""Further estimates of an evaluation: the bound as T → ∞, the K-sample bound, the ODE's bound.
 
-Each takes (config, definition, params, dataset) and returns numbers for evaluation.json, with both
-standard errors and the network evaluations that they took.
+Each takes (config, subject) and returns numbers for evaluation.json, with both standard errors and
+the number of network evaluations.
 """
 
 from collections.abc import Callable
@@ -9,65 +9,65 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from diffusion.statistics.standard_errors import bits_per_dim, estimate
 from diffusion.trajectory import k_sample_bound
-from experiments.harness import devices
-from experiments.harness.data import splits
 from experiments.harness.data.batches import over_examples
 from experiments.harness.evaluation import programs
-from experiments.harness.evaluation.allocate import Allocated, Estimator, allocated_bound
+from experiments.harness.evaluation.allocate import (
+    Allocated,
+    Estimator,
+    allocated_bound,
+    fit_control,
+)
+from experiments.harness.evaluation.subject import Subject
 from experiments.harness.processes.progress import progress
-from experiments.harness.setup.definition import ModelDefinition
 
 DEFAULT_TARGET = 0.002
-GROUPS = 2  # of K trajectories, whose difference tells the noise of a K-sample bound
-DRAWS = 2  # of an ODE's noise and probes, likewise
+GROUPS = 2  # of K trajectories; their difference gives the noise of a K-sample bound
+DRAWS = 2  # of the ODE's noise and probes; their difference gives its noise
 
 
-def continuous(
-    config: ConfigDict, definition: ModelDefinition, params: Any, dataset: splits.Dataset
-) -> dict[str, Any]:
-    """The bound as T → ∞, evaluations allocated to its Monte-Carlo error."""
-    estimator = Estimator(config, definition, params, dataset, continuous=True)
-    return allocated_summary(allocate(config, estimator), definition)
+def continuous(config: ConfigDict, subject: Subject) -> dict[str, Any]:
+    """The bound as T → ∞, with evaluations allocated to its Monte-Carlo error."""
+    return allocated_summary(allocate(config, subject, continuous=True), subject.num_dims)
 
 
-def allocate(config: ConfigDict, estimator: Estimator) -> Allocated:
-    """To the config's target and budget."""
+def allocate(config: ConfigDict, subject: Subject, continuous: bool = False) -> Allocated:
+    """The bound at T, or as T → ∞, to the target and within the budget of the config."""
     settings = config.evaluate
+    estimator = Estimator(subject, fit_control(config, subject), continuous)
     target = settings.target or DEFAULT_TARGET
     return allocated_bound(estimator, target, settings.max_evaluations, settings.pilot)
 
 
-def allocated_summary(found: Allocated, definition: ModelDefinition) -> dict[str, Any]:
-    """An allocated bound in bits/dim, in its three parts."""
-    num_dims = int(np.prod(definition.image_shape))
+def allocated_summary(allocated: Allocated, num_dims: int) -> dict[str, Any]:
+    """An allocated bound in bits/dim, with its three parts."""
+
+    def mean(nats):
+        return float(bits_per_dim(nats.mean(), num_dims))
+
     return {
-        **_summary(found.total, found.noise_variance, num_dims, found.evaluations),
-        "prior": float(bits_per_dim(found.prior.mean(), num_dims)),
-        "diffusion": float(bits_per_dim(found.diffusion.mean(), num_dims)),
-        "reconstruction": float(bits_per_dim(found.reconstruction.mean(), num_dims)),
+        **_summary(allocated.total, allocated.noise_variance, num_dims, allocated.evaluations),
+        "prior": mean(allocated.prior),
+        "diffusion": mean(allocated.diffusion),
+        "reconstruction": mean(allocated.reconstruction),
     }
 
 
-def k_sample(
-    config: ConfigDict, definition: ModelDefinition, params: Any, dataset: splits.Dataset
-) -> dict[str, Any]:
-    """The importance-weighted bound of K trajectories at its own T, beside that of one."""
+def k_sample(config: ConfigDict, subject: Subject) -> dict[str, Any]:
+    """The importance-weighted bound of K trajectories at its own T, and that of one trajectory."""
     k, num_timesteps = config.evaluate.k_sample.num_samples, config.evaluate.k_sample.num_timesteps
-    totals = trajectories(config, definition, params, dataset, num_timesteps, GROUPS * k)
+    subject = subject._replace(levels=subject.schedule.levels(num_timesteps))
+    totals = trajectories(subject, GROUPS * k)
     bounds = k_sample_bounds(totals)
-    num_dims = int(np.prod(definition.image_shape))
+    num_dims, evaluations = subject.num_dims, totals.size * num_timesteps
     one = estimate(totals.mean(axis=0), totals.var(axis=0, ddof=1) / len(totals), num_dims)
+    noise_variance = bounds.var(axis=0, ddof=1) / GROUPS
     return {
-        **_summary(
-            bounds.mean(axis=0),
-            bounds.var(axis=0, ddof=1) / GROUPS,
-            num_dims,
-            totals.size * num_timesteps,
-        ),
+        **_summary(bounds.mean(axis=0), noise_variance, num_dims, evaluations),
         "num_samples": k,
         "num_timesteps": num_timesteps,
         "one_sample_bits_per_dim": one.mean,
@@ -75,72 +75,52 @@ def k_sample(
     }
 
 
-def k_sample_bounds(totals: np.ndarray) -> np.ndarray:
-    """Independent K-sample bounds [group, n], of GROUPS · K trajectories' totals."""
+def k_sample_bounds(totals: Float[np.ndarray, "draws n"]) -> Float[np.ndarray, "groups n"]:
+    """Independent K-sample bounds from the totals of GROUPS · K trajectories."""
     groups = totals.reshape(GROUPS, -1, totals.shape[1])
     return np.stack([np.asarray(k_sample_bound(group), np.float64) for group in groups])
 
 
-def trajectories(
-    config: ConfigDict,
-    definition: ModelDefinition,
-    params: Any,
-    dataset: splits.Dataset,
-    num_timesteps: int,
-    num_draws: int,
-) -> np.ndarray:
-    """Totals of (13.10) along whole trajectories, [draw, n] in float64 nats."""
-    mesh = devices.mesh()
-    run = programs.make_trajectory(config, definition, mesh)
-    params = devices.place(params, devices.replicated(mesh))
-    levels, n = definition.schedule.levels(num_timesteps), len(dataset.images)
-    num_rows, smallest = num_draws * n, config.evaluate.batch_size
-    # Draws and examples side by side: a batch is as large as elsewhere a chunk of timesteps.
-    batch_size = min(smallest * config.evaluate.chunk_size, -(-num_rows // smallest) * smallest)
-
-    def totals(row):
-        draw, index = row // n, row % n
-        return run(params, levels, dataset.examples(index), index, draw)
-
-    cost = num_timesteps
+def trajectories(subject: Subject, num_draws: int) -> Float[np.ndarray, "draws n"]:
+    """Totals of (13.10) along whole trajectories, in float64 nats."""
+    run, n = programs.make_trajectory(subject), subject.num_examples
+    num_rows, smallest = num_draws * n, subject.batch_size
+    # One timestep is evaluated at once, so a batch may have `chunk_size` times more examples.
+    batch_size = min(smallest * subject.chunk_size, -(-num_rows // smallest) * smallest)
+    cost = subject.levels.num_timesteps
     with progress(num_rows * cost, "trajectories", "eval", unit_scale=True, leave=False) as bar:
-        return over_examples(totals, num_rows, batch_size, bar, cost).reshape(num_draws, n)
+        totals = over_examples(
+            lambda row: run(subject, row % n, row // n), num_rows, batch_size, bar, cost
+        )
+    return totals.reshape(num_draws, n)
 
 
-def ode(
-    config: ConfigDict, definition: ModelDefinition, params: Any, dataset: splits.Dataset
-) -> dict[str, Any]:
-    """The probability-flow ODE's bound on the grey levels, from two draws of noise and probes."""
-    mesh, n = devices.mesh(), len(dataset.images)
-    run = programs.make_ode(config, definition, mesh)
-    params = devices.place(params, devices.replicated(mesh))
-    draws = []
+def ode(config: ConfigDict, subject: Subject) -> dict[str, Any]:
+    """The bound of the probability-flow ODE, from two draws of noise and probes."""
+    run, n = programs.make_ode(subject, config.evaluate.ode), subject.num_examples
+
+    def solve(draw):
+        return lambda index: run(subject, index, np.full(len(index), draw))
+
     with progress(DRAWS * n, "ode", "solve", leave=False) as bar:
-        for draw in range(DRAWS):
-
-            def solve(index, draw=draw):
-                examples, of_rows = dataset.examples(index), np.full(len(index), draw)
-                return run(params, definition.levels, examples, index, of_rows)
-
-            draws.append(over_examples(solve, n, config.evaluate.batch_size, bar))
+        draws = [subject.over_examples(solve(draw), bar) for draw in range(DRAWS)]
     bound = jax.tree.map(lambda *arrays: np.concatenate(arrays), *draws)
-    num_dims = int(np.prod(definition.image_shape))
-    total, solver_error = bound.total.reshape(DRAWS, n), bound.ode.solver_error.mean()
+    num_dims, total = subject.num_dims, bound.total.reshape(DRAWS, n)
     trace_se = np.sqrt((bound.ode.trace_se**2).sum()) / (DRAWS * n)
+
+    def bits(nats):
+        return float(bits_per_dim(nats, num_dims))
+
+    noise_variance, evaluations = total.var(axis=0, ddof=1) / DRAWS, bound.ode.evaluations.sum()
     return {
-        **_summary(
-            total.mean(axis=0),
-            total.var(axis=0, ddof=1) / DRAWS,
-            num_dims,
-            int(bound.ode.evaluations.sum()),
-        ),
-        "trace_se": float(bits_per_dim(trace_se, num_dims)),
-        "mean_solver_error": float(bits_per_dim(solver_error, num_dims)),
+        **_summary(total.mean(axis=0), noise_variance, num_dims, int(evaluations)),
+        "trace_se": bits(trace_se),
+        "mean_solver_error": bits(bound.ode.solver_error.mean()),
         "failed_solves": int(np.isnan(total).sum()),
-        "log_density": float(bits_per_dim(bound.ode.log_prob.mean(), num_dims)),
-        "entropy": float(bits_per_dim(bound.entropy.mean(), num_dims)),
-        "scaling": float(bits_per_dim(bound.scaling.mean(), num_dims)),
-        "reconstruction": float(bits_per_dim(bound.reconstruction.mean(), num_dims)),
+        "log_density": bits(bound.ode.log_prob.mean()),
+        "entropy": bits(bound.entropy.mean()),
+        "scaling": bits(bound.scaling.mean()),
+        "reconstruction": bits(bound.reconstruction.mean()),
         "dequantization": config.evaluate.ode.dequantization,
     }
 
@@ -148,11 +128,11 @@ def ode(
 def _summary(
     nats: np.ndarray, noise_variances: np.ndarray, num_dims: int, evaluations: int
 ) -> dict[str, Any]:
-    found = estimate(nats, noise_variances, num_dims)
+    total = estimate(nats, noise_variances, num_dims)
     return {
-        "bits_per_dim": found.mean,
-        "bits_per_dim_se": found.se,
-        "bits_per_dim_mc_se": found.mc_se,
+        "bits_per_dim": total.mean,
+        "bits_per_dim_se": total.se,
+        "bits_per_dim_mc_se": total.mc_se,
         "network_evaluations": evaluations,
     }
 

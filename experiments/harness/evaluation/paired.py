@@ -1,6 +1,6 @@
-"""Bounds of one network by levels and Σ_θ, all measured on the same examples with the same noise.
+"""Bounds of one model for several levels and Σ_θ, on the same examples with the same noise.
 
-Their differences are then known far better than they are themselves.
+The differences between them then have much smaller errors than the bounds themselves.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
@@ -21,23 +20,23 @@ from diffusion.statistics.standard_errors import Estimate, estimate
 from diffusion.variances import Variance
 from experiments.harness import devices
 from experiments.harness.data import order, splits
-from experiments.harness.data.batches import over_examples
 from experiments.harness.errors import ConfigError
-from experiments.harness.evaluation.programs import evaluation_noise, jit_evaluation
+from experiments.harness.evaluation.programs import compile_program, evaluation_noise
+from experiments.harness.evaluation.subject import Subject
 from experiments.harness.pictures import plots
 from experiments.harness.processes.progress import progress
-from experiments.harness.setup.definition import ModelDefinition, define_model
+from experiments.harness.setup.definition import define_model
 
 
 class Choice(NamedTuple):
-    """What a bound is measured with: the levels it steps through, and Σ_θ."""
+    """The levels and the Σ_θ of a bound."""
 
     levels: Levels
     variance: Variance
 
 
 Key = tuple[int, str]
-"""What a choice is called: the number of its levels, T, and the name that sets it apart."""
+"""The identifier of a choice: its number of levels, T, and its name among those with this T."""
 
 Totals = dict[Key, Float[np.ndarray, "n draws"]]
 """The bound of every example and draw of the noise, in nats and float64."""
@@ -48,11 +47,11 @@ class Entry(NamedTuple):
 
     Attributes:
       num_timesteps: T.
-      name: what it is called beside its T.
+      name: of the choice, among those with this T.
       bits_per_dim: the mean over examples and draws.
       bits_per_dim_se: its standard error over examples.
       bits_per_dim_mc_se: its standard error over noise, with the examples fixed.
-      difference: to the reference at this T, with the same examples and noise.
+      difference: from the reference at this T, with the same examples and noise.
       difference_se: its standard error over examples.
       difference_mc_se: its standard error over noise.
     """
@@ -82,79 +81,64 @@ def check(config: ConfigDict, section: str) -> None:
             ) from error
 
 
-def measure_totals(
-    config: ConfigDict,
-    definition: ModelDefinition,
-    params: Any,
-    dataset: splits.Dataset,
-    choices: Mapping[Key, Choice],
-    draws: int,
-) -> Totals:
-    """The bound of every example by choice, with the full sum over t.
+def measure_totals(subject: Subject, choices: Mapping[Key, Choice], draws: int) -> Totals:
+    """The bound of every example for each choice, with the full sum over t.
 
     The noise is a function of (seed, example, t, draw), whatever the levels; draw 0 is that of an
-    evaluation. The network runs once for each (levels, example, t, draw), however many Σ_θ there
-    are of the same levels.
+    evaluation. The network runs once for each (levels, example, t, draw), however many Σ_θ are
+    measured at the same levels.
     """
-    mesh, n = devices.mesh(), len(dataset.images)
-    run_ends = _make_ends(config, definition, mesh, draws)
-    params = devices.place(params, devices.replicated(mesh))
+    run_ends = _make_ends(subject, draws)
     groups: dict[bytes, list[Key]] = {}
     for key, choice in choices.items():
         groups.setdefault(choice.levels.log_snr.tobytes(), []).append(key)
     evaluations = draws * sum(choices[keys[0]].levels.num_timesteps for keys in groups.values())
-    programs, totals = {}, dict.fromkeys(choices)
-    with progress(n * evaluations, "compare", "eval", unit_scale=True) as bar:
+    terms, totals = {}, dict.fromkeys(choices)
+    num_evaluations = subject.num_examples * evaluations
+    with progress(num_evaluations, "compare", "eval", unit_scale=True) as bar:
         for keys in groups.values():
             levels = choices[keys[0]].levels
             variances = tuple(choices[key].variance for key in keys)
-            if variances not in programs:
-                programs[variances] = _make_terms(config, definition, mesh, draws, variances)
-            run_terms = programs[variances]
+            if variances not in terms:
+                terms[variances] = _make_terms(subject, draws, variances)
+            run_terms, ends = terms[variances], subject._replace(levels=_first_levels(levels))
 
-            def run(index, levels=levels, run_terms=run_terms):
-                examples = dataset.examples(index)
-                total = np.asarray(run_ends(params, *_ends(levels), examples, index), np.float64)
+            def run(index, levels=levels, run_terms=run_terms, ends=ends):
+                last = np.asarray(levels.log_snr[-1], np.float32)
+                total = np.asarray(run_ends(ends, index, last), np.float64)
                 total = total[:, None]  # the same for every Σ_θ
-                for steps, is_step in _chunks(levels, config.evaluate.chunk_size):
-                    kl = run_terms(params, *steps, examples, index)
-                    total = total + np.asarray(kl, np.float64)[..., is_step].sum(axis=-1)
+                for steps, is_step in _chunks(levels, subject.chunk_size):
+                    kl = np.asarray(run_terms(ends, index, *steps), np.float64)
+                    total = total + kl[..., is_step].sum(axis=-1)
                 return total
 
-            cost = draws * levels.num_timesteps
-            total = over_examples(run, n, config.evaluate.batch_size, bar, cost)
+            total = subject.over_examples(run, bar, draws * levels.num_timesteps)
             totals |= zip(keys, total.swapaxes(0, 1), strict=True)
     return totals
 
 
 def _chunks(levels: Levels, chunk_size: int) -> Iterator[tuple[tuple[np.ndarray, ...], np.ndarray]]:
-    """The steps to t = 2 … T, some at a time: (t, λ, gap), and where they are no repeats."""
+    """The steps to t = 2 … T in chunks: (t, λ, gap), and which of them are no padding."""
     for positions, mask in order.padded_batches(levels.num_timesteps - 1, chunk_size):
         t = positions + 2
         yield (t, np.float32(levels.log_snr[t]), np.float32(levels.gap[t])), mask
 
 
-def _ends(levels: Levels) -> tuple[Levels, Float[np.ndarray, ""]]:
-    """What the bound's ends need: the two levels that a decoder may use, and λ_T."""
-    first = Levels(np.float32(levels.log_snr[:3]), np.float32(levels.gap[:3]))
-    return first, np.asarray(levels.log_snr[-1], np.float32)
+def _first_levels(levels: Levels) -> Levels:
+    """λ_1 and λ_2, the only levels that a decoder uses, so that one program serves all T."""
+    return Levels(np.float32(levels.log_snr[:3]), np.float32(levels.gap[:3]))
 
 
 def _make_terms(
-    config: ConfigDict,
-    definition: ModelDefinition,
-    mesh: Mesh,
-    draws: int,
-    variances: tuple[Variance, ...],
+    subject: Subject, draws: int, variances: tuple[Variance, ...]
 ) -> Callable[..., Float[Array, "b sigma draws m"]]:
-    """The KLs of some steps: (params, t [m], λ [m], gap [m], examples, index) -> [b sigma draws m].
+    """The KLs of some steps: (subject, index, t [m], λ [m], gap [m]) -> [b sigma draws m].
 
     T and the schedule are arguments, so that one program serves all.
     """
 
-    def terms(params, t, log_snr, gap, examples, index):
-        x_0, ones = definition.quantization.to_data(examples.images), jnp.ones_like(index)
-        reverse = definition.model(params, examples.labels).reverse
+    def terms(model, x_0, index, t, log_snr, gap):
+        reverse, ones = model.reverse, jnp.ones_like(index)
 
         def at(eps, log_snr, gap):
             step = Step(log_snr * ones, gap * ones)
@@ -162,38 +146,34 @@ def _make_terms(
             error = reverse.eps_error(outputs.prediction, x_0, eps, step.log_snr) ** 2
 
             def kl(variance):
-                of_this = reverse._replace(variance=variance)
-                return kl_from_error(
-                    error, step, of_this.log_variance_ratio(step, error, outputs.extra)
-                )
+                chosen = reverse._replace(variance=variance)
+                ratio = chosen.log_variance_ratio(step, error, outputs.extra)
+                return kl_from_error(error, step, ratio)
 
             return jnp.stack([kl(variance) for variance in variances])
 
-        noises = [evaluation_noise(config, definition, index, draw) for draw in range(draws)]
+        noises = [evaluation_noise(subject, index, draw) for draw in range(draws)]
         eps = jnp.stack([jax.vmap(noise)(t[:, None] * ones) for noise in noises])
-        kls = jax.lax.map(lambda of_draw: jax.vmap(at)(of_draw, log_snr, gap), eps)
+        kls = jax.lax.map(lambda eps: jax.vmap(at)(eps, log_snr, gap), eps)
         return jnp.transpose(kls, (3, 2, 0, 1))
 
-    return jit_evaluation(terms, mesh, num_batched=2, num_shared=4)
+    return compile_program(subject, terms, num_shared=3)
 
 
-def _make_ends(
-    config: ConfigDict, definition: ModelDefinition, mesh: Mesh, draws: int
-) -> Callable[..., Float[Array, "b draws"]]:
-    """Prior and reconstruction: (params, first levels, λ_T, examples, index) -> sum, [b draws]."""
+def _make_ends(subject: Subject, draws: int) -> Callable[..., Float[Array, "b draws"]]:
+    """Prior plus reconstruction: (subject with the first levels, index, λ_T) -> [b draws]."""
 
-    def ends(params, first, last_log_snr, examples, index):
-        x_0, ones = definition.quantization.to_data(examples.images), jnp.ones_like(index)
-        model = definition.model(params, examples.labels)._replace(levels=first)
-        noises = [evaluation_noise(config, definition, index, draw) for draw in range(draws)]
+    def ends(model, x_0, index, last_log_snr):
+        ones = jnp.ones_like(index)
+        noises = [evaluation_noise(subject, index, draw) for draw in range(draws)]
         parts = [reconstruction(model, x_0, noise(ones)) for noise in noises]
         return prior_kl(x_0, last_log_snr * ones)[:, None] + jnp.stack(parts, axis=1)
 
-    return jit_evaluation(ends, mesh, num_batched=2, num_shared=3)
+    return compile_program(subject, ends, num_shared=1)
 
 
 def summarize(totals: Totals, reference: str, num_dims: int) -> list[Entry]:
-    """The entries, each compared with the choice at its T that has the reference's name."""
+    """The entries, each compared with the choice named `reference` at the same T."""
     entries = []
     for (num_timesteps, name), total in totals.items():
         value = _estimate(total, num_dims)
@@ -203,7 +183,7 @@ def summarize(totals: Totals, reference: str, num_dims: int) -> list[Entry]:
 
 
 def _estimate(totals: Float[np.ndarray, "n draws"], num_dims: int) -> Estimate:
-    """Draws are independent given the example, so their spread tells the noise of their mean."""
+    """Draws are independent given the example, so their variance gives the noise of their mean."""
     draws = totals.shape[1]
     return estimate(totals.mean(axis=1), totals.var(axis=1, ddof=1) / draws, num_dims)
 
@@ -212,9 +192,9 @@ def to_markdown(entries: list[Entry], kind: str, reference: str) -> str:
     """The bound by name and T, the lowest of each T in bold, and the differences to a reference.
 
     Args:
-      entries: what was measured.
-      kind: what the names are of, for the tables' heads.
-      reference: the name that the others are compared with.
+      entries: the entries.
+      kind: what the names are, for the heads of the tables.
+      reference: the name with which the others are compared.
     """
     names = list(dict.fromkeys(entry.name for entry in entries))
     columns = list(dict.fromkeys(entry.num_timesteps for entry in entries))
@@ -248,7 +228,7 @@ def to_markdown(entries: list[Entry], kind: str, reference: str) -> str:
 def write(
     workdir: epath.PathLike, stem: str, entries: list[Entry], kind: str, reference: str
 ) -> None:
-    """The tables and a picture, as STEM.md and STEM.png; arguments as for `to_markdown`."""
+    """Writes the tables and a plot to STEM.md and STEM.png; other arguments as `to_markdown`."""
     workdir = epath.Path(workdir)
     (workdir / f"{stem}.md").write_text(to_markdown(entries, kind, reference) + "\n")
     by_name = {}
@@ -258,7 +238,7 @@ def write(
 
 
 def rows(entries: list[Entry], kind: str) -> list[dict[str, Any]]:
-    """The entries for a JSON file, where their names are listed as `kind`."""
+    """The entries for a JSON file, in which `kind` is the key of their names."""
     return [
         {kind if field == "name" else field: value for field, value in entry._asdict().items()}
         for entry in entries

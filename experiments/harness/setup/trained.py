@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from etils import epath
-from jaxtyping import Float
+from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from configs.settings.declaration import unknown
+from diffusion.model import DiffusionModel
 from diffusion.schedules import Levels
 from diffusion.spacing import SPACINGS
 from diffusion.variances import VARIANCES
@@ -45,6 +46,10 @@ class Run(NamedTuple):
     params: Any
     step: int
     writes: bool = True
+
+    def model(self, labels: Int[Array, "b"] | None = None) -> DiffusionModel:
+        """The generative model, given labels; None for none."""
+        return self.definition.model(self.params, labels)
 
     def levels(self, num_timesteps: int = 0) -> Levels:
         """The levels that a sampler steps through; 0 for as many as the schedule has.

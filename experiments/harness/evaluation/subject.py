@@ -1,0 +1,86 @@
+"""What is measured: a model with its parameters, and the data set that its bound is taken over."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from diffusion.model import DiffusionModel
+from diffusion.schedules import Levels, Schedule
+from experiments.harness import devices
+from experiments.harness.data.batches import over_examples
+from experiments.harness.data.splits import Dataset
+from experiments.harness.setup.definition import ModelDefinition
+
+
+class Subject(NamedTuple):
+    """A model and a data set. The model may be a trained network or a closed form.
+
+    Attributes:
+      model: (params, labels) -> the model, given the labels of a batch.
+      params: the networks' parameters; an argument of every compiled program.
+      schedule: the noise schedule.
+      levels: its T levels; like the parameters an argument of every program.
+      dataset: the examples.
+      to_data: images of the data set -> x_0 in data units.
+      spacing: distance of neighbouring grey levels in data units; 0 for continuous data.
+      seed: determines noise and times.
+      batch_size: examples in one call of a program.
+      chunk_size: timesteps evaluated at once.
+    """
+
+    model: Callable[[Any, Int[Array, "b"] | None], DiffusionModel]
+    params: Any
+    schedule: Schedule
+    levels: Levels
+    dataset: Dataset
+    to_data: Callable[[Array], Float[Array, "b *d"]]
+    spacing: float
+    seed: int
+    batch_size: int
+    chunk_size: int
+
+    @property
+    def num_examples(self) -> int:
+        return len(self.dataset.images)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one example."""
+        return self.dataset.images.shape[1:]
+
+    @property
+    def num_dims(self) -> int:
+        return int(np.prod(self.shape))
+
+    def over_examples(self, function: Callable, bar: tqdm | None = None, cost: int = 1) -> Any:
+        """A function of example numbers over the whole data set; see `batches.over_examples`."""
+        return over_examples(function, self.num_examples, self.batch_size, bar, cost)
+
+
+def subject_of(
+    config: ConfigDict, definition: ModelDefinition, params: Any, dataset: Dataset
+) -> Subject:
+    """A network as the subject of a measurement.
+
+    Args:
+      config: `seed`, `evaluate.batch_size` and `evaluate.chunk_size` are used.
+      definition: the model without parameters, a learned schedule tabulated.
+      params: the networks' parameters.
+      dataset: the examples.
+    """
+    return Subject(
+        model=definition.model,
+        params=devices.place(params, devices.replicated(devices.mesh())),
+        schedule=definition.schedule,
+        levels=definition.levels,
+        dataset=dataset,
+        to_data=definition.quantization.to_data,
+        spacing=definition.quantization.spacing,
+        seed=config.seed,
+        batch_size=config.evaluate.batch_size,
+        chunk_size=config.evaluate.chunk_size,
+    )
