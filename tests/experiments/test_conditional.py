@@ -16,16 +16,8 @@ from experiments.harness import devices
 from experiments.harness.data import order, splits
 from experiments.harness.data.sources import source
 from experiments.harness.errors import ConfigError
-from experiments.harness.evaluation.programs import (
-    Points,
-    make_bound,
-    make_ends,
-    make_log_ratios,
-    make_ode,
-    make_rates,
-    make_terms_at,
-    make_trajectory,
-)
+from experiments.harness.evaluation import programs
+from experiments.harness.evaluation.subject import subject_of
 from experiments.harness.setup.definition import define_model
 from experiments.harness.setup.trained import Run, load
 from experiments.harness.training import step as steps
@@ -217,76 +209,58 @@ B = 4
 LABELS = np.array([7, 0, NONE, 3], np.int32)
 
 
-def programs():
-    """Each evaluation as labels -> an array with the examples first, of one set of weights."""
+def measurements():
+    """Every program as labels -> an array with the examples first, for one set of weights."""
     config = conditional(
         decoder__name="discretized_gaussian", evaluate__ode__num_steps=2, evaluate__chunk_size=3
     )
-    definition, mesh = define_model(config), devices.mesh()
+    dataset = splits.load_data(config, "test", splits.first(B))
     params = tiny.state_of(config, 0.3).ema_params
-    images = splits.load_data(config, "test").images[:B]
-    x_0 = np.asarray(definition.quantization.to_data(images))
-    index, draw, levels = np.arange(B, dtype=np.int32), np.zeros(B, np.int32), definition.levels
+    subject = subject_of(config, define_model(config), params, dataset)
+    control = GaussianControl.fit(np.asarray(subject.to_data(dataset.images)), 0.01)
+    index, draw = np.arange(B, dtype=np.int32), np.zeros(B, np.int32)
     time, slot = np.tile([0.1, 0.5, 0.6, 0.9], (B, 1)), np.tile(np.arange(4), (B, 1))
-    t = np.tile(np.int32([2, 4, 7]), (B, 1))
-
-    def points(continuous):
-        return Points.at(definition, time, slot, continuous)
-
-    def rates(continuous):
-        control = GaussianControl.fit(x_0, 0.01)
-        run = make_rates(config, definition, mesh, continuous)
-        return lambda examples: (
-            run(params, control, examples, index, points(continuous), draw).value
-        )
-
-    made = {
-        "bound": (make_bound(config, definition, mesh), (), lambda found: found.total),
-        "terms_at": (
-            make_terms_at(config, definition, mesh, 0),
-            (t,),
-            lambda found: found.kl,
-        ),
-        "ends": (make_ends(config, definition, mesh), (draw, slot), lambda found: found[1]),
-        "trajectory": (
-            make_trajectory(config, definition, mesh),
-            (draw,),
-            lambda found: found,
-        ),
-        "ode": (make_ode(config, definition, mesh), (draw,), lambda found: found.total),
+    at_t, in_time = (programs.Points.at(subject, time, slot, is_) for is_ in (False, True))
+    ode = config.evaluate.ode
+    calls = {
+        "bound": (programs.make_bound(subject), ()),
+        "terms_at": (programs.make_terms_at(subject, 0), (np.tile(np.int32([2, 4, 7]), (B, 1)),)),
+        "rates": (programs.make_rates(subject, False), (at_t, draw, control)),
+        "continuous_rates": (programs.make_rates(subject, True), (in_time, draw, control)),
+        "log_ratios": (programs.make_log_ratios(subject), (at_t, draw)),
+        "ends": (programs.make_ends(subject), (draw, slot)),
+        "trajectory": (programs.make_trajectory(subject), (draw,)),
+        "ode": (programs.make_ode(subject, ode), (draw,)),
     }
-    log_ratios = make_log_ratios(config, definition, mesh)
-    runs = {
-        "rates": rates(False),
-        "continuous_rates": rates(True),
-        "log_ratios": lambda examples: log_ratios(params, examples, index, points(False), draw),
+    results = {
+        "bound": lambda bound: bound.total,
+        "terms_at": lambda bound: bound.kl,
+        "rates": lambda rates: rates.value,
+        "continuous_rates": lambda rates: rates.value,
+        "ends": lambda ends: ends[1],
+        "ode": lambda bound: bound.total,
     }
-    for name, (program, more, pick) in made.items():
-        runs[name] = lambda examples, program=program, more=more, pick=pick: pick(
-            program(params, levels, examples, index, *more)
-        )
-    return {
-        name: lambda labels, run=run: np.float64(run(splits.Examples(images, labels)))
-        for name, run in runs.items()
-    }
+
+    def measure(name):
+        program, others = calls[name]
+
+        def run(labels):
+            labelled = subject._replace(dataset=dataset._replace(labels=labels))
+            result = program(labelled, index, *others)
+            return np.float64(results[name](result) if name in results else result)
+
+        return run
+
+    return {name: measure(name) for name in calls}
 
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "bound",
-        "terms_at",
-        "rates",
-        "continuous_rates",
-        "log_ratios",
-        "ends",
-        "trajectory",
-        "ode",
-    ],
+    ["bound", "terms_at", "rates", "continuous_rates", "log_ratios", "ends", "trajectory", "ode"],
 )
 def test_each_example_is_measured_with_its_own_label(name):
     """Row i is row i of a batch whose labels are all the i-th; no label at all is the last one."""
-    run = programs()[name]
+    run = measurements()[name]
     found = run(LABELS)
     for i, label in enumerate(LABELS):
         alike = run(np.full(B, label, np.int32))
@@ -300,11 +274,11 @@ def test_each_example_is_measured_with_its_own_label(name):
 def test_what_estimators_cost_is_told_with_labels(trained, tmp_path):
     """The examples are a split's first, and the table's name says what they come with."""
     config = conditional(variance__examples=5)
-    subject = variance.of_run(load(config, trained[1]))
-    assert subject.name.endswith("given labels")
+    case = variance.trained_case(load(config, trained[1]))
+    assert case.name.endswith("given labels")
     whole = splits.load("digits", "test")
-    np.testing.assert_array_equal(subject.dataset.labels, whole.labels[:5])
-    np.testing.assert_array_equal(subject.dataset.images, whole.images[:5])
+    np.testing.assert_array_equal(case.subject.dataset.labels, whole.labels[:5])
+    np.testing.assert_array_equal(case.subject.dataset.images, whole.images[:5])
 
 
 def without_labels(labels):

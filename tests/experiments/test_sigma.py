@@ -12,10 +12,10 @@ from diffusion.reverse import Reverse
 from diffusion.schedules import Step
 from diffusion.variances import from_measured_error
 from experiments import sigma
-from experiments.harness import devices
 from experiments.harness.data import splits
 from experiments.harness.errors import ConfigError
 from experiments.harness.evaluation import paired, programs
+from experiments.harness.evaluation.subject import subject_of
 from experiments.harness.setup import analytic
 from experiments.harness.setup.definition import define_model
 from experiments.harness.setup.trained import Run
@@ -157,16 +157,15 @@ def first_run(workdir):
 
 
 def totals_of(config, split, n, variances):
-    """The totals of random weights, and what `make_bound` needs to find the same."""
-    definition, params = define_model(config), tiny.state_of(config, 0.1).ema_params
-    dataset = some_digits(config, split, n)
+    """The totals of random weights, and the subject that they were measured on."""
+    params, dataset = tiny.state_of(config, 0.1).ema_params, some_digits(config, split, n)
+    subject = subject_of(config, define_model(config), params, dataset)
     choices = {
-        (num_timesteps, name): paired.Choice(definition.schedule.levels(num_timesteps), variance)
+        (num_timesteps, name): paired.Choice(subject.schedule.levels(num_timesteps), variance)
         for num_timesteps in config.sigma.num_timesteps
         for name, variance in variances.items()
     }
-    totals = paired.measure_totals(config, definition, params, dataset, choices, config.sigma.draws)
-    return totals, definition, params, dataset
+    return paired.measure_totals(subject, choices, config.sigma.draws), subject
 
 
 @pytest.mark.parametrize(
@@ -181,13 +180,13 @@ def test_an_entry_is_the_evaluation_with_that_variance_at_that_T(of_model, decod
         of_model: define_model(config).variance,
         "analytic_diagonal": from_measured_error(log_snr, error),
     }
-    totals, definition, params, dataset = totals_of(config, "test", 72, variances)
-    mesh, index = devices.mesh(), np.arange(len(dataset.images), dtype=np.int32)
+    totals, subject = totals_of(config, "test", 72, variances)
     for num_timesteps, name in ((4, of_model), (8, "analytic_diagonal")):
-        chosen = definition._replace(variance=variances[name])
-        evaluate = programs.make_bound(config, chosen, mesh)
-        levels = definition.schedule.levels(num_timesteps)
-        expected = evaluate(params, levels, dataset.examples(index), index).total
+        definition = define_model(config)._replace(variance=variances[name])
+        chosen = subject._replace(
+            model=definition.model, levels=subject.schedule.levels(num_timesteps)
+        )
+        expected = programs.make_bound(chosen)(chosen, np.arange(72, dtype=np.int32)).total
         np.testing.assert_allclose(totals[num_timesteps, name][:, 0], expected, rtol=1e-5)
 
 

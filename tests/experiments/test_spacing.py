@@ -13,10 +13,10 @@ from diffusion.schedules import Levels, Step, linear_log_snr
 from diffusion.spacing import SPACINGS
 from diffusion.variances import VARIANCES, from_measured_error
 from experiments import spacing
-from experiments.harness import devices
 from experiments.harness.data import splits
 from experiments.harness.errors import ConfigError
 from experiments.harness.evaluation import paired, programs
+from experiments.harness.evaluation.subject import subject_of
 from experiments.harness.setup import optimal_steps
 from experiments.harness.setup.definition import define_model
 from experiments.harness.setup.trained import Run
@@ -73,9 +73,9 @@ def test_on_the_training_data_the_best_levels_have_the_lowest_bounds(name, tmp_p
     for inner in list(itertools.combinations(range(1, 8), 2))[::4]:
         levels = Levels.from_log_snr(candidates.log_snr[1:][[0, *inner, 8]])
         choices[4, f"with {inner}"] = paired.Choice(levels, definition.variance)
-    dataset = splits.load_data(config, "train")
-    dataset = dataset._replace(images=dataset.images[:256])
-    totals = paired.measure_totals(config, definition, params, dataset, choices, 2)
+    dataset = splits.load_data(config, "train", splits.first(256))
+    subject = subject_of(config, definition, params, dataset)
+    totals = paired.measure_totals(subject, choices, 2)
     others = paired.summarize(totals, "best", 64)[1:]
     for entry in others:
         assert entry.difference >= -4 * entry.difference_mc_se
@@ -108,17 +108,17 @@ def test_an_entry_is_the_evaluation_at_those_levels():
     """Draw 0 is an evaluation's noise, whatever the levels: only rounding sets them apart."""
     config = small_config()
     definition, params = define_model(config), tiny.state_of(config, 0.1).ema_params
-    dataset = splits.load_data(config, "test")
-    dataset = dataset._replace(images=dataset.images[:72])
-    index = np.arange(72, dtype=np.int32)
+    dataset = splits.load_data(config, "test", splits.first(72))
+    subject = subject_of(config, definition, params, dataset)
     choices = {
         (6, name): paired.Choice(of(definition.schedule, 6), definition.variance)
         for name, of in SPACINGS.items()
     }
-    totals = paired.measure_totals(config, definition, params, dataset, choices, 2)
-    evaluate = programs.make_bound(config, definition, devices.mesh())
+    totals = paired.measure_totals(subject, choices, 2)
+    evaluate = programs.make_bound(subject)
     for key, choice in choices.items():
-        expected = evaluate(params, choice.levels, dataset.examples(index), index).total
+        index = np.arange(72, dtype=np.int32)
+        expected = evaluate(subject._replace(levels=choice.levels), index).total
         np.testing.assert_allclose(totals[key][:, 0], expected, rtol=1e-5)
 
 

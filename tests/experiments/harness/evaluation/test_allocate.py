@@ -5,8 +5,6 @@ over ε is then its mean over the 2d points ±√d e_i, exactly. Whatever has to
 luck is drawn over and over, with other numbers for the noise and one compiled program.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,14 +12,16 @@ import pytest
 
 from diffusion.bound import bound, continuous_rate, prior_kl
 from diffusion.exact.distributions import NormalData
+from diffusion.model import DiffusionModel
+from diffusion.reverse import Reverse
 from diffusion.schedules import linear_log_snr
 from diffusion.statistics.control import GaussianControl
-from diffusion.variances import VARIANCES
 from experiments.harness.data import splits
 from experiments.harness.errors import RunError
 from experiments.harness.evaluation import allocate
 from experiments.harness.evaluation.allocate import Estimator, allocated_bound, fit_control, pilot
-from experiments.harness.setup.definition import ModelDefinition, define_model
+from experiments.harness.evaluation.subject import Subject, subject_of
+from experiments.harness.setup.definition import define_model
 from tests.diffusion.problems import constant
 from tests.experiments import tiny
 
@@ -38,43 +38,6 @@ MODEL = NormalData(
     np.float32([0.3, -0.2, 0.1]),
     np.float32([[1.0, 0.5, 0.0], [0.5, 0.8, 0.1], [0.0, 0.1, 0.05]]),
 )
-
-
-class Network(NamedTuple):
-    """The best denoiser of normal data, where a Flax module is expected; tells of its calls."""
-
-    data: NormalData
-    tell: object = None
-
-    def apply(self, variables, x_t, log_snr, condition=None, *, train=False, rngs=None):
-        if self.tell is not None:
-            jax.debug.callback(self.tell, jnp.ones(len(x_t)))
-        return self.data.denoiser(x_t, log_snr)
-
-
-NETWORK = Network(MODEL)
-
-
-class AsTheyAre(NamedTuple):
-    """Images that are data already."""
-
-    def to_data(self, images):
-        return jnp.asarray(images)
-
-
-def definition(num_timesteps, network=NETWORK):
-    schedule = linear_log_snr(MAX, MIN)
-    return ModelDefinition(
-        schedule=schedule,
-        levels=schedule.levels(num_timesteps),
-        noise_schedule=None,
-        network=network,
-        parameterization="x_0",
-        variance=VARIANCES["beta_tilde"](),
-        quantization=AsTheyAre(),
-        decoder=MODEL.decoder(),
-        image_shape=(D,),
-    )
 
 
 def examples(n=N):
@@ -97,12 +60,22 @@ def poor_control():
     return GaussianControl.fit(sigma_points() * [1.5, 0.7, 0.4], 0.0)
 
 
-def make(num_timesteps=50, n=N, continuous=False, control=None, network=NETWORK, **evaluate):
-    config = tiny.config(**{"evaluate__batch_size": N} | evaluate)
-    images = splits.Dataset(examples(n), None, 0, "normal", "test")
-    control = poor_control() if control is None else control
-    made = definition(num_timesteps, network)
-    return Estimator(config, made, {"network": {}}, images, continuous, control)
+def make(num_timesteps=50, n=N, continuous=False, denoiser=MODEL.denoiser, **settings):
+    """Estimates with the best denoiser of normal data, and a control of other data."""
+    schedule = linear_log_snr(MAX, MIN)
+    levels = schedule.levels(num_timesteps)
+    model = DiffusionModel(Reverse(denoiser, "x_0"), MODEL.decoder(), levels)
+    subject = Subject(
+        model=lambda params, labels: model,
+        params=(),
+        schedule=schedule,
+        levels=levels,
+        dataset=splits.Dataset(examples(n), None, 0, "normal", "test"),
+        to_data=jnp.asarray,
+        spacing=0.0,
+        **{"seed": 0, "batch_size": N, "chunk_size": 4} | settings,
+    )
+    return Estimator(subject, poor_control(), continuous)
 
 
 class Repeated(Estimator):
@@ -110,8 +83,7 @@ class Repeated(Estimator):
 
     def __init__(self, of, number):
         self.__dict__ |= of.__dict__
-        self.offset, self.config = 1000 * number, of.config.copy_and_resolve_references()
-        self.config.seed = number
+        self.offset, self.subject = 1000 * number, of.subject._replace(seed=number)
 
     def rates(self, time, draw):
         return super().rates(time, self.offset + draw)
@@ -123,8 +95,8 @@ class Repeated(Estimator):
 def truth(estimator):
     """Each example's bound in nats, in float64."""
     with jax.enable_x64(True):
-        x_0 = np.float64(estimator.dataset.images)
-        model = estimator.definition.model({"network": {}})
+        x_0 = np.float64(estimator.subject.dataset.images)
+        model = estimator.subject.model((), None)
         points = [np.tile(e, (len(x_0), 1)) for e in sigma_points()]
         full = [bound(model, x_0, constant(e)) for e in points]
         total = np.mean([of.total for of in full], axis=0)
@@ -241,7 +213,7 @@ def test_the_curve_of_the_integrand_sums_to_the_diffusion_term(estimator):
 
 def test_the_target_is_reached_at_about_the_price_foretold():
     """Twice the precision for four times the replicated evaluations, give or take the pilot."""
-    estimator, used = make(evaluate__chunk_size=1), []
+    estimator, used = make(chunk_size=1), []
     for target in (0.06, 0.03):
         found = allocated_bound(estimator, target, 0, 4)
         assert mc_se(found) / BITS <= target
@@ -270,10 +242,15 @@ def test_the_budget_holds_above_the_least_that_is_needed(estimator, budget):
 def test_every_evaluation_is_counted():
     """The network is asked about as many examples as the result says."""
     calls = []
+
+    def counted(x_t, log_snr, condition=None):
+        jax.debug.callback(lambda ones: calls.append(ones.size), jnp.ones(len(x_t)))
+        return MODEL.denoiser(x_t, log_snr, condition)
+
     estimator = make(
         num_timesteps=10,
-        network=Network(MODEL, tell=lambda ones: calls.append(ones.size)),
-        evaluate__chunk_size=1,
+        denoiser=counted,
+        chunk_size=1,
     )
     found = allocated_bound(estimator, NEVER, 20 * N, 4)
     jax.effects_barrier()
@@ -282,7 +259,7 @@ def test_every_evaluation_is_counted():
 
 def test_a_term_that_is_not_finite_ends_it():
     broken = MODEL._replace(mean=np.float32([0.0, np.nan, 0.0]))
-    estimator = make(num_timesteps=10, network=Network(broken))
+    estimator = make(num_timesteps=10, denoiser=broken.denoiser)
     with pytest.raises(RunError, match="not finite"):
         allocated_bound(estimator, 0.01, 0, 4)
 
@@ -311,9 +288,9 @@ def test_one_level_has_no_kl_and_two_have_one(num_timesteps, n):
 
 def test_every_example_counts_once_whatever_the_batches():
     """Thirty in one batch, and in batches of 7 whose last holds two and is filled up."""
-    whole, parts = make(), make(evaluate__batch_size=7, evaluate__chunk_size=3)
+    whole, parts = make(), make(batch_size=7, chunk_size=3)
     one, other = (allocated_bound(of, NEVER, 20 * N, 4) for of in (whole, parts))
-    last = whole.definition.levels.log_snr[-1]
+    last = whole.subject.levels.log_snr[-1]
     np.testing.assert_allclose(one.prior, prior_kl(examples(), np.full(N, last)), rtol=1e-5)
     assert one.evaluations == other.evaluations
     # A coefficient is a quotient of float32 sums, and some totals are differences.
@@ -325,10 +302,10 @@ def test_every_example_counts_once_whatever_the_batches():
 def test_the_control_is_fitted_to_the_training_data():
     """Mean and covariance of the digits, with the variance of rounding to a grey level added."""
     config = tiny.config()
-    made = define_model(config)
-    mean, log_variance, basis = fit_control(config, made)
+    subject = subject_of(config, define_model(config), None, splits.load_data(config, "test"))
+    mean, log_variance, basis = fit_control(config, subject)
     images = splits.load_data(config, "train").images.reshape(-1, 64) / 8.0 - 1
-    spacing = made.quantization.spacing
+    spacing = subject.spacing
     assert spacing == 1 / 8
     np.testing.assert_allclose(mean, images.mean(axis=0), atol=1e-6)
     covariance = np.cov(images.T, bias=True) + spacing**2 / 12 * np.eye(64)

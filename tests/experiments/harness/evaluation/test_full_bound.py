@@ -7,6 +7,7 @@ import pytest
 from experiments.harness.data import splits
 from experiments.harness.evaluation.full_bound import full_bound, summary
 from experiments.harness.evaluation.quick_bound import make_quick_bound
+from experiments.harness.evaluation.subject import subject_of
 from experiments.harness.setup.definition import define_model
 from tests.experiments import tiny
 
@@ -34,14 +35,19 @@ def random_weights(config, scale=1.0):
     return tiny.state_of(config, scale).ema_params
 
 
+def measure(config, params, dataset):
+    """The bound's terms, and the variance of each total."""
+    subject = subject_of(config, define_model(config), params, dataset)
+    return full_bound(subject, config.evaluate.replicates)
+
+
 def test_batches_and_chunks_change_nothing(optimized):
     """On programs optimised as usual, as what they fuse depends on these sizes."""
     config = tiny.config()
     params, dataset = random_weights(config), some_digits(config, 30)
-    definition = define_model(config)
-    expected, expected_variances = full_bound(config, definition, params, dataset)
+    expected, expected_variances = measure(config, params, dataset)
     config.evaluate.update(batch_size=7, chunk_size=3)
-    terms, variances = full_bound(config, definition, params, dataset)
+    terms, variances = measure(config, params, dataset)
     for name, a, e in zip(terms._fields, terms, expected, strict=True):
         assert a.dtype == np.float64
         # Each is a float32 sum of 64 terms of one sign. The log-probability of a sure pixel is one
@@ -56,7 +62,7 @@ def test_batches_and_chunks_change_nothing_for_the_unet(finished):
     config = tiny.config("unet")
     config.evaluate.update(batch_size=7, chunk_size=3)
     params = tiny.restore(config, finished.workdir, tiny.best_step(finished.workdir)).ema_params
-    terms, _ = full_bound(config, define_model(config), params, some_digits(config, 30))
+    terms, _ = measure(config, params, some_digits(config, 30))
     with np.load(finished.workdir / "evaluation.npz") as arrays:
         expected = arrays["bits_per_dim_per_example"][:30]
     actual = terms.total / (NUM_DIMS * np.log(2))
@@ -67,11 +73,11 @@ def test_batches_and_chunks_change_nothing_for_the_unet(finished):
 def test_every_example_counts_once_whatever_is_around_it():
     """The last of two batches holds 4 examples and 12 repeats; the first ten alone fill one."""
     config = tiny.config(evaluate__batch_size=16)
-    params, definition = random_weights(config), define_model(config)
-    twenty, variances = full_bound(config, definition, params, some_digits(config, 20))
+    params = random_weights(config)
+    twenty, variances = measure(config, params, some_digits(config, 20))
     assert [a.shape for a in twenty] == [(20,), (20, 7), (20,), (20, 8)]
     assert variances.shape == (20,)
-    ten, _ = full_bound(config, definition, params, some_digits(config, 10))
+    ten, _ = measure(config, params, some_digits(config, 10))
     for a, b in zip(ten, twenty, strict=True):
         np.testing.assert_array_equal(a, b[:10])
     assert len(np.unique(twenty.total)) == 20
@@ -80,12 +86,12 @@ def test_every_example_counts_once_whatever_is_around_it():
 def test_the_noise_of_an_example_is_its_own_at_every_t():
     """The same image at two places, and one place under two seeds, have other noise."""
     config = tiny.config()
-    params, definition = random_weights(config), define_model(config)
-    here, _ = full_bound(config, definition, params, some_digits(config, 1, repeats=2))
+    params = random_weights(config)
+    here, _ = measure(config, params, some_digits(config, 1, repeats=2))
     assert (here.kl[0] != here.kl[1]).all()
     assert here.prior[0] == here.prior[1]
     config.seed = 1
-    there, _ = full_bound(config, definition, params, some_digits(config, 1))
+    there, _ = measure(config, params, some_digits(config, 1))
     assert (there.kl[0] != here.kl[0]).all()
 
 
@@ -100,12 +106,11 @@ def test_the_monte_carlo_error_is_the_scatter_of_repeated_evaluations(replicates
     """
     repeats, n = 100, 4
     config = tiny.config(evaluate__replicates=replicates)
-    definition = define_model(config)
     dataset = some_digits(config, n, repeats)
-    terms, variances = full_bound(config, definition, random_weights(config), dataset)
+    terms, variances = measure(config, random_weights(config), dataset)
     means = terms.total.reshape(repeats, n).mean(axis=1)
     claims = [
-        summary(jax.tree.map(lambda a, rows=rows: a[rows], terms), variances[rows], definition)[
+        summary(jax.tree.map(lambda a, rows=rows: a[rows], terms), variances[rows], NUM_DIMS)[
             "bits_per_dim_mc_se"
         ]
         for rows in np.arange(repeats * n).reshape(repeats, n)
@@ -119,10 +124,10 @@ def test_the_monte_carlo_error_is_the_scatter_of_repeated_evaluations(replicates
 def test_the_shortest_chains_have_a_bound(num_timesteps, decoder):
     """T = 1 has no KL between steps, T = 2 has one; everything is finite and adds up."""
     config = tiny.config(schedule__num_timesteps=num_timesteps, decoder__name=decoder)
-    definition, params = define_model(config), random_weights(tiny.config())
-    terms, variances = full_bound(config, definition, params, some_digits(config, 5))
+    params = random_weights(tiny.config())
+    terms, variances = measure(config, params, some_digits(config, 5))
     assert terms.kl.shape == (5, num_timesteps - 1)
-    result = summary(terms, variances, definition)
+    result = summary(terms, variances, NUM_DIMS)
     assert all(np.isfinite(value) for value in result.values())
     parts = result["prior"] + result["diffusion"] + result["reconstruction"]
     assert parts == pytest.approx(result["bits_per_dim"], rel=1e-6)
@@ -139,8 +144,8 @@ def test_a_quick_bound_at_every_t_is_the_bound(num_timesteps):
     )
     definition, params = define_model(config), random_weights(config)
     dataset = some_digits(config, 70)
-    terms, variances = full_bound(config, definition, params, dataset)
-    expected = summary(terms, variances, definition)["bits_per_dim"]
+    terms, variances = measure(config, params, dataset)
+    expected = summary(terms, variances, NUM_DIMS)["bits_per_dim"]
     quick = make_quick_bound(config, definition, dataset)(params)
     assert quick == pytest.approx(expected, rel=1e-6)
 
@@ -149,7 +154,7 @@ def test_a_quick_bound_at_some_t_is_close_and_always_the_same():
     config = tiny.config(train__validation_timesteps=2)
     definition, params = define_model(config), random_weights(config, scale=0.1)
     dataset = splits.load_data(config, "validation")
-    terms, _ = full_bound(config, definition, params, dataset)
+    terms, _ = measure(config, params, dataset)
     per_example = terms.total / (NUM_DIMS * np.log(2))
     # Two of seven terms each, stratified over t: an error of each of less than the sum's spread
     # over t. Four standard errors of a mean of 350.
