@@ -1,7 +1,6 @@
-"""p(x_0 | x_1): the probability of the pixels, which are discrete, given the first noisy level.
+"""p(x_0 | x_1): the probability of the discrete pixels given the first noisy level.
 
-The `Quantization` states how grey levels become data, once, for the decoders and for whoever loads
-or draws images.
+A `Quantization` maps grey levels to data values. Decoders, data loading and pictures all use it.
 """
 
 from collections.abc import Callable
@@ -21,8 +20,8 @@ class Quantization(NamedTuple):
 
     Attributes:
       num_levels: K; 17 for scikit-learn's digits, 256 for bytes.
-      scaling: "endpoints" puts the end levels at −1 and 1, a spacing of 2/(K − 1) (DDPM's
-        x/127.5 − 1); "midpoints" splits [−1, 1] into K bins, a spacing of 2/K (VDM's).
+      scaling: "endpoints" has the first and last levels at −1 and 1 with a spacing of 2/(K − 1),
+        as DDPM's x/127.5 − 1; "midpoints" has K bins on [−1, 1] with a spacing of 2/K, as VDM.
     """
 
     num_levels: int
@@ -30,12 +29,12 @@ class Quantization(NamedTuple):
 
     @property
     def spacing(self) -> float:
-        """Distance of neighbouring levels, in data units."""
+        """Distance between neighbouring levels, in data units."""
         return 2 / {"endpoints": self.num_levels - 1, "midpoints": self.num_levels}[self.scaling]
 
     @property
     def values(self) -> Float[np.ndarray, "K"]:
-        """The K data values, rising, in float64."""
+        """The K data values, increasing, in float64."""
         return (np.arange(self.num_levels) - (self.num_levels - 1) / 2) * self.spacing
 
     def to_data(self, level: Int[Array, "*b"] | UInt8[Array, "*b"]) -> Float[Array, "*b"]:
@@ -60,10 +59,10 @@ def discretized_gaussian_log_prob(
     std: Float[Array, "#b ..."],
     quantization: Quantization,
 ) -> Float[Array, "b *d"]:
-    """log ∫ N(x; mean, std²) dx over the bin of x_0; the first and last bins are open.
+    """log ∫ N(x; mean, std²) dx over the bin of x_0; the first and last bins are unbounded.
 
-    Exact in the far tails and at any ratio of bin to std, in the value and in the gradient:
-    nothing is clamped. Ho et al. (2020), equation 13.
+    Value and gradient are accurate in the tails and at any ratio of bin width to std, without
+    clamping. Ho et al. (2020), equation 13.
     """
     level = quantization.to_level(x_0)
     half_bin = 0.5 * quantization.spacing / std
@@ -76,7 +75,7 @@ def discretized_gaussian_log_prob(
 
 
 def _log_ndtr(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
-    """log Φ(x). JAX's own, but for x < −10, where its gradient divides two numbers near zero."""
+    """log Φ(x): JAX's function, except at x < −10, where its gradient is 0/0."""
     tail = x < -10
     x_tail = jnp.where(tail, x, -10.0)
     series = 1.0  # Φ(x) = φ(x)/|x| (1 − 1/x² + 3/x⁴ − …)
@@ -88,13 +87,13 @@ def _log_ndtr(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
 
 def _log_interval(centre: Float[Array, "*b"], half: Float[Array, "*b"]) -> Float[Array, "*b"]:
     """log(Φ(centre + half) − Φ(centre − half)) for half > 0."""
-    centre = jnp.abs(centre)  # by symmetry, on the side where Φ(−·) keeps its precision
+    centre = jnp.abs(centre)  # by symmetry; Φ of negative numbers is accurate
     narrow = half < 0.25
     wide_half = jnp.where(narrow, 1.0, half)
     upper = _log_ndtr(wide_half - centre)
     lower = _log_ndtr(-wide_half - centre)
     difference = upper + jax.nn.log1mexp(upper - lower)
-    # In a narrow bin that difference cancels; eight Gauss-Legendre nodes are exact to rounding.
+    # In a narrow bin the difference cancels; eight Gauss-Legendre nodes are exact to rounding.
     nodes, weights = np.polynomial.legendre.leggauss(8)
     narrow_half = jnp.where(narrow, half, 0.1)
     points = centre[..., None] + narrow_half[..., None] * nodes.astype(np.float32)
@@ -109,7 +108,7 @@ def categorical_log_prob(
     log_snr: Float[Array, "b"],
     quantization: Quantization,
 ) -> Float[Array, "b *d"]:
-    """log p(x_0 | x_1) ∝ q(x_1 | x_0), normalised over the K values. Kingma et al. (2021), 3.3."""
+    """log p(x_0 | x_1) with p ∝ q(x_1 | x_0) over the K values. Kingma et al. (2021), 3.3."""
     signal, noise = expand(alpha(log_snr), x_1), expand(sigma(log_snr), x_1)
     values = jnp.asarray(quantization.values, x_1.dtype)
     distance = (x_1[..., None] - signal[..., None] * values) / noise[..., None]
@@ -119,11 +118,11 @@ def categorical_log_prob(
 
 
 def discretized_gaussian(quantization: Quantization, variance: str = "beta_tilde") -> Decoder:
-    """DDPM's decoder: N(x̂_0, σ_1²) integrated over the pixel's bin.
+    """DDPM's decoder: N(x̂_0, σ_1²) integrated over the bin of each pixel.
 
     Args:
       quantization: the grey levels.
-      variance: σ_1²: "beta" is β_1; "beta_tilde" is β̃_2, since β̃_1 is zero, or β_1 where T = 1.
+      variance: σ_1²: "beta" is β_1; "beta_tilde" is β̃_2, because β̃_1 is zero, or β_1 at T = 1.
     """
 
     def log_prob(x_0, x_1, x_0_hat, levels):
@@ -138,7 +137,7 @@ FIRST_VARIANCES = ("beta_tilde", "beta")
 
 
 def first_variance(levels: Levels, variance: str) -> Float[Array, "1"]:
-    """σ_1² of the discretised Gaussian decoder: β̃_2 or β_1; shaped to broadcast."""
+    """σ_1² of the discretised Gaussian decoder, β̃_2 or β_1, as an array of length one."""
     t = {"beta": 1, "beta_tilde": min(2, levels.num_timesteps)}[variance]
     step = levels.step(jnp.array([t]))
     return step.beta if t == 1 else step.posterior_variance
@@ -155,7 +154,7 @@ def gaussian(variance: float) -> Decoder:
 
 
 def categorical(quantization: Quantization) -> Decoder:
-    """VDM's decoder: a softmax over the K values, from x_1 alone."""
+    """VDM's decoder: a softmax over the K values that depends on x_1 only."""
 
     def log_prob(x_0, x_1, x_0_hat, levels):
         del x_0_hat

@@ -1,7 +1,7 @@
 """q, the forward process: it turns data into noise and has no parameters.
 
-Every function takes noise levels as log-SNRs or a `Step`, one per example, and none draws random
-numbers: noise is an argument, so that quadrature and Monte Carlo run the same code.
+Functions take noise levels as log-SNRs or a `Step`, one per example. Noise is an argument, so that
+quadrature and Monte Carlo run the same code.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from diffusion.gaussian import Gaussian, expand
 from diffusion.schedules import Array, Levels, Step, alpha, sigma
 
 Noise = Callable[[Int[Array, "b"]], Float[Array, "b *d"]]
-"""Standard normal noise at given timesteps, one per example; a pure function of its argument."""
+"""t -> standard normal noise, with one timestep per example; a pure function."""
 
 
 def marginal(x_0: Float[Array, "b *d"], log_snr: Float[Array, "b"]) -> Gaussian:
@@ -30,7 +30,7 @@ def marginal(x_0: Float[Array, "b *d"], log_snr: Float[Array, "b"]) -> Gaussian:
 def diffuse(
     x_0: Float[Array, "b *d"], log_snr: Float[Array, "b"], eps: Float[Array, "b *d"]
 ) -> Float[Array, "b *d"]:
-    """x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε: the sample of the marginal that uses the noise ε."""
+    """x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε: a sample of the marginal with the noise ε."""
     return expand(alpha(log_snr), x_0) * x_0 + expand(sigma(log_snr), x_0) * eps
 
 
@@ -44,7 +44,7 @@ def transition(x_s: Float[Array, "b *d"], step: Step) -> Gaussian:
 
 
 def posterior(x_t: Float[Array, "b *d"], x_0: Float[Array, "b *d"], step: Step) -> Gaussian:
-    """q(x_s | x_t, x_0), the forward process run backwards from t to s when x_0 is known.
+    """q(x_s | x_t, x_0), the posterior of the earlier level given x_t and x_0.
 
     Args:
       x_t: noisy sample at time t, in data units.
@@ -57,14 +57,14 @@ def posterior(x_t: Float[Array, "b *d"], x_0: Float[Array, "b *d"], step: Step) 
     Lecture 13, Fact 2 (13.18–13.20).
     """
     alpha_s = alpha(step.log_snr_s)
-    of_x_t = alpha_s / alpha(step.log_snr) * jnp.exp(-step.gap)
-    of_x_0 = alpha_s * step.c
-    mean = expand(of_x_t, x_t) * x_t + expand(of_x_0, x_t) * x_0
+    weight_t = alpha_s / alpha(step.log_snr) * jnp.exp(-step.gap)
+    weight_0 = alpha_s * step.c
+    mean = expand(weight_t, x_t) * x_t + expand(weight_0, x_t) * x_0
     return Gaussian(mean, expand(step.posterior_variance, x_t))
 
 
 def trajectory(x_0: Float[Array, "b *d"], levels: Levels, noise: Noise) -> Float[Array, "T b *d"]:
-    """x_1 … x_T, drawn one transition after another: a sample of q(x_1 … x_T | x_0)."""
+    """A sample of q(x_1 … x_T | x_0), drawn one transition after another."""
     batch = jnp.shape(x_0)[0]
 
     def advance(x_s, t):
@@ -78,15 +78,15 @@ def trajectory(x_0: Float[Array, "b *d"], levels: Levels, noise: Noise) -> Float
 def example_noise(
     key: Key[Array, ""], index: Int[Array, "b"], shape: tuple[int, ...], draw: int = 0
 ) -> Noise:
-    """Noise that is a function of (key, example, t, draw) and of nothing else.
+    """Noise as a pure function of (key, example, t, draw).
 
-    So an evaluation gives the same numbers whatever the batch size, the order or the devices.
+    An evaluation does not depend on the batch size, the order of examples or the devices.
 
     Args:
       key: the seed.
-      index: which example of the data set each row is.
-      shape: of one example, without the batch axis.
-      draw: numbers independent noises for the same example and t.
+      index: the position of each row in the data set.
+      shape: shape of one example, without the batch axis.
+      draw: the number of the draw; draws of the same example and t are independent.
     """
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, draw), i))(index)
 

@@ -9,7 +9,7 @@ from diffusion.schedules import Array
 
 
 def expand(per_example: Shaped[Array, "b"], like: Float[Array, "b *d"]) -> Shaped[Array, "b ..."]:
-    """A number per example, shaped [b, 1, …, 1] to broadcast against `like`."""
+    """Reshapes one number per example to [b, 1, …, 1], to broadcast against `like`."""
     return jnp.reshape(per_example, jnp.shape(per_example) + (1,) * (jnp.ndim(like) - 1))
 
 
@@ -22,15 +22,15 @@ class Gaussian(NamedTuple):
     """N(mean, diag(variance)) for each example of a batch.
 
     Attributes:
-      mean: in data units.
-      variance: broadcastable to the mean; zero is the point mass, which can only be sampled.
+      mean: the mean, in data units.
+      variance: broadcastable to the mean. Zero is the point mass, which has no density.
     """
 
     mean: Float[Array, "b *d"]
     variance: Float[Array, "b ..."]
 
     def sample(self, eps: Float[Array, "b *d"]) -> Float[Array, "b *d"]:
-        """mean + std · eps. Differentiable at variance zero, where it is the mean."""
+        """mean + std · eps, with a finite gradient at variance zero."""
         positive = self.variance > 0
         std = jnp.where(positive, jnp.sqrt(jnp.where(positive, self.variance, 1.0)), 0.0)
         return self.mean + std * eps

@@ -1,10 +1,10 @@
-"""Training a noise schedule: what the continuous-time bound asks of it, and what it leaves free.
+"""Training of a noise schedule: its ends by the continuous-time bound, its interior for variance.
 
-With λ(u), u ∈ [0, 1], one draw of the diffusion term is L = −λ'(u) e, where e = ½‖ε − ε̂‖² at
-λ(u). A change of variables makes its mean ∫ E[e | λ] dλ from λ(1) to λ(0): the bound depends on the
-two ends alone, so they belong to the bound. The interior is free to lower the variance of L, and
-`variance_surrogate` trains it for that. Lecture 13, (13.11–13.13); Kingma et al. (2021), sections
-5.1 and I.2.
+With λ(u), u ∈ [0, 1], a sample of the diffusion term is L = −λ'(u) e, where e = ½‖ε − ε̂‖² at λ(u).
+By a change of variables its mean is ∫ E[e | λ] dλ from λ(1) to λ(0): the bound depends on the
+schedule through its two ends only, and trains them. The interior can minimise the variance of L
+instead, by `variance_surrogate`. Lecture 13, (13.11–13.13); Kingma et al. (2021), sections 5.1 and
+I.2.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from jaxtyping import Float
 from diffusion.schedules import Array
 
 ScheduleFn = Callable[[Float[Array, "b"]], Float[Array, "b"]]
-"""From times in [0, 1] to log-SNRs, each from its own time alone."""
+"""Times in [0, 1] -> log-SNRs, elementwise."""
 
 
 def value_and_slope(
@@ -30,12 +30,12 @@ def value_and_slope(
 def diffusion_term(slope: Float[Array, "b"], half_error: Float[Array, "b"]) -> Float[Array, "b"]:
     """−λ'(u) ½‖ε − ε̂‖² in nats, whose mean over uniform u is the continuous-time diffusion term.
 
-    Differentiated through λ(u) and λ'(u) it reaches the whole schedule. Its mean does not depend on
-    the interior, so that part of its gradient is noise: stop it, as `NoiseSchedule.ends_only` does.
+    The mean does not depend on the interior of the schedule, so the gradient with respect to the
+    interior is noise: stop it, as `NoiseSchedule.ends_only` does.
 
     Args:
       slope: λ'(u).
-      half_error: ½‖ε − ε̂‖² at λ(u), summed over dimensions.
+      half_error: ½‖ε − ε̂‖² at λ(u), the sum over dimensions.
 
     Kingma et al. (2021), equation 17.
     """
@@ -45,29 +45,30 @@ def diffusion_term(slope: Float[Array, "b"], half_error: Float[Array, "b"]) -> F
 def variance_surrogate(
     schedule_fn: ScheduleFn, time: Float[Array, "b"], half_error: Float[Array, "b"]
 ) -> Float[Array, "b"]:
-    """L²/(mean L)² of each draw, with the gradient of the relative variance of L in the schedule.
+    """L²/(mean L)² of each sample; its gradient is that of the relative variance of L.
 
-    With h(λ) = E[e² | λ] the mean of L² is F = ∫ h λ'² du = ∫ h(λ) |λ'| dλ. Between fixed ends it
-    depends on the schedule through |λ'| as a function of λ only, and so does its gradient, with no
-    derivative of the denoiser. By the implicit function theorem the time that keeps λ moves by
-    du = −dλ(u)/λ', so at fixed λ the slope changes by dλ'(u) − (λ''/λ') dλ(u), and
+    With h(λ) = E[e² | λ] the mean of L² is F = ∫ h λ'² du = ∫ h(λ) |λ'| dλ. With fixed ends F
+    depends on the schedule only through |λ'| as a function of λ, so its gradient has no derivative
+    of the denoiser. Let dλ(u) and dλ'(u) be the changes at fixed u. By the implicit function
+    theorem the time with a fixed λ changes by du = −dλ(u)/λ', so at fixed λ the slope changes by
+    dλ'(u) − (λ''/λ') dλ(u), and
 
-      dF = ∫ h(λ) λ' [dλ'(u) − (λ''/λ') dλ(u)] du = E[e² (λ' dλ'(u) − λ'' dλ(u))],
+      dF = ∫ h(λ) λ' [dλ'(u) − (λ''/λ') dλ(u)] du = E[e² (λ' dλ'(u) − λ'' dλ(u))].
 
-    where dλ(u) and dλ'(u) are the changes at fixed u. F is least, and equal to (∫ √h dλ)², where
-    |λ'| ∝ 1/√h: every noise level then gets time in proportion to √h.
+    The minimum of F is (∫ √h dλ)², at |λ'| ∝ 1/√h: each noise level has time in proportion to √h.
 
-    The division by the squared mean of the batch, held constant, makes a learning rate independent
-    of the data's scale. It biases the gradient by a part of order 1/b.
+    The squared mean of the batch is a constant divisor, so that the learning rate does not depend
+    on the scale of the data. It biases the gradient by a relative O(1/b).
 
     Args:
-      schedule_fn: the schedule, its ends held fixed (`NoiseSchedule.interior_only`). The gradient
-        is wrong for a parameter that moves an end.
+      schedule_fn: the schedule with fixed ends (`NoiseSchedule.interior_only`). The gradient is
+        wrong for parameters that move an end.
       time: independent or stratified draws, each uniform on [0, 1].
-      half_error: ½‖ε − ε̂‖² at those times, summed over dimensions. No gradient enters it.
+      half_error: ½‖ε − ε̂‖² at these times, the sum over dimensions; treated as a constant.
 
     Returns:
-      One number a draw; the mean is one plus the relative variance of L over u, data and noise.
+      One number for each sample; its mean is one plus the relative variance of L over u, data and
+      noise.
     """
 
     def slope_fn(time):

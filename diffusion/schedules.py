@@ -1,9 +1,8 @@
-"""Noise schedules: how the log-SNR falls with time, and the β, ᾱ, σ², β̃ tables derived from it.
+"""Noise schedules: the log-SNR as a function of time, and the tables of β, ᾱ, σ², β̃ from it.
 
 A noise level is a log-SNR λ = log(ᾱ / (1 − ᾱ)). A step between two levels s < t is the pair
-(λ_t, λ_s − λ_t). These fix α, σ, β, β̃ and every KL weight, and formulas in them stay accurate in
-float32 at any number of timesteps. Schedules are built in float64 on the host and rounded once,
-where a `Step` is looked up.
+(λ_t, λ_s − λ_t). The pair determines α, σ, β, β̃ and all KL weights, by formulas that are accurate
+in float32 at any number of timesteps. Schedules are float64 on the host; `Levels.step` rounds them.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,12 +22,12 @@ def alpha(log_snr: Float[Array, "*b"]) -> Float[Array, "*b"]:
 
 
 def sigma(log_snr: Float[Array, "*b"]) -> Float[Array, "*b"]:
-    """√(1 − ᾱ) at a log-SNR: the factor of ε in x_t. Zero at λ = +∞, with a zero gradient."""
+    """√(1 − ᾱ) at a log-SNR: the factor of ε in x_t. Value and gradient are zero at λ = +∞."""
     return jnp.exp(0.5 * jax.nn.log_sigmoid(-log_snr))
 
 
 class Step(NamedTuple):
-    """Two noise levels s < t, one pair per example.
+    """A pair of noise levels s < t for each example.
 
     Attributes:
       log_snr: λ_t, the noisier level.
@@ -45,7 +44,7 @@ class Step(NamedTuple):
 
     @property
     def c(self) -> Float[Array, "*b"]:
-        """1 − SNR_t/SNR_s = β_t/(1 − ᾱ_t): the share of x_0 in the posterior mean."""
+        """1 − SNR_t/SNR_s = β_t/(1 − ᾱ_t): the weight of x_0 in the posterior mean, over α_s."""
         return -jnp.expm1(-self.gap)
 
     @property
@@ -62,18 +61,18 @@ class Step(NamedTuple):
     def log_beta_ratio(self) -> Float[Array, "*b"]:
         """log(β_t/β̃_t) ≥ 0; +∞ at s = 0."""
         product = jax.nn.sigmoid(self.log_snr_s) * self.c
-        # Near one, 1 − ᾱ_s c is a sum of two small terms, which does not cancel.
+        # If ᾱ_s c is near one, 1 − ᾱ_s c is computed as a sum of two small terms.
         small = product < 0.5
         rest = jax.nn.sigmoid(-self.log_snr_s) + jax.nn.sigmoid(self.log_snr_s) * jnp.exp(-self.gap)
         return -jnp.where(small, jnp.log1p(-jnp.where(small, product, 0.0)), jnp.log(rest))
 
 
 class Levels(NamedTuple):
-    """T noisy levels over level 0, the data; float64 on the host, indexed by t = 0 … T.
+    """T noisy levels above level 0, the data; float64 on the host, indexed by t = 0 … T.
 
     Attributes:
-      log_snr: λ_t, falling from λ_0 = +∞.
-      gap: λ_{t−1} − λ_t, formed in float64; +∞ at t = 1, and at t = 0, where it means nothing.
+      log_snr: λ_t, decreasing from λ_0 = +∞.
+      gap: λ_{t−1} − λ_t, computed in float64; +∞ at t = 1, and a meaningless +∞ at t = 0.
     """
 
     log_snr: Float[Array, "levels"]
@@ -84,11 +83,11 @@ class Levels(NamedTuple):
         """Levels from λ_1 … λ_T.
 
         Raises:
-          ValueError: if the log-SNRs are not finite and strictly falling.
+          ValueError: if the log-SNRs are not finite and strictly decreasing.
         """
         log_snr = np.asarray(log_snr, np.float64)
         if log_snr.ndim != 1 or not log_snr.size or not np.all(np.isfinite(log_snr)):
-            raise ValueError(f"a schedule needs finite log-SNRs, one per timestep; got {log_snr}")
+            raise ValueError(f"a schedule needs a list of finite log-SNRs; got {log_snr}")
         if np.any(np.diff(log_snr) >= 0):
             t = int(np.argmax(np.diff(log_snr) >= 0)) + 2
             raise ValueError(
@@ -104,7 +103,7 @@ class Levels(NamedTuple):
         return len(self.log_snr) - 1
 
     def step(self, t: Int[Array, "*b"]) -> Step:
-        """The step from t to t − 1, for t = 1 … T; in the default float type, on the device."""
+        """The step from t to t − 1, for t = 1 … T, in the default float type on the device."""
         return Step(jnp.asarray(self.log_snr, float)[t], jnp.asarray(self.gap, float)[t])
 
     @property
@@ -119,7 +118,7 @@ class Levels(NamedTuple):
 
     @property
     def beta(self) -> Float[np.ndarray, "levels"]:
-        """β_t = 1 − ᾱ_t/ᾱ_{t−1} = σ_t² c for t = 1 … T; zero at t = 0, where there is no step."""
+        """β_t = 1 − ᾱ_t/ᾱ_{t−1} = σ_t² c for t = 1 … T; zero at t = 0, which has no step."""
         return self.sigma2 * np.concatenate([[0.0], -np.expm1(-self.gap[1:])])
 
     @property
@@ -129,27 +128,27 @@ class Levels(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """A log-SNR that falls with time, piecewise linear between equally spaced knots.
+    """A log-SNR that decreases with time, piecewise linear between equally spaced knots.
 
-    Time runs over [0, 1], from the least noisy level to the noisiest; the data lie before it. A
-    table of β becomes one knot a level, and a line in log-SNR two knots.
+    Time is in [0, 1], from the least noisy level to the noisiest one; the data are not part of it.
+    A table of β has one knot for each level, a linear log-SNR two knots.
 
     Attributes:
-      knots: log-SNRs at equally spaced times, strictly falling, float64.
+      knots: log-SNRs at equally spaced times, strictly decreasing, float64.
     """
 
     knots: Float[np.ndarray, "n"]
 
     def log_snr(self, time: Float[Array, "*b"]) -> Float[Array, "*b"]:
-        """λ at times in [0, 1]: the schedule in continuous time."""
+        """λ at times in [0, 1]."""
         times = np.linspace(0.0, 1.0, len(self.knots))
         return jnp.interp(time, jnp.asarray(times, float), jnp.asarray(self.knots, float))
 
     def slope(self, time: Float[Array, "*b"]) -> Float[Array, "*b"]:
-        """dλ/dtime < 0 at times in [0, 1]; at a knot that of the piece after it.
+        """dλ/dtime < 0 at times in [0, 1]; at a knot, the slope after it.
 
         Raises:
-          ValueError: for a schedule of one knot, which has no continuous time.
+          ValueError: for a schedule with one knot, which has no continuous time.
         """
         pieces = len(self.knots) - 1
         if pieces < 1:
@@ -159,11 +158,11 @@ class Schedule(NamedTuple):
         return jnp.asarray(slopes, float)[piece]
 
     def levels(self, num_timesteps: int) -> Levels:
-        """T levels at equally spaced times, both ends included; at T = 1 the noisiest end alone.
+        """T levels at equally spaced times, including both ends; at T = 1 the noisiest one.
 
-        With fewer levels than knots the nearest knots are taken: a β table is respaced in ᾱ, to
-        levels that a network trained on the table has seen. At T = the number of knots the table
-        comes back as it is.
+        If there are at most as many levels as knots, each level is the nearest knot: a subset of
+        the levels of a β table, on which a network was trained. With as many levels as knots the
+        levels are the table itself.
 
         Raises:
           ValueError: if T < 1.
@@ -178,10 +177,10 @@ class Schedule(NamedTuple):
 
 
 def from_betas(betas: Float[Array, "n"] | Sequence[float]) -> Schedule:
-    """The schedule of an explicit table β_1 … β_N, each strictly between 0 and 1.
+    """The schedule of a table β_1 … β_N with values strictly between 0 and 1.
 
     Raises:
-      ValueError: if the table is empty or a β is out of range.
+      ValueError: if the table is empty or a value is out of range.
     """
     betas = np.asarray(betas, np.float64)
     if betas.ndim != 1 or not betas.size:
@@ -196,7 +195,7 @@ def from_betas(betas: Float[Array, "n"] | Sequence[float]) -> Schedule:
 def linear_beta(
     native_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
 ) -> Schedule:
-    """β rising linearly over N steps. Ho et al. (2020), section 4."""
+    """β increases linearly over N steps. Ho et al. (2020), section 4."""
     return from_betas(np.linspace(beta_start, beta_end, native_timesteps, dtype=np.float64))
 
 
@@ -212,7 +211,7 @@ def cosine(native_timesteps: int = 1000, offset: float = 0.008) -> Schedule:
 def sigmoid(
     native_timesteps: int = 1000, start: float = -3.0, end: float = 3.0, temperature: float = 1.0
 ) -> Schedule:
-    """ᾱ(u) a sigmoid, shifted and scaled to fall from 1 to 0. Jabri et al. (2022), algorithm 4."""
+    """ᾱ(u) is a sigmoid, scaled to decrease from 1 to 0. Jabri et al. (2022), algorithm 4."""
 
     def alpha_bar(u):
         falling = 1 / (1 + np.exp((u * (end - start) + start) / temperature))
@@ -223,13 +222,13 @@ def sigmoid(
 
 
 def linear_log_snr(max: float = 10.0, min: float = -10.0) -> Schedule:
-    """λ falling linearly from `max` at the first noisy level to `min` at the last.
+    """λ decreases linearly from `max` at the first noisy level to `min` at the last.
 
     Raises:
       ValueError: unless max > min.
     """
     if not max > min:
-        raise ValueError(f"log-SNR falls from max = {max:g} to min = {min:g}; max must exceed min")
+        raise ValueError(f"max = {max:g} and min = {min:g}; max must exceed min")
     return Schedule(np.array([max, min], np.float64))
 
 

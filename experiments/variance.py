@@ -12,7 +12,7 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from diffusion.exact.distributions import NormalData
+from diffusion.exact.distributions import normal
 from diffusion.model import DiffusionModel
 from diffusion.reverse import Reverse
 from diffusion.schedules import linear_log_snr
@@ -132,7 +132,7 @@ def trained_case(run: Run) -> Case:
 def gaussian_case(config: ConfigDict) -> Case:
     """x ~ N(0, diag(4, 1, ¼, 1/100)) with its optimal denoiser and its true p(x_0 | x_1)."""
     variances, n = np.array([4.0, 1.0, 0.25, 0.01]), config.variance.examples
-    distribution = NormalData(np.zeros(4, np.float32), np.diag(variances).astype(np.float32))
+    distribution = normal(np.zeros(4, np.float32), np.diag(variances).astype(np.float32))
     schedule = linear_log_snr(10.0, -10.0)
     levels = schedule.levels(config.variance.num_timesteps)
     reverse = Reverse(distribution.denoiser, "x_0", "beta_tilde")

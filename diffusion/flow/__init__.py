@@ -1,1 +1,1 @@
-"""The probability flow: its ODE, likelihood and bounds on grey levels."""
+"""The probability-flow ODE: its solvers, its likelihood, and bounds for grey levels."""

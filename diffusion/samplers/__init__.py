@@ -1,1 +1,1 @@
-"""From noise to data: samplers and what wraps them."""
+"""Samplers, and the wrappers of samplers and models that sampling uses."""

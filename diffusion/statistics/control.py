@@ -1,8 +1,8 @@
-"""A control variate: the error of the denoiser that would be optimal if the data were Gaussian.
+"""A control variate for the bound: the error of the optimal denoiser of Gaussian data.
 
-Its ‖ε − ε̂‖² is a quadratic in ε, whose mean over ε is known for each x_0. Less that mean it is
-noise, and much of the noise in a network's error: subtracting a multiple of it lowers the variance
-of an estimated bound and leaves its mean alone, at no network evaluation.
+This ‖ε − ε̂‖² is quadratic in ε, and its mean over ε is known for each x_0. Its deviation from the
+mean correlates with the noise of a network's error. Subtracting a multiple of the deviation lowers
+the variance of an estimated bound without changing its mean, and costs no network evaluation.
 """
 
 from typing import NamedTuple
@@ -20,9 +20,9 @@ class GaussianControl(NamedTuple):
     """A Gaussian fitted to data, along the eigenvectors of its covariance.
 
     Attributes:
-      mean: of the data, flattened.
-      log_variance: log eigenvalues.
-      basis: eigenvectors, in columns.
+      mean: mean of the flattened data.
+      log_variance: log eigenvalues of their covariance.
+      basis: its eigenvectors, in columns.
     """
 
     mean: Float[Array, "d"]
@@ -31,9 +31,10 @@ class GaussianControl(NamedTuple):
 
     @classmethod
     def fit(cls, x_0: Float[Array, "n *d"], noise_variance: float) -> "GaussianControl":
-        """Fitted to data, to which `noise_variance` is added for directions that never vary.
+        """Fits the Gaussian to data.
 
-        Any value gives an unbiased control; that of the data's quantisation is a good one.
+        `noise_variance` is added to the covariance, for directions without variation. The control
+        is unbiased for any value; the variance of the quantisation error is a good one.
         """
         flat = np.asarray(x_0, np.float64).reshape(len(x_0), -1)
         centred = flat - flat.mean(axis=0)
@@ -44,7 +45,7 @@ class GaussianControl(NamedTuple):
     def __call__(
         self, x_0: Float[Array, "b *d"], eps: Float[Array, "b *d"], log_snr: Float[Array, "b"]
     ) -> Float[Array, "b"]:
-        """‖ε − ε̂‖² less its mean over ε given x_0: of mean zero for every x_0 and λ."""
+        """‖ε − ε̂‖² minus its mean over ε given x_0: its mean is zero for every x_0 and λ."""
         x = jnp.reshape(x_0, (len(x_0), -1)) - jnp.asarray(self.mean)
         both = jnp.stack([x, jnp.reshape(eps, x.shape)])
         x, e = jnp.matmul(both, jnp.asarray(self.basis), precision="highest")

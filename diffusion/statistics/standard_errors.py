@@ -1,7 +1,7 @@
 """From per-example terms in nats to bits/dim with standard errors, on the host in float64.
 
-Two errors are kept apart. `se` is over examples, as draws from a population. `mc_se` is over the
-noise, with the examples fixed: how far a second evaluation with another seed would land.
+There are two standard errors. `se` is over examples, as draws from a population. `mc_se` is over
+the noise with the examples fixed: the standard deviation between evaluations with different seeds.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 
 
 class Estimate(NamedTuple):
-    """A mean in bits/dim with its standard errors; an error is NaN where one example is all."""
+    """A mean in bits/dim with both standard errors; `se` is NaN for a single example."""
 
     mean: float
     se: float
@@ -28,10 +28,10 @@ def bits_per_dim(
 def replicate_timesteps(
     index: Int[np.ndarray, "b"], num_timesteps: int, num_replicates: int
 ) -> Int[np.ndarray, "b m"]:
-    """Timesteps in 2 … T at which an example's KL is drawn a second time, to measure its noise.
+    """Timesteps in 2 … T at which an example's KL is drawn twice, to measure its noise.
 
-    Evenly spaced, and shifted from example to example by the golden ratio, so that a data set
-    covers every t about equally and a row depends on its example's index alone.
+    They are evenly spaced and shifted from example to example by the golden ratio. So a data set
+    covers all t about equally, and a row depends only on the index of its example.
     """
     num_terms = num_timesteps - 1
     m = min(num_replicates, num_terms)
@@ -43,10 +43,10 @@ def replicate_timesteps(
 def noise_variance(
     first: Float[np.ndarray, "b m"], second: Float[np.ndarray, "b m"], num_terms: int
 ) -> Float[np.ndarray, "b"]:
-    """Variance of an example's sum of `num_terms` independent terms, from m pairs of them.
+    """Variance of each example's sum of `num_terms` independent terms, from m pairs of draws.
 
-    Half the squared difference of two draws is an unbiased estimate of a term's variance; the m
-    terms stand for all of them.
+    Half the squared difference of two draws is an unbiased estimate of a term's variance. The sum
+    over the m terms is scaled to all terms.
     """
     first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
     m = first.shape[1]
@@ -56,7 +56,7 @@ def noise_variance(
 def estimate(
     per_example: Float[np.ndarray, "n"], noise_variances: Float[np.ndarray, "n"], num_dims: int
 ) -> Estimate:
-    """Mean over examples in bits/dim, from nats and the noise variances of each (nats²)."""
+    """The mean over examples in bits/dim, from nats and noise variances (nats²) per example."""
     values = bits_per_dim(per_example, num_dims)
     n = len(values)
     se = values.std(ddof=1) / np.sqrt(n) if n > 1 else np.nan

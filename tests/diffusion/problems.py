@@ -9,16 +9,16 @@ from diffusion.model import DiffusionModel
 
 _RNG = np.random.default_rng(0)
 _FACTOR = _RNG.normal(size=(3, 3))
-NORMAL = distributions.NormalData(np.array([0.5, -1.0, 2.0]), _FACTOR @ _FACTOR.T + 0.1 * np.eye(3))
+NORMAL = distributions.normal(np.array([0.5, -1.0, 2.0]), _FACTOR @ _FACTOR.T + 0.1 * np.eye(3))
 LEVELS = schedules.linear_log_snr(1.0, -1.0).levels(2)
-DISCRETE = distributions.DiscreteData(_RNG.integers(-4, 5, (6, 3)) / 4)
+DISCRETE = distributions.points(_RNG.integers(-4, 5, (6, 3)) / 4)
 
 
-def mixture(num_components: int, num_dims: int) -> distributions.MixtureData:
+def mixture(num_components: int, num_dims: int) -> distributions.Mixture:
     """Components a few standard deviations apart, each stretched its own way, of std 0.4 and up."""
     rng = np.random.default_rng(num_dims)
     factors = 0.3 * rng.normal(size=(num_components, num_dims, num_dims))
-    return distributions.MixtureData(
+    return distributions.Mixture(
         rng.dirichlet(np.full(num_components, 5.0)),
         rng.uniform(-1.5, 1.5, (num_components, num_dims)),
         factors @ factors.swapaxes(1, 2) + 0.16 * np.eye(num_dims),
@@ -52,9 +52,9 @@ def without_decoder(p: reverse.Reverse, levels: schedules.Levels = LEVELS) -> Di
     return DiffusionModel(p, decoder, levels)
 
 
-def testbed() -> distributions.NormalData:
+def testbed() -> distributions.Mixture:
     """x ~ N(0, diag(4, 1, ¼, 1/100)), the Gaussian testbed of docs/lecture.md."""
-    return distributions.NormalData(
+    return distributions.normal(
         np.zeros(4, np.float32), np.diag([4.0, 1.0, 0.25, 0.01]).astype(np.float32)
     )
 

@@ -50,7 +50,7 @@ def test_gap_on_gaussian_data_is_the_published_table(num_steps, gap, name):
 
 def test_optimal_denoiser_minimises_every_term(float64):
     """Moving x̂_0 by δ costs exactly ½ (SNR_s − SNR_t) δ² per dimension: errors are orthogonal."""
-    data = distributions.NormalData(np.array([0.3, -1.0]), np.array([[1.0, 0.4], [0.4, 0.3]]))
+    data = distributions.normal(np.array([0.3, -1.0]), np.array([[1.0, 0.4], [0.4, 0.3]]))
     levels, delta = schedules.linear_log_snr(6.0, -6.0).levels(12), 0.05
     points = oracles.sigma_points(4)
     x_0 = data.mean + points[:, :2] @ np.linalg.cholesky(data.covariance).T
@@ -256,9 +256,9 @@ def test_chunks_and_batches_change_nothing():
 def test_bound_closes_in_on_the_entropy_of_discrete_data_from_above():
     """K = 8 vectors of d = 4 integers, the optimal denoiser, λ from +10 to −10, both decoders."""
     quantization, rng = decoders.Quantization(17), np.random.default_rng(9)
-    data = distributions.DiscreteData(np.float32(quantization.values[rng.integers(0, 17, (8, 4))]))
+    data = distributions.points(np.float32(quantization.values[rng.integers(0, 17, (8, 4))]))
     index = np.arange(400)
-    x_0 = data.points[index % 8]
+    x_0 = data.means[index % 8]
     model = problems.predicting(data, "v")
     categorical = decoders.categorical(quantization)
     gaussian = decoders.discretized_gaussian(quantization)

@@ -39,7 +39,7 @@ def sigma_points():
 @pytest.mark.parametrize("schedule", [schedules.linear_log_snr(10.0, -10.0), CURVED])
 def test_diffusion_term_is_the_mutual_information_whatever_the_interior(schedule, float64):
     """½ ∫ Σ SNR v/(1 + SNR v) dλ = I(x; x_1) − I(x; x_T), for any schedule between the ends."""
-    data = distributions.NormalData(np.zeros(4), np.diag([4.0, 1.0, 0.25, 0.01]))
+    data = distributions.normal(np.zeros(4), np.diag([4.0, 1.0, 0.25, 0.01]))
     model = Reverse(data.denoiser, "x_0")
     expected = data.mutual_information(10.0) - data.mutual_information(-10.0)
     # The midpoint rule's error at 2000 points is (20/2000)²/24 of the integrand's curvature.

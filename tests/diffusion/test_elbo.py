@@ -60,9 +60,7 @@ def test_trajectory_estimate_has_the_bounds_mean(variance, float64):
 
 def test_sampled_trajectories_have_the_bounds_mean_within_standard_error():
     n, levels = 20_000, schedules.linear_log_snr(4.0, -5.0).levels(5)
-    data = distributions.NormalData(
-        np.array([0.2, -0.3], np.float32), np.diag([1.0, 0.2]).astype("f4")
-    )
+    data = distributions.normal(np.array([0.2, -0.3], np.float32), np.diag([1.0, 0.2]).astype("f4"))
     model = DiffusionModel(problems.predicting(data, "eps"), decoders.gaussian(0.02), levels)
 
     rng = np.random.default_rng(0)

@@ -24,7 +24,7 @@ def mixture(num_dims):
     weights, rng = np.array([0.5, 0.3, 0.2]), np.random.default_rng(num_dims)
     means = np.array([[-1.2], [0.4], [1.5]]) * np.array([1.0, -0.6])[:num_dims]
     factors = np.eye(num_dims) * 0.5 + 0.15 * rng.normal(size=(3, num_dims, num_dims))
-    return distributions.MixtureData(weights, means, factors @ factors.swapaxes(1, 2))
+    return distributions.Mixture(weights, means, factors @ factors.swapaxes(1, 2))
 
 
 def quadrature(num_dims, order):

@@ -163,17 +163,17 @@ def test_squared_error_does_not_cancel_at_high_snr_in_float32(name):
 
 
 DATA = {
-    "normal": distributions.NormalData(np.array([0.5, -1.0]), np.array([[2.0, 0.6], [0.6, 0.5]])),
-    "discrete": distributions.DiscreteData(np.array([[1.0, 0.0], [-0.5, 0.25], [0.0, -1.0]])),
+    "normal": distributions.Mixture(np.array([0.5, -1.0]), np.array([[2.0, 0.6], [0.6, 0.5]])),
+    "discrete": distributions.Mixture(np.array([[1.0, 0.0], [-0.5, 0.25], [0.0, -1.0]])),
 }
 
 
 def log_marginal(data, x_t, alpha, variance):
     """log p(x_t) of one x_t, from the distribution of x_0."""
-    if isinstance(data, distributions.NormalData):
+    if isinstance(data, distributions.normal):
         covariance = alpha**2 * data.covariance + variance * jnp.eye(2)
         return jax.scipy.stats.multivariate_normal.logpdf(x_t, alpha * data.mean, covariance)
-    squared = jnp.sum((x_t - alpha * data.points) ** 2, axis=-1)
+    squared = jnp.sum((x_t - alpha * data.means) ** 2, axis=-1)
     return jax.nn.logsumexp(-0.5 * squared / variance)
 
 
@@ -198,7 +198,7 @@ def test_ancestral_step_is_an_ode_step_then_a_langevin_step(variance, float64):
     noise variance is about β with a drift of about β s. What is left when η = β/2 is a
     probability-flow Euler step ½β(x + s). The remainder is of second order: slope 2 in log-log.
     """
-    data = distributions.NormalData(np.array([0.7]), np.array([[0.3]]))
+    data = distributions.normal(np.array([0.7]), np.array([[0.3]]))
     beta = np.geomspace(1e-4, 1e-2, 9)
     log_snr = np.full(9, 0.4)
     sigma2 = 1 / (1 + np.exp(log_snr))

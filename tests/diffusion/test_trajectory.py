@@ -104,7 +104,7 @@ def test_a_tight_bound_has_no_variance_along_a_trajectory(float64):
 
     But for p(x_T) = N(0, I) in place of the marginal at λ = −25, a matter of e^{−25}.
     """
-    data = distributions.NormalData(np.array([0.3, -0.2]), np.diag([2.0, 0.1]))
+    data = distributions.normal(np.array([0.3, -0.2]), np.diag([2.0, 0.1]))
     levels = schedules.linear_log_snr(6.0, -25.0).levels(9)
 
     def denoiser(x_t, log_snr, condition=None):
@@ -129,9 +129,7 @@ def test_a_hundred_thousand_steps_in_float32():
     levels = schedules.linear_log_snr(20.0, -20.0).levels(10**5)
     t = np.array([2, 100, 10**4, 5 * 10**4, 9 * 10**4, 10**5])
     x_0, eps_s, n = np.random.default_rng(3).normal(size=(3, 6, 3)).astype(np.float32)
-    model = problems.predicting(
-        distributions.NormalData(np.zeros(3), np.diag([2.0, 1.0, 0.1])), "v"
-    )
+    model = problems.predicting(distributions.normal(np.zeros(3), np.diag([2.0, 1.0, 0.1])), "v")
 
     def terms(step):
         return trajectory.step_log_ratio(model, x_0, eps_s, n, step)[1]

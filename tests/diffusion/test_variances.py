@@ -32,7 +32,7 @@ def saying(data, extra):
 
 def gap_of(model, num_steps, dtype):
     """E[prior + ΣKL] − I(x; x_1) in nats, exact at sigma points."""
-    data = distributions.NormalData(np.zeros(4), np.diag(TESTBED))
+    data = distributions.normal(np.zeros(4), np.diag(TESTBED))
     levels = schedules.linear_log_snr(10.0, -10.0).levels(num_steps + 1)
     points = oracles.sigma_points(8)
     x_0 = (points[:, :4] * np.sqrt(TESTBED)).astype(dtype)
@@ -64,7 +64,7 @@ def test_measured_isotropic_error_gives_the_best_isotropic_row(num_steps, gap):
 def test_matched_diagonals_leave_the_priors_gap_alone(num_steps, float64):
     """The row 5.43e-9: with each coordinate's own error the chain is exact but for p(x_T)."""
     levels = schedules.linear_log_snr(10.0, -10.0).levels(num_steps + 1).log_snr[1:]
-    data = distributions.NormalData(np.zeros(4), np.diag(TESTBED))
+    data = distributions.normal(np.zeros(4), np.diag(TESTBED))
     measured = variances.from_measured_error(levels, optimal_error(levels))
     learned = saying(data, lambda l: jnp.log(jax.nn.sigmoid(l[:, None] + np.log(TESTBED))))
     for model in (

@@ -67,7 +67,7 @@ TOLERANCE_FLOAT64 = 1e-9
 SHAPE = (2, 3, 5, 3)
 DIMENSION = int(np.prod(SHAPE[1:]))
 RNG = np.random.default_rng(0)
-MIXTURE = distributions.MixtureData(
+MIXTURE = distributions.Mixture(
     np.array([0.5, 0.3, 0.2]),
     RNG.normal(scale=0.8, size=(3, DIMENSION)),
     np.stack([np.diag(RNG.uniform(0.02, 0.5, DIMENSION)) for _ in range(3)]),

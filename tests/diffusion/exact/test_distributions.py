@@ -10,7 +10,7 @@ import scipy.special
 import scipy.stats
 
 from diffusion import schedules
-from diffusion.exact.distributions import DiscreteData, MixtureData, NormalData
+from diffusion.exact.distributions import Mixture, normal, points
 from tests.diffusion import oracles, problems
 from tests.diffusion.problems import DISCRETE, NORMAL
 
@@ -39,7 +39,7 @@ def jitted(name, method):
 
 def rounded(data):
     """The same distribution from float32 arrays."""
-    return type(data)(*(np.float32(of) for of in data))
+    return jax.tree.map(np.float32, data)
 
 
 def mixture_oracle(x_t, weights, means, covariances):
@@ -57,9 +57,9 @@ def mixture_oracle(x_t, weights, means, covariances):
 def discrete_oracle(x_t):
     """A softmax of the six log-densities of x_t."""
     log_density = scipy.stats.norm.logpdf(
-        x_t[:, None], ALPHA[:, None, None] * DISCRETE.points, SIGMA[:, None, None]
+        x_t[:, None], ALPHA[:, None, None] * DISCRETE.means, SIGMA[:, None, None]
     ).sum(-1)
-    return scipy.special.softmax(log_density, axis=1) @ DISCRETE.points
+    return scipy.special.softmax(log_density, axis=1) @ DISCRETE.means
 
 
 ORACLES = {
@@ -168,16 +168,10 @@ def test_samples_have_the_noised_score(name):
             assert np.all(np.abs(values.mean(axis=0) - expected) < 4 * error)
 
 
-@pytest.mark.parametrize("name", ["normal", "mixture"])
+@every
 def test_samples_have_their_moments(name):
     n = 4000
-    if name == "normal":
-        mean, covariance = NORMAL
-    else:
-        weights, means, covariances = MIXTURE
-        mean = weights @ means
-        spread = np.einsum("k,kd,ke->de", weights, means - mean, means - mean)
-        covariance = np.einsum("k,kde->de", weights, covariances) + spread
+    mean, covariance = DATA[name].mean, DATA[name].covariance
     x = np.asarray(DATA[name].sample(jax.random.key(1), n), np.float64)
     products = (x - mean)[:, :, None] * (x - mean)[:, None]
     for values, expected in ((x, mean), (products, covariance)):
@@ -188,7 +182,7 @@ def test_samples_have_their_moments(name):
 @pytest.mark.parametrize("weights", [[1.0], [0.3, 0.7], [3.0, 1.0, 4.0]])
 def test_mixture_of_one_and_the_same_normal_is_that_normal(weights, float64):
     k = len(weights)
-    same = MixtureData(
+    same = Mixture(
         np.array(weights), np.tile(NORMAL.mean, (k, 1)), np.tile(NORMAL.covariance, (k, 1, 1))
     )
     x_t = noisy(NORMAL)
@@ -205,7 +199,7 @@ def test_mixture_of_one_and_the_same_normal_is_that_normal(weights, float64):
 def test_mixture_of_narrow_normals_is_discrete_under_noise(float64):
     """A variance of 1e-9 beside noise of variance 1/(1 + e⁵) = 7e-3."""
     x_t, log_snr = noisy(DISCRETE)[:51], LOG_SNR[:51]
-    narrow = MixtureData(np.ones(6), DISCRETE.points, np.tile(1e-9 * np.eye(3), (6, 1, 1)))
+    narrow = Mixture(np.ones(6), DISCRETE.means, np.tile(1e-9 * np.eye(3), (6, 1, 1)))
     for method in ("denoiser", "score", "noised_log_prob"):
         np.testing.assert_allclose(
             jax.jit(getattr(narrow, method))(x_t, log_snr),
@@ -217,8 +211,8 @@ def test_mixture_of_narrow_normals_is_discrete_under_noise(float64):
 
 def test_flat_covariances_are_refused():
     flat = np.diag([1.0, 0.0])
-    mixed = MixtureData(np.ones(2), np.zeros((2, 2)), np.stack([np.eye(2), flat]))
-    for data in (NormalData(np.zeros(2), flat), mixed):
+    mixed = Mixture(np.ones(2), np.zeros((2, 2)), np.stack([np.eye(2), flat]))
+    for data in (normal(np.zeros(2), flat), mixed):
         with pytest.raises(ValueError, match="positive definite"):
             data.log_prob(np.zeros((1, 2)))
 
@@ -257,9 +251,10 @@ def test_optimal_eps_error_is_the_denoisers(log_snr, float64):
 def test_entropy_is_the_mean_of_minus_log_prob(float64):
     x_0 = NORMAL.mean + oracles.sigma_points(3) @ np.linalg.cholesky(NORMAL.covariance).T
     assert NORMAL.entropy() == pytest.approx(-float(NORMAL.log_prob(x_0).mean()), rel=1e-12)
-    at_points = -float(DISCRETE.log_prob(DISCRETE.points).mean())
+    at_points = -float(DISCRETE.log_prob(DISCRETE.means).mean())
     assert DISCRETE.entropy() == pytest.approx(at_points, rel=1e-12)
-    assert not hasattr(MIXTURE, "entropy")
+    with pytest.raises(ValueError, match="single normal"):
+        MIXTURE.entropy()
 
 
 @every
@@ -300,7 +295,7 @@ def test_float32_density_is_off_by_its_rounding_alone(name):
     at = x_t, np.float32(LOG_SNR)
     actual = np.asarray(jax.jit(data.noised_log_prob)(*at), np.float64)
     with jax.enable_x64(True):
-        wide = type(data)(*(np.float64(of) for of in data))
+        wide = jax.tree.map(np.float64, data)
         at = np.float64(x_t), np.float64(np.float32(LOG_SNR))
         exact = np.asarray(wide.noised_log_prob(*at))
         score = np.asarray(wide.score(*at))
@@ -312,11 +307,11 @@ def test_float32_density_is_off_by_its_rounding_alone(name):
 
 
 def test_discrete_log_prob_and_samples():
-    data = DiscreteData(np.float32(DISCRETE.points))
-    np.testing.assert_allclose(data.log_prob(data.points), -np.log(6), rtol=oracles.EPS32)
-    off = data.points + np.float32([[0.0, 0.0, 1e-3]])
+    data = points(np.float32(DISCRETE.means))
+    np.testing.assert_allclose(data.log_prob(data.means), -np.log(6), rtol=oracles.EPS32)
+    off = data.means + np.float32([[0.0, 0.0, 1e-3]])
     np.testing.assert_array_equal(data.log_prob(off), np.full(6, -np.inf))
     x = np.asarray(data.sample(jax.random.key(2), 3000))
-    counts = [np.all(x == point, axis=1).sum() for point in data.points]
+    counts = [np.all(x == point, axis=1).sum() for point in data.means]
     assert sum(counts) == 3000
     assert scipy.stats.chisquare(counts).pvalue > 1e-4

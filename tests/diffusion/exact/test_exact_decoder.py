@@ -54,14 +54,14 @@ def test_true_decoder_of_a_normal_is_its_conditional_normal(log_snr, float64):
 def test_true_decoder_of_points_sums_to_one(log_snr, float64):
     rng = np.random.default_rng(8)
     alpha, sigma = np.sqrt(scipy.special.expit([log_snr, -log_snr]))
-    x_1 = alpha * DISCRETE.points + sigma * rng.normal(size=(6, 3))
-    every_pair = np.repeat(DISCRETE.points, 6, axis=0), np.tile(x_1, (6, 1))
+    x_1 = alpha * DISCRETE.means + sigma * rng.normal(size=(6, 3))
+    every_pair = np.repeat(DISCRETE.means, 6, axis=0), np.tile(x_1, (6, 1))
     log_prob = DISCRETE.decoder()(*every_pair, every_pair[0], levels_at(log_snr))
     prob = np.exp(log_prob).reshape(6, 6)
     np.testing.assert_allclose(prob.sum(axis=0), 1, rtol=1e-9)
     means = DISCRETE.denoiser(x_1, np.full(6, log_snr))
-    np.testing.assert_allclose(prob.T @ DISCRETE.points, means, rtol=1e-9, atol=1e-12)
-    elsewhere = DISCRETE.decoder()(DISCRETE.points + 0.01, x_1, x_1, levels_at(log_snr))
+    np.testing.assert_allclose(prob.T @ DISCRETE.means, means, rtol=1e-9, atol=1e-12)
+    elsewhere = DISCRETE.decoder()(DISCRETE.means + 0.01, x_1, x_1, levels_at(log_snr))
     np.testing.assert_array_equal(elsewhere, -np.inf)
 
 

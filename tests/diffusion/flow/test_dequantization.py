@@ -42,7 +42,7 @@ def test_uniform_dequantization_in_data_units():
 
 def test_gap_of_uniform_dequantization_in_a_smooth_density():
     """With log-density ℓ it is ℓ'² spacing²/24 to leading order: it goes as the bins narrow."""
-    data = distributions.NormalData(np.zeros(1), np.ones((1, 1)))
+    data = distributions.normal(np.zeros(1), np.ones((1, 1)))
     model, std, spacing = model_of(data), np.sqrt(1 + np.exp(-4.0)), 0.4
     centres = np.float32([0.7, 1.3, -2.0])
     x_0, u = np.repeat(centres, len(UNIT_NODES))[:, None], np.tile(UNIT_NODES, 3)[:, None]
@@ -57,7 +57,7 @@ def test_gap_of_uniform_dequantization_in_a_smooth_density():
 def test_uniform_dequantization_of_narrow_peaks_stays_above():
     """Five equally likely levels whose peaks are narrow in their bins: above log 5, by a lot."""
     values = np.float32(QUANTIZATION.values)
-    data = distributions.DiscreteData(values[:, None])
+    data = distributions.points(values[:, None])
     x_0 = np.repeat(values, len(UNIT_NODES))[:, None]
     u = np.tile(UNIT_NODES, 5)[:, None]
     spacing, model = QUANTIZATION.spacing, model_of(data)
@@ -77,7 +77,7 @@ def test_noise_dequantization_is_exact_at_every_eps():
     """
     points = np.float32([[-1, 0.5], [0.5, 0.5], [0.5, -1], [0, 0]])
     points = points - points.mean(axis=0)  # N(0, I) is nearest to the end of centred data
-    data = distributions.DiscreteData(points)
+    data = distributions.points(points)
     x_0 = np.repeat(points, 3, axis=0)
     eps = np.random.default_rng(0).normal(size=(12, 2)).astype(np.float32)
     model = model_of(data)

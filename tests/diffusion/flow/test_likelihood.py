@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 LOG_SNR_MAX, LOG_SNR_MIN = 6.0, -4.0
 ROOT = np.array([[1.0, 0.0, 0.0], [0.5, 0.6, 0.0], [0.2, -0.3, 0.3]])
-NORMAL = distributions.NormalData(np.array([0.3, -0.2, 0.1]), ROOT @ ROOT.T)
+NORMAL = distributions.normal(np.array([0.3, -0.2, 0.1]), ROOT @ ROOT.T)
 # Where the solver's error is no matter:
 COARSE, LOOSE = FixedGrid(8, "heun"), Adaptive(1e-3, 1e-3, method="heun")
 
@@ -92,7 +92,7 @@ def test_mixture_at_a_high_log_snr():
     Their log-ratio is ½ α² Σ (Cov − I)_ij (x_i x_j − δ_ij) to first order: about 1e-5 nats.
     """
     means, root = np.array([[-1.0, 0.5], [1.0, -0.5]]), np.array([[0.3, 0.0], [0.2, 0.1]])
-    data = distributions.MixtureData(np.ones(2), means, np.stack([root @ root.T, root.T @ root]))
+    data = distributions.Mixture(np.ones(2), means, np.stack([root @ root.T, root.T @ root]))
     rng = np.random.default_rng(0)
     grid = rng.uniform(-1.5, 1.5, size=(12, 2)).astype(np.float32)  # valleys and tails too
     model = between(problems.predicting(data, "v"), 5.0, -12.0)

@@ -18,7 +18,7 @@ from tests.diffusion import problems
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 VARIANCES = np.array([2.0, 1.0, 0.5, 0.1])
-NORMAL = distributions.NormalData(np.full(4, 0.3), np.diag(VARIANCES))
+NORMAL = distributions.normal(np.full(4, 0.3), np.diag(VARIANCES))
 X = np.random.default_rng(0).normal(size=(7, 4))
 
 
@@ -64,7 +64,7 @@ def test_errors_follow_the_tolerance(method, float64):
 
 def test_many_levels_end_where_one_solve_does(float64):
     """And where 2000 steps of Heun's method do, on a mixture and with x̂_0 clipped."""
-    data = distributions.MixtureData(
+    data = distributions.Mixture(
         np.array([0.6, 0.4]),
         np.array([[-0.9] * 4, [0.8] * 4]),
         np.array([0.05 * np.eye(4), 0.1 * np.eye(4)]),

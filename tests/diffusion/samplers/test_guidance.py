@@ -15,12 +15,12 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 NAMES = list(PARAMETERIZATIONS)
 WEIGHTS = np.array([0.3, 0.7])
-CLASSES = distributions.MixtureData(
+CLASSES = distributions.Mixture(
     WEIGHTS,
     np.array([[-1.0, 0.4, 0.0], [0.8, -0.2, 0.3]]),
     np.array([np.diag([0.2, 0.5, 0.4]), [[0.6, 0.2, 0.0], [0.2, 0.3, 0.1], [0.0, 0.1, 0.5]]]),
 )
-EACH = [distributions.NormalData(CLASSES.means[k], CLASSES.covariances[k]) for k in range(2)]
+EACH = [distributions.normal(CLASSES.means[k], CLASSES.covariances[k]) for k in range(2)]
 
 LOG_SNR = np.linspace(-7.0, 7.0, 12)
 X_T = np.random.default_rng(0).normal(size=(12, 3))
@@ -186,7 +186,7 @@ def test_a_noisy_classifiers_gradient_turns_the_model_into_the_classs_own(name, 
 
 
 # Data N(m, C) of which y = A x_0 + noise of covariance R was seen.
-PRIOR = distributions.NormalData(
+PRIOR = distributions.normal(
     np.array([0.3, -0.2, 0.1]), np.array([[1.0, 0.4, 0.1], [0.4, 0.8, -0.2], [0.1, -0.2, 0.5]])
 )
 SEEN, SEEN_NOISE, Y = (
@@ -206,7 +206,7 @@ def posterior():
     precision = np.linalg.inv(PRIOR.covariance)
     of_y = SEEN.T @ np.linalg.inv(SEEN_NOISE)
     covariance = np.linalg.inv(precision + of_y @ SEEN)
-    return distributions.NormalData(covariance @ (precision @ PRIOR.mean + of_y @ Y), covariance)
+    return distributions.normal(covariance @ (precision @ PRIOR.mean + of_y @ Y), covariance)
 
 
 def log_likelihood(x_t, x_0_hat, log_snr):

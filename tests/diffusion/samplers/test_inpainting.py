@@ -16,8 +16,8 @@ from tests.diffusion.samplers.test_langevin import linear_moments
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-CORRELATED = distributions.NormalData(np.array([0.2, -0.1]), np.array([[1.0, 0.8], [0.8, 1.5]]))
-INDEPENDENT = distributions.NormalData(np.array([0.2, -0.1]), np.diag([1.0, 0.3]))
+CORRELATED = distributions.normal(np.array([0.2, -0.1]), np.array([[1.0, 0.8], [0.8, 1.5]]))
+INDEPENDENT = distributions.normal(np.array([0.2, -0.1]), np.diag([1.0, 0.3]))
 KNOWN = np.array([1.2, np.nan])  # what is said of the unknown coordinate must not matter
 MASK = np.array([1, 0])
 
@@ -102,7 +102,7 @@ def test_resampling_approaches_the_conditional(float64):
     """Of the unknown coordinate given the known one: the errors of mean and variance both fall."""
     levels = schedules.linear_log_snr(7.0, -6.0).levels(25)
     model = predicting(CORRELATED, "v", "beta")
-    (m_known, m_rest), covariance = CORRELATED
+    (m_known, m_rest), covariance = CORRELATED.mean, CORRELATED.covariance
     slope = covariance[0, 1] / covariance[1, 1]
     noise_variance = covariance[0, 0] - slope * covariance[0, 1]
     expected = oracles.condition(

@@ -13,7 +13,7 @@ from tests.diffusion import problems
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 MEAN, VARIANCE = np.array([0.3, -0.2, 0.0]), np.array([0.5, 1.0, 0.1])
-NORMAL = distributions.NormalData(MEAN, np.diag(VARIANCE))
+NORMAL = distributions.normal(MEAN, np.diag(VARIANCE))
 ENDS = 14.0, -9.0
 X_A, X_B = MEAN + np.sqrt(VARIANCE) * np.random.default_rng(0).normal(size=(2, 4, 3))
 

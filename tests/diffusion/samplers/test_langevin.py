@@ -17,8 +17,8 @@ from tests.diffusion import oracles, problems
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 MEAN, VARIANCE = 0.3, 0.5
-NORMAL = distributions.NormalData(np.array([MEAN]), np.array([[VARIANCE]]))
-MIXTURE = distributions.MixtureData(
+NORMAL = distributions.normal(np.array([MEAN]), np.array([[VARIANCE]]))
+MIXTURE = distributions.Mixture(
     np.array([0.3, 0.7]), np.array([[-1.0], [0.8]]), np.array([[[0.1]], [[0.2]]])
 )
 MIXTURE_MEAN = 0.3 * -1.0 + 0.7 * 0.8

@@ -18,13 +18,13 @@ from tests.diffusion import problems
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 N = 4000
-NORMAL = distributions.NormalData(np.array([0.3, -0.2]), np.array([[0.6, 0.3], [0.3, 0.5]]))
+NORMAL = distributions.normal(np.array([0.3, -0.2]), np.array([[0.6, 0.3], [0.3, 0.5]]))
 WEIGHTS, MEANS, STDS = (
     np.array([0.5, 0.3, 0.2]),
     np.array([-1.2, 0.4, 1.5]),
     np.array([0.3, 0.4, 0.2]),
 )
-MIXTURE = distributions.MixtureData(WEIGHTS, MEANS[:, None], (STDS**2)[:, None, None])
+MIXTURE = distributions.Mixture(WEIGHTS, MEANS[:, None], (STDS**2)[:, None, None])
 OPTIONS = {
     "euler": {"churn": 0.05},
     "ddim": {"eta": 0.5},
@@ -53,8 +53,7 @@ CASES = [(name, {}) for name in registry.SAMPLERS if name != "langevin"] + list(
 
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_mean_and_covariance_of_a_normal(name, options):
-    single = distributions.MixtureData(np.ones(1), NORMAL.mean[None], NORMAL.covariance[None])
-    x = draw(single, name, options)
+    x = draw(NORMAL, name, options)
     assert_within_sampling_error(x.mean(axis=0), NORMAL.mean, np.diag(NORMAL.covariance))
     variances = np.diag(NORMAL.covariance)
     # Isserlis: the variance of a product of two centred normals is v_i v_j + c_ij².

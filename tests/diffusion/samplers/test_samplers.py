@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 MEAN, VARIANCE = 0.3, 0.5
 TABLE = np.random.default_rng(0).normal(size=(5000, 13, 1)).astype(np.float32)
-DATA = distributions.NormalData(np.array([MEAN], np.float32), np.array([[VARIANCE]], np.float32))
+DATA = distributions.normal(np.array([MEAN], np.float32), np.array([[VARIANCE]], np.float32))
 
 
 def recursion(levels, variance):

@@ -18,7 +18,7 @@ from tests.diffusion import problems
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-MIXTURE = distributions.MixtureData(
+MIXTURE = distributions.Mixture(
     np.array([0.5, 0.3, 0.2]),
     np.array([[-1.2], [0.4], [1.5]]),
     np.array([[[0.09]], [[0.2]], [[0.05]]]),
@@ -155,7 +155,7 @@ def test_flow_carries_the_mixtures_quantiles(float64):
 
 
 def draw(name, levels, rows=40, record=(1, 5), **options):
-    data = distributions.NormalData(np.full(3, 0.3), np.diag([0.5, 1.0, 0.1]))
+    data = distributions.normal(np.full(3, 0.3), np.diag([0.5, 1.0, 0.1]))
     model = problems.without_decoder(problems.predicting(data, "v"))
     sampler = registry.SAMPLERS[name](model, **options)
     noise = problems.tabulated(NOISE, np.arange(rows))
@@ -200,7 +200,7 @@ def test_evaluations_are_the_networks(name):
 
 
 MEAN, VARIANCE = 0.3, 0.5
-NORMAL = distributions.NormalData(np.array([MEAN]), np.array([[VARIANCE]]))
+NORMAL = distributions.normal(np.array([MEAN]), np.array([[VARIANCE]]))
 OF_NORMAL = problems.without_decoder(Reverse(NORMAL.denoiser, "x_0"))
 
 
@@ -288,7 +288,7 @@ def test_unipc_of_no_such_kind(options, message):
 def ends_with_a_draw_shifted(make, draws):
     """x_0 after three steps with draw k of each step shifted, for each k; the first noise stays."""
     levels = schedules.cosine(100).levels(3)
-    data = distributions.NormalData(np.zeros(3), np.eye(3))
+    data = distributions.normal(np.zeros(3), np.eye(3))
     sampler = make(problems.without_decoder(problems.predicting(data, "eps")))
 
     def end(shifted):
@@ -332,7 +332,7 @@ def test_churn_takes_one_noise(name):
 @pytest.mark.parametrize("num_timesteps", [1, 2])
 def test_few_steps_are_finite_and_end_in_the_last_prediction(name, num_timesteps):
     levels = schedules.linear_log_snr(20.0, -20.0).levels(num_timesteps)
-    data = distributions.NormalData(np.zeros(3), np.eye(3))
+    data = distributions.normal(np.zeros(3), np.eye(3))
     model = problems.without_decoder(problems.predicting(data, "x_0"))
     noise = problems.tabulated(NOISE, np.arange(4))
     made = base.sample(registry.SAMPLERS[name](model), levels, noise, 4, (1,))

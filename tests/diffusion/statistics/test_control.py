@@ -31,7 +31,7 @@ def test_on_gaussian_data_it_is_the_error_less_its_mean(float64):
     sample = rng.normal(size=(400, 3)) @ rng.normal(size=(3, 3)) + 0.5
     control = GaussianControl.fit(sample, 0.02)
     covariance = np.cov(sample.T, ddof=0) + 0.02 * np.eye(3)
-    data = distributions.NormalData(sample.mean(0), covariance)
+    data = distributions.normal(sample.mean(0), covariance)
     x_0 = np.broadcast_to(sample[:1], (6, 3))
     log_snr = np.full(6, 1.3)
     eps = rng.normal(size=(6, 3))

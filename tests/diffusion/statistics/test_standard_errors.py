@@ -116,7 +116,7 @@ def test_totals_accumulate_in_float64():
 
 def test_reported_noise_of_a_real_bound_is_its_scatter_over_seeds():
     num_seeds, num_timesteps, n, dims = 200, 12, 48, 2
-    data = distributions.NormalData(np.zeros(2, np.float32), np.diag([1.0, 0.1]).astype(np.float32))
+    data = distributions.normal(np.zeros(2, np.float32), np.diag([1.0, 0.1]).astype(np.float32))
     levels = schedules.linear_log_snr(5.0, -5.0).levels(num_timesteps)
     model = DiffusionModel(problems.predicting(data, "eps"), decoders.gaussian(0.01), levels)
     rng = np.random.default_rng(1)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from diffusion.bound import bound, continuous_rate, prior_kl
-from diffusion.exact.distributions import NormalData
+from diffusion.exact.distributions import normal
 from diffusion.model import DiffusionModel
 from diffusion.reverse import Reverse
 from diffusion.schedules import linear_log_snr
@@ -34,7 +34,7 @@ REPEATS = 60
 NEVER = 1e-9  # bits/dim: a target that no budget reaches
 MAX, MIN = 4.0, -6.0
 BITS = D * np.log(2.0)
-MODEL = NormalData(
+MODEL = normal(
     np.float32([0.3, -0.2, 0.1]),
     np.float32([[1.0, 0.5, 0.0], [0.5, 0.8, 0.1], [0.0, 0.1, 0.05]]),
 )
