@@ -1,4 +1,4 @@
-"""diffusers' `UNet2DModel` that ours is compared with, here and in tests/parity."""
+"""diffusers' `UNet2DModel`, for comparisons with our network here and in tests/parity."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from typing import Any
 def ddpm_cifar10(channels: int = 128, num_groups: int = 32) -> Any:
     """google/ddpm-cifar10-32's architecture, at any width, with diffusers' own random weights.
 
-    Seeds torch.
+    Sets torch's seed.
 
     Raises:
       ImportError: without torch or diffusers.

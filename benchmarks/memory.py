@@ -4,14 +4,14 @@
     python -m benchmarks.memory --topology=v5e:2x2
 
 With and without rematerialisation, in float32 and in bfloat16. Nothing is run: the peak is the
-compiler's estimate. Beside it is what a forward pass keeps for the gradient, as JAX traces it: the
-same for every compiler, before any has fused or moved an operation. The first line compiles for the
-first device here, the second for a TPU, which need not be there, only the package libtpu; that
-takes a machine with many cores.
+compiler's estimate. The table also has the memory that a forward pass stores for the gradient in
+JAX's own trace, before a compiler fuses or moves operations. The first command compiles for the
+first device of this machine. The second compiles for a TPU: it needs the package libtpu and many
+cores, but no TPU.
 
-For a CPU it is compiled with the schedule that has the least memory, not with the default one,
-which keeps more threads busy and gains nothing by rematerialisation. A CPU has no bfloat16
-convolutions: XLA computes them in float32, and keeps converted copies.
+For a CPU it uses the instruction schedule with the least memory. The default schedule keeps more
+threads busy and gains nothing from rematerialisation. A CPU has no bfloat16 convolutions: XLA
+computes them in float32 and stores converted copies.
 """
 
 import platform
@@ -39,7 +39,7 @@ _TOPOLOGY = flags.DEFINE_string("topology", "", "TPUs to compile for; empty: the
 MEBIBYTE = 2**20
 CPU_OPTIONS = {
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
-    # Of the machine code alone, which is not run.
+    # These two concern machine code, which is not run.
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
 }
@@ -49,20 +49,21 @@ def main(argv: list[str]) -> None:
     """Compiles, and prints a table."""
     del argv
     device = _device()
-    found = f"{device.device_kind}, jax {jax.__version__}, on {platform.machine()}"
-    print(f"A training step at batch {_BATCH.value}, compiled for one {found}.\n")
+    target = f"{device.device_kind}, jax {jax.__version__}, on {platform.machine()}"
+    print(f"A training step at batch {_BATCH.value}, compiled for one {target}.\n")
     print(
-        "| compute | blocks | kept for the gradient | peak "
-        "| of it parameters, their average, Adam's | compiled in |"
+        "| precision | blocks | stored for the gradient | peak "
+        "| of it the train state | compiled in |"
     )
     print("| --- | --- | --- | --- | --- | --- |", flush=True)
     for dtype in ("float32", "bfloat16"):
         for remat in (False, True):
             began = time.monotonic()
             peak, state = _memory(dtype, remat, device)
+            stored = bytes_for_gradient(_config(dtype, remat))
             print(
-                f"| {dtype} | {'computed again' if remat else 'kept'} "
-                f"| {kept(_config(dtype, remat)) / MEBIBYTE:,.0f} MiB | {peak / MEBIBYTE:,.0f} MiB "
+                f"| {dtype} | {'computed again' if remat else 'stored'} "
+                f"| {stored / MEBIBYTE:,.0f} MiB | {peak / MEBIBYTE:,.0f} MiB "
                 f"| {state / MEBIBYTE:,.0f} MiB | {time.monotonic() - began:.0f} s |",
                 flush=True,
             )
@@ -77,7 +78,7 @@ def _device() -> jax.Device:
 
 
 def _memory(dtype: str, remat: bool, device: jax.Device) -> tuple[int, int]:
-    """Bytes that a step has at once at most, and those of the state."""
+    """The peak memory of a step, and the memory of the train state, in bytes."""
     config = _config(dtype, remat)
     mesh = Mesh(np.array([[device]]), devices.AXES)
     setup = make_setup(config)._replace(mesh=mesh)
@@ -89,13 +90,13 @@ def _memory(dtype: str, remat: bool, device: jax.Device) -> tuple[int, int]:
     options = CPU_OPTIONS if device.platform == "cpu" else None
     lowered = train_step.lower(state, examples, None)
     plan = lowered.compile(compiler_options=options).memory_analysis()
-    # What is donated is both an argument and a result.
+    # The donated state is both an argument and a result.
     shared = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
     return plan.temp_size_in_bytes + shared, plan.argument_size_in_bytes
 
 
-def kept(config: ConfigDict) -> int:
-    """Bytes that a forward pass keeps for the gradient, parameters included."""
+def bytes_for_gradient(config: ConfigDict) -> int:
+    """The bytes that a forward pass stores for the gradient, parameters included."""
     definition = define_model(config)
     definition = definition._replace(network=step.trained_network(config, definition.network))
     draw, loss_fn = make_draw(config), make_loss(config, definition)
@@ -114,7 +115,7 @@ def kept(config: ConfigDict) -> int:
 
 def _config(dtype: str, remat: bool) -> ConfigDict:
     config = cifar10.get_config()
-    config.data.update(name="photos")  # of the same shape, and always at hand
+    config.data.update(name="photos")  # images of the same shape that need no download
     config.train.batch_size = _BATCH.value
     config.model.update(dtype=dtype, remat=remat)
     return config

@@ -3,13 +3,13 @@
     python -m benchmarks.samplers
     python -m benchmarks.samplers --network=ddpm --batch=8 --steps=10 --diffusers
 
-The first line times every sampler on the digits network with random weights, as `sample` runs them.
-Its overhead is what it takes itself, measured with a network that costs nothing, over the time of
-as many bare evaluations of the real one in one compiled loop. (The last column compares the whole
-with these evaluations directly; it is noisier than what it is to show.) The second line takes
-DDPM's CIFAR-10 network with random weights, the same in diffusers' `UNet2DModel`, and adds the time
-of diffusers' loops over ours. Everything runs in turn, round after round, and a ratio is the median
-over rounds of the ratios within a round.
+The first command times every sampler on the digits network with random weights, as `sample` runs
+it. The overhead is the sampler's own time, measured with a network that costs nothing, divided by
+the time of as many bare evaluations of the real network in one compiled loop. The last column
+divides the sampler's whole time by that of these evaluations, which is a noisier measure. The
+second command uses DDPM's CIFAR-10 network with random weights, gives diffusers' `UNet2DModel` the
+same weights, and adds the ratio of diffusers' time to ours. All runs take turns in each round, and
+a ratio is the median over rounds of the ratios within a round.
 """
 
 import functools
@@ -37,7 +37,7 @@ from models.unet import UNet, ddpm_timestep
 
 _NETWORK = flags.DEFINE_enum("network", "digits", ("digits", "ddpm"), "Which U-Net to time.")
 _BATCH = flags.DEFINE_integer("batch", 64, "Samples drawn together.")
-_STEPS = flags.DEFINE_integer("steps", 20, "Levels stepped through.")
+_STEPS = flags.DEFINE_integer("steps", 20, "Number of levels.")
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "Rounds; a ratio is the median over them.")
 _DIFFUSERS = flags.DEFINE_bool("diffusers", False, "Time diffusers' loops too (--network=ddpm).")
 _OURS = flags.DEFINE_list("samplers", [], "Samplers to time; empty: every one of fixed cost.")
@@ -59,9 +59,9 @@ class Free(nn.Module):
 def main(argv: list[str]) -> None:
     """Times, and prints a table."""
     del argv
-    config, definition = _problem()
+    config, definition = _config_and_definition()
     theirs = _their_network() if _DIFFUSERS.value else None
-    params = _params(definition) if theirs is None else _weights_of(theirs, definition)
+    params = _params(definition) if theirs is None else _params_from(theirs, definition)
     levels = definition.schedule.levels(_STEPS.value)
     names = _OURS.value or [name for name in SAMPLERS if name not in ADAPTIVE]
     free = definition._replace(network=Free())
@@ -70,11 +70,11 @@ def main(argv: list[str]) -> None:
     for name in names:
         config.sample.sampler = name
         chosen = config.copy_and_resolve_references()
-        for label, of, weights in (
+        for label, variant, weights in (
             (name, definition, params),
             (f"{name} alone", free, init_params(free, 0)),
         ):
-            run = functools.partial(Drawer(chosen, of), weights, levels, _BATCH.value)
+            run = functools.partial(Drawer(chosen, variant), weights, levels, _BATCH.value)
             evaluations[name] = int(run().evaluations[0])  # compiles, too
             runs[label] = run
     shape = (_BATCH.value, *definition.image_shape)
@@ -92,8 +92,8 @@ def main(argv: list[str]) -> None:
     _report(seconds, evaluations)
 
 
-def _problem() -> tuple[ConfigDict, ModelDefinition]:
-    """The digits'; for DDPM's network alone no CIFAR-10 is needed."""
+def _config_and_definition() -> tuple[ConfigDict, ModelDefinition]:
+    """The digits config, with DDPM's network if asked for; it needs no CIFAR-10 images."""
     config = digits.get_config()
     config.sample.batch_size = _BATCH.value
     definition = define_model(config)
@@ -106,7 +106,7 @@ def _problem() -> tuple[ConfigDict, ModelDefinition]:
 
 
 def _params(definition: ModelDefinition) -> Any:
-    """Random weights, all of them other than zero."""
+    """Random weights, none of them zero."""
     leaves, tree = jax.tree.flatten(init_params(definition, 0))
     keys = jax.random.split(jax.random.key(1), len(leaves))
     moved = (a + 0.02 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys, strict=True))
@@ -116,7 +116,7 @@ def _params(definition: ModelDefinition) -> Any:
 def _bare(
     definition: ModelDefinition, params: Any, shape: tuple[int, ...], log_snr: float, count: int
 ) -> Callable[[], Any]:
-    """So many evaluations of the network, each of what the one before made."""
+    """A function that evaluates the network `count` times, each time at its last output."""
 
     @jax.jit
     def loop(params, x, at):
@@ -139,14 +139,14 @@ def _their_network() -> Any:
     return ddpm_cifar10().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _weights_of(unet: Any, definition: ModelDefinition) -> Any:
-    """The same weights as parameters of ours."""
+def _params_from(unet: Any, definition: ModelDefinition) -> Any:
+    """diffusers' weights as parameters of our network."""
     weights = {name: value.cpu().numpy() for name, value in unet.state_dict().items()}
     return {"network": params_from_unet2d(weights, definition.network, definition.image_shape)}
 
 
 def _their_runs(unet: Any, shape: tuple[int, ...]) -> dict[str, Callable[[], Any]]:
-    """diffusers' loops, in eager PyTorch as its users run them, by the name of our sampler."""
+    """diffusers' loops in eager PyTorch, by the name of our sampler."""
     import diffusers
     import torch
 

@@ -1,4 +1,4 @@
-"""The main job: train, evaluate and sample, or whatever of it is still to be done."""
+"""The main job: train, evaluate and sample, as far as the work directory lacks it."""
 
 import json
 from typing import Any
@@ -14,7 +14,7 @@ from experiments.harness.workdir.checkpoints import Checkpoints
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Brings the work directory to the end of its config, and prints the result."""
+    """Trains, evaluates and samples what is missing, and prints the result."""
     check(config)
     state = train.train(config, workdir)
     result = _evaluation(config, workdir)
@@ -29,13 +29,13 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
 
 
 def check(config: ConfigDict) -> None:
-    """Raises ConfigError for settings or data that any part can't use; compiles nothing."""
+    """Raises ConfigError for settings or data that a part cannot use; compiles nothing."""
     for part in (train, evaluate, sample):
         part.check(config)
 
 
 def _evaluation(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any] | None:
-    """The recorded evaluation, if it is of what this config would evaluate now."""
+    """The recorded evaluation; None unless it depends on the same settings as one of today."""
     path = epath.Path(workdir) / evaluate.RESULT_FILE
     if not path.exists():
         return None
@@ -49,7 +49,7 @@ def _evaluation(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any] |
 
 
 def _is_sampled(config: ConfigDict, workdir: epath.PathLike) -> bool:
-    """Whether samples/ holds what this config would sample now."""
+    """Whether the samples in samples/ depend on the same settings as new ones would."""
     path = epath.Path(workdir) / provenance.SAMPLES
     if not path.exists():
         return False

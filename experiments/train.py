@@ -38,7 +38,7 @@ from experiments.harness.workdir.metrics import MetricsLog
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Trains, or resumes."""
+    """Trains or resumes, and prints the step."""
     state = train(config, workdir)
     print(f"{workdir}: trained to step {int(state.step)}")
 
@@ -50,17 +50,18 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
     are functions of the step, and everything else is in the checkpoint.
 
     Args:
-      config: what to train and how.
-      workdir: where config.json, metrics.jsonl, TensorBoard events, checkpoints/ and samples/ go.
+      config: the config.
+      workdir: the work directory. It gets config.json, metrics.jsonl, TensorBoard events,
+        checkpoints/ and samples/.
 
     Returns:
       The final state.
 
     Raises:
-      ConfigError: for a setting, data set or work directory that does not fit; nothing was written.
-      RunError: if a loss, gradient or parameter is not finite, or a checkpoint can't be written; no
-        state since was saved.
-      Interrupted: where signals are listened to, by a first one; the state is saved.
+      ConfigError: for an invalid setting, data set or work directory; nothing was written.
+      RunError: if a loss, gradient or parameter is not finite, or a checkpoint cannot be written;
+        the last saved state is an earlier one.
+      Interrupted: after a signal, within `signals.listening`; the state is saved.
     """
     check(config)
     setup = make_setup(config)

@@ -12,4 +12,5 @@ def test_a_group_that_a_notebook_added_is_read_back_and_the_config_stays_locked(
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     read = recorded.get_config(str(tmp_path))
     assert read.to_dict() == config.to_dict()
-    assert read.is_locked and read.model.is_locked
+    assert read.is_locked
+    assert read.model.is_locked

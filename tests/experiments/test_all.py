@@ -39,7 +39,7 @@ def test_a_second_run_says_that_it_is_finished_and_does_nothing(finished, tmp_pa
     assert after[workdir / "config.json"][1] == before[workdir / "config.json"][1]
 
 
-def test_what_is_missing_of_a_finished_run_is_made_up_for(finished, tmp_path, capsys):
+def test_a_missing_part_of_a_finished_run_is_done_again(finished, tmp_path, capsys):
     workdir = tiny.copy(finished.workdir, tmp_path)
     before = tiny.files(workdir)
     main_job.run(tiny.config("unet", sample__num_samples=3), workdir)
@@ -60,19 +60,15 @@ def test_what_is_missing_of_a_finished_run_is_made_up_for(finished, tmp_path, ca
 @pytest.mark.parametrize(
     ("change", "part"),
     [
-        ({"sample__num_timesteps": 3}, "sample"),
-        ({"sample__x_0_treatment": "clip"}, "sample"),
-        ({"sample__strip_columns": 3}, "sample"),
         ({"sample__num_samples": 5}, "sample"),
         ({"evaluate__split": "validation"}, "evaluate"),
-        ({"evaluate__replicates": 2}, "evaluate"),
         ({"sample__batch_size": 3, "evaluate__batch_size": 3, "evaluate__chunk_size": 1}, None),
     ],
 )
-def test_what_was_done_otherwise_is_not_taken_for_what_is_asked_for(
+def test_changed_settings_repeat_the_part_that_depends_on_them(
     change, part, finished, tmp_path, capsys, monkeypatch
 ):
-    """Settings of a part other than the finished run's leave that part to do, and no other."""
+    """`workdir.provenance` says which part depends on which settings."""
     result = json.loads((finished.workdir / "evaluation.json").read_text())
     done = []
     for module, returned in ((sample, None), (evaluate, result)):
@@ -88,7 +84,7 @@ def test_what_was_done_otherwise_is_not_taken_for_what_is_asked_for(
     assert ("is finished" in capsys.readouterr().out) == (part is None)
 
 
-def test_nothing_is_trained_if_the_last_part_could_not_be_done(tmp_path):
+def test_settings_of_all_parts_are_checked_before_training(tmp_path):
     """The main job checks what it needs at its end before its beginning."""
     with pytest.raises(ConfigError, match=r"config\.sample\.strip_rows = 0"):
         main_job.run(tiny.config(sample__strip_rows=0), tmp_path / "run")

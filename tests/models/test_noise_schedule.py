@@ -71,7 +71,7 @@ def derivatives(net, variables, time, order: int = 1):
 
 @BOTH
 @pytest.mark.parametrize("size", [0.0, 1.0, 3.0])
-def test_it_falls_strictly(float64, net, size):
+def test_the_log_snr_falls_strictly(float64, net, size):
     variables = moved(net, size=size)
     time = jnp.linspace(0, 1, 10_001)
     log_snr, slope = derivatives(net, variables, time)
@@ -90,7 +90,8 @@ def test_float32_falls_to_rounding(size):
 @BOTH
 @pytest.mark.parametrize("batch", [2, 7, 64])
 def test_ends_are_exact(net, batch):
-    """To the last bit in float32, wherever in a batch they are."""
+    """To the last bit in float32, wherever in a batch they are; at first they are the settings."""
+    np.testing.assert_allclose(net.apply(initial(net), method="ends"), (MAX, MIN), rtol=4 * EPS32)
     time = np.resize(np.array([0.0, 1.0], np.float32), batch)
     for seed in range(3):
         variables = moved(net, seed)
@@ -116,16 +117,10 @@ def test_trained_ends_stay_apart(log_width):
     assert max > min
 
 
-@BOTH
-def test_trained_ends_start_where_told(net):
-    ends = net.apply(initial(net), method="ends")
-    np.testing.assert_allclose(ends, (MAX, MIN), rtol=4 * EPS32)
-
-
 @pytest.mark.parametrize(
     ("features", "tolerance"), [(1, 0.006), (2, 0.006), (8, 0.006), (32, 3e-5), (64, 1e-7)]
 )
-def test_it_starts_linear(float64, features, tolerance):
+def test_the_initial_schedule_is_linear(float64, features, tolerance):
     net = NoiseSchedule(MAX, MIN, features)
     time = jnp.linspace(0, 1, 1001)
     error = apply(net, initial(net), time) - (MAX - WIDTH * time)
@@ -208,7 +203,7 @@ def test_a_knot_for_each_level_is_the_network_at_each_level():
     np.testing.assert_array_equal(table.levels(100).log_snr[1:], table.knots)
 
 
-def test_table_refuses():
+def test_an_invalid_table_is_refused():
     with pytest.raises(ValueError, match=r"num_knots = 1; .* two ends"):
         tabulate(PINNED.apply, initial(PINNED), num_knots=1)
     with pytest.raises(ValueError, match="fall strictly"):
@@ -254,7 +249,7 @@ def by_part(gradient):
 
 
 @BOTH
-def test_each_gradient_lands_where_it_should(net):
+def test_bound_and_variance_train_different_parameters(net):
     params = {"schedule": moved(net), "denoiser": jnp.asarray(1.5)}
     time = midpoints(200)
     gradients = jax.jit(jax.jacrev(lambda p: losses(net, p, time)))(params)

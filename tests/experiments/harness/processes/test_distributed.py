@@ -297,12 +297,13 @@ def test_blocks_computed_again_have_the_same_gradients(full):
 def test_blocks_computed_again_keep_less_for_the_gradient():
     """Their inputs, which for blocks of this kind are a small part of what they compute."""
     sizes = {"model__unet__num_res_blocks": 3}
-    kept, again = (
-        memory.kept(tiny.config("unet", model__remat=remat, **sizes)) for remat in (False, True)
+    stored, again = (
+        memory.bytes_for_gradient(tiny.config("unet", model__remat=remat, **sizes))
+        for remat in (False, True)
     )
-    assert again < 0.25 * kept
-    half = memory.kept(tiny.config("unet", model__dtype="bfloat16", **sizes))
-    assert 0.4 * kept < half < 0.9 * kept
+    assert again < 0.25 * stored
+    half = memory.bytes_for_gradient(tiny.config("unet", model__dtype="bfloat16", **sizes))
+    assert 0.4 * stored < half < 0.9 * stored
 
 
 def test_bfloat16_trains_float32_parameters_to_its_own_precision(full):

@@ -1,4 +1,4 @@
-"""What a run says of its speed, and the trace of its steps."""
+"""The speed of a run, and the trace of its steps."""
 
 import jax
 import jax.numpy as jnp
@@ -73,8 +73,8 @@ def test_the_speed_between_two_timings():
 
 
 @pytest.mark.parametrize(("first", "expected"), [(1, [1, 2]), (4, [4])])
-def test_a_trace_is_of_the_steps_that_were_chosen(first, expected, tmp_path, monkeypatch):
-    """Also where the run ends before they do."""
+def test_a_trace_has_the_chosen_steps(first, expected, tmp_path, monkeypatch):
+    """Also if the run ends before the last of them."""
     is_on, traced = [], []
     monkeypatch.setattr(jax.profiler, "start_trace", is_on.append)
     monkeypatch.setattr(jax.profiler, "stop_trace", is_on.clear)
@@ -89,7 +89,7 @@ def test_a_trace_is_of_the_steps_that_were_chosen(first, expected, tmp_path, mon
     assert not is_on
 
 
-def test_where_steps_go_by_tens_a_trace_is_of_the_first_ten_that_are_due(tmp_path, monkeypatch):
+def test_a_trace_starts_at_the_first_call_after_the_chosen_step(tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr(jax.profiler, "start_trace", started.append)
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: started.append("stopped"))
@@ -102,9 +102,10 @@ def test_where_steps_go_by_tens_a_trace_is_of_the_first_ten_that_are_due(tmp_pat
     assert started == [str(tmp_path / "profile"), "stopped"]
 
 
-def test_a_run_that_ends_before_its_trace_says_so(tmp_path, capsys):
-    with speed.Profile(tiny.config(profile__first_step=9, profile__num_steps=1), tmp_path) as of:
-        of.before(0, jnp.zeros(()))
+def test_a_run_that_ends_before_its_trace_prints_a_line(tmp_path, capsys):
+    config = tiny.config(profile__first_step=9, profile__num_steps=1)
+    with speed.Profile(config, tmp_path) as profile:
+        profile.before(0, jnp.zeros(()))
     assert "config.profile.first_step = 9" in capsys.readouterr().out
     assert not (tmp_path / "profile").exists()
 
