@@ -11,8 +11,7 @@ import functools
 from absl import app, flags
 from ml_collections import config_flags
 
-from experiments.harness import command_line
-from experiments.harness.processes import distributed
+from experiments.harness import arguments
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -24,10 +23,11 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and 
 _EXPERIMENT = flags.DEFINE_enum(
     "experiment",
     "all",
-    command_line.EXPERIMENTS,
+    arguments.EXPERIMENTS,
     "What to run: all trains, evaluates and samples; the others do one part of it with what the "
     "work directory holds.",
 )
+flags.DEFINE_bool("helpconfig", False, "List every setting of the config.")
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "Of several processes that run together: address and port of the first."
 )
@@ -40,6 +40,10 @@ _DISTRIBUTED = flags.DEFINE_bool(
 
 def main(argv: list[str]) -> int:
     """Runs the chosen experiment; the exit status."""
+    # Only now, since they import JAX: help and mistakes need none.
+    from experiments.harness import command_line
+    from experiments.harness.processes import distributed
+
     join = functools.partial(
         distributed.initialize,
         _COORDINATOR.value,
@@ -51,4 +55,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command_line.parse_flags)
+    app.run(main, flags_parser=arguments.parse_flags)

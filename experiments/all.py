@@ -8,7 +8,9 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from experiments import evaluate, sample, train
+from experiments.harness import checks
 from experiments.harness.processes import distributed
+from experiments.harness.setup.definition import define_model
 from experiments.harness.workdir import provenance
 from experiments.harness.workdir.checkpoints import Checkpoints
 
@@ -16,13 +18,13 @@ from experiments.harness.workdir.checkpoints import Checkpoints
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Trains, evaluates and samples what is missing, and prints the result."""
     check(config)
-    state = train.train(config, workdir)
+    state = train.train(config, workdir, checked=True)
     result = _evaluation(config, workdir)
     finished = result is not None and _is_sampled(config, workdir)
     if result is None:
-        result = evaluate.evaluate(config, workdir)
+        result = evaluate.evaluate(config, workdir, checked=True)
     if not _is_sampled(config, workdir):
-        sample.sample(config, workdir)
+        sample.sample(config, workdir, checked=True)
     if finished:
         print(f"{workdir} is finished: {int(state.step)} steps, evaluated and sampled")
     print(evaluate.result_line(result))
@@ -30,8 +32,10 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
 
 def check(config: ConfigDict) -> None:
     """Raises ConfigError for settings or data that a part cannot use; compiles nothing."""
+    checks.check(config, "train", "evaluate", "sample")
+    definition = define_model(config)
     for part in (train, evaluate, sample):
-        part.check(config)
+        part.check_fit(config, definition)
 
 
 def _evaluation(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any] | None:

@@ -8,16 +8,15 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from experiments.harness import checks, devices
+from experiments.harness import checks, devices, memory
 from experiments.harness.data import splits
-from experiments.harness.errors import ConfigError
 from experiments.harness.evaluation.curves import Curves, allocated_curves, full_curves, write
 from experiments.harness.evaluation.estimates import ESTIMATES, allocate, allocated_summary
 from experiments.harness.evaluation.full_bound import full_bound, summary
 from experiments.harness.evaluation.subject import Subject, subject_of
 from experiments.harness.sampling import quality, sampler
 from experiments.harness.setup import trained
-from experiments.harness.setup.definition import define_model
+from experiments.harness.setup.definition import ModelDefinition, check_levels, define_model
 from experiments.harness.workdir import provenance
 from experiments.harness.workdir.files import append_jsonl, write_json
 
@@ -29,7 +28,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     print(result_line(evaluate(config, workdir)))
 
 
-def evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
+def evaluate(config: ConfigDict, workdir: epath.PathLike, checked: bool = False) -> dict[str, Any]:
     """The bound of the EMA weights, written to the work directory.
 
     With the full sum over t, or to the Monte-Carlo error `evaluate.target`. Every example counts
@@ -40,6 +39,7 @@ def evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
     Args:
       config: its model, schedule and decoder are measured; `evaluate` says on what.
       workdir: holds the checkpoints.
+      checked: whether the config has passed `check`.
 
     Returns:
       The content of evaluation.json; docs/results.md lists it.
@@ -47,7 +47,8 @@ def evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
     Raises:
       ConfigError: for a setting or a checkpoint that does not fit.
     """
-    check(config)
+    if not checked:
+        check(config)
     loaded = trained.load(config, workdir, config.evaluate.checkpoint)
     run = loaded.with_variance(config.evaluate.variance)
     if "quality" in config.evaluate.also:
@@ -97,20 +98,19 @@ def check(config: ConfigDict) -> None:
     """Raises ConfigError for settings or data that `evaluate` can't use; compiles nothing."""
     also = ("sample",) if "quality" in config.evaluate.also else ()
     checks.check(config, "evaluate", *also)
-    definition = define_model(config)
+    check_fit(config, define_model(config))
+
+
+def check_fit(config: ConfigDict, definition: ModelDefinition) -> None:
+    """Raises ConfigError unless checked settings fit the data and the devices."""
+    memory.check_memory(config, definition.image_shape, "evaluate")
     devices.check_batch("config.evaluate.batch_size", config.evaluate.batch_size)
     splits.check_split(config, config.evaluate.split)
     if "quality" in config.evaluate.also:
         sampler.check(config, definition)
         quality.check(config)
     if "k_sample" in config.evaluate.also:
-        num_timesteps = config.evaluate.k_sample.num_timesteps
-        try:
-            definition.schedule.levels(num_timesteps)
-        except ValueError as error:
-            raise ConfigError(
-                f"config.evaluate.k_sample.num_timesteps = {num_timesteps}: {error}"
-            ) from error
+        check_levels(config, definition, "evaluate.k_sample.num_timesteps")
 
 
 def result_line(result: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from diffusion.forward import diffuse
 from diffusion.samplers.base import Samples
-from experiments.harness import checks, devices
+from experiments.harness import checks, devices, memory
 from experiments.harness.data import splits
 from experiments.harness.pictures.images import grid, save_png, strip
 from experiments.harness.sampling import edits, quality, sampler, sweep
@@ -38,7 +38,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     print(f"{config.sample.num_samples} samples are in {epath.Path(workdir) / 'samples'}")
 
 
-def sample(config: ConfigDict, workdir: epath.PathLike) -> np.ndarray:
+def sample(config: ConfigDict, workdir: epath.PathLike, checked: bool = False) -> np.ndarray:
     """Draws samples from the EMA weights and writes them to the work directory's samples/.
 
     Writes samples.png and samples.npz (all of them), reverse.png (x_t and x̂_0 on the way down)
@@ -48,6 +48,7 @@ def sample(config: ConfigDict, workdir: epath.PathLike) -> np.ndarray:
     Args:
       config: `sample` says how many and how.
       workdir: holds the checkpoints.
+      checked: whether the config has passed `check`.
 
     Returns:
       uint8 [n, h, w, c], grey levels.
@@ -55,7 +56,8 @@ def sample(config: ConfigDict, workdir: epath.PathLike) -> np.ndarray:
     Raises:
       ConfigError: for a setting or a checkpoint that does not fit.
     """
-    check(config)
+    if not checked:
+        check(config)
     run = load(config, workdir, config.sample.checkpoint)
     run = run.with_variance(config.sample.variance)
     for num_timesteps in sampler.needed_levels(config, run.definition):
@@ -91,7 +93,13 @@ def sample(config: ConfigDict, workdir: epath.PathLike) -> np.ndarray:
 def check(config: ConfigDict) -> None:
     """Raises ConfigError for settings or data that `sample` can't use; compiles nothing."""
     checks.check(config, "sample")
-    definition, also = define_model(config), config.sample.also
+    check_fit(config, define_model(config))
+
+
+def check_fit(config: ConfigDict, definition: ModelDefinition) -> None:
+    """Raises ConfigError unless checked settings fit the data and the devices."""
+    also = config.sample.also
+    memory.check_memory(config, definition.image_shape, "sample")
     splits.check_split(config, "test")  # the strip of the forward process
     devices.check_batch("config.sample.batch_size", config.sample.batch_size)
     sampler.check(config, definition)

@@ -10,7 +10,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from experiments.harness import checks, devices
+from experiments.harness import checks, devices, memory
 from experiments.harness.data import splits
 from experiments.harness.data.feed import require_same_data
 from experiments.harness.errors import ConfigError, RunError
@@ -19,7 +19,7 @@ from experiments.harness.pictures import images
 from experiments.harness.processes import signals
 from experiments.harness.sampling import sampler
 from experiments.harness.sampling.draw import Drawer, to_bytes
-from experiments.harness.setup.definition import define_model
+from experiments.harness.setup.definition import ModelDefinition, define_model
 from experiments.harness.setup.trained import load_ema
 from experiments.harness.training import step as steps
 from experiments.harness.training.log_line import LogLine
@@ -43,7 +43,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     print(f"{workdir}: trained to step {int(state.step)}")
 
 
-def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
+def train(config: ConfigDict, workdir: epath.PathLike, checked: bool = False) -> TrainState:
     """Trains to `train.num_steps`, from the last checkpoint where there is one.
 
     A resumed run equals an uninterrupted one bit for bit on the same machine: data order and noise
@@ -53,6 +53,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
       config: the config.
       workdir: the work directory. It gets config.json, metrics.jsonl, TensorBoard events,
         checkpoints/ and samples/.
+      checked: whether the config has passed `check`.
 
     Returns:
       The final state.
@@ -63,7 +64,8 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
         the last saved state is an earlier one.
       Interrupted: after a signal, within `signals.listening`; the state is saved.
     """
-    check(config)
+    if not checked:
+        check(config)
     setup = make_setup(config)
     source = splits.describe_data(config, "train")
     record.check(config, workdir)
@@ -171,7 +173,12 @@ def interruptible() -> AbstractContextManager[None]:
 def check(config: ConfigDict) -> None:
     """Raises ConfigError for settings or data that `train` can't use; compiles nothing."""
     checks.check(config, "train")
-    definition = define_model(config)
+    check_fit(config, define_model(config))
+
+
+def check_fit(config: ConfigDict, definition: ModelDefinition) -> None:
+    """Raises ConfigError unless checked settings fit the data and the devices."""
+    memory.check_memory(config, definition.image_shape, "train")
     sampler.check(config, definition)
     steps.check(config, definition)
     for section in ("evaluate", "sample"):

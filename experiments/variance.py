@@ -19,7 +19,7 @@ from diffusion.schedules import linear_log_snr
 from diffusion.statistics.control import GaussianControl
 from diffusion.statistics.standard_errors import bits_per_dim
 from diffusion.timesteps import Proposal
-from experiments.harness import checks, devices
+from experiments.harness import checks, devices, memory
 from experiments.harness.data import splits
 from experiments.harness.evaluation import estimates, programs
 from experiments.harness.evaluation.allocate import Estimator, allocated_bound, fit_control
@@ -111,7 +111,8 @@ def variance(config: ConfigDict, workdir: epath.PathLike) -> dict[str, list[Row]
 def check(config: ConfigDict) -> None:
     """Raises ConfigError for settings or data that this experiment can't use; compiles nothing."""
     checks.check(config, "variance")
-    define_model(config)
+    definition = define_model(config)
+    memory.check_memory(config, definition.image_shape, "variance")
     splits.check_split(config, config.variance.split)
     devices.check_batch("config.evaluate.batch_size", config.evaluate.batch_size)
 

@@ -18,10 +18,10 @@ CONFIGS = {"ml_collections", "etils"}  # etils: a recorded config may lie in a b
 # its own level, so there are no circles.
 LEVELS = (
     ("errors", "seeds"),
-    ("checks", "processes", "devices"),
+    ("checks", "memory", "processes", "devices"),
     ("data", "pictures", "workdir"),
     ("setup",),
-    ("training", "evaluation", "sampling", "command_line"),
+    ("training", "evaluation", "sampling", "command_line", "arguments"),
 )
 LEVEL_OF = {room: number for number, rooms in enumerate(LEVELS, 1) for room in rooms}
 

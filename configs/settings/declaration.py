@@ -7,6 +7,7 @@ imports JAX.
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -49,7 +50,7 @@ class Float:
     interval: str = "(-inf, inf)"
 
     def describe(self) -> str:
-        finite = "" if "inf]" in self.interval or "[-inf" in self.interval else "finite "
+        finite = "finite " if "inf)" in self.interval or "(-inf" in self.interval else ""
         return f"a {finite}number{_in_words(self.interval)}"
 
     def problem(self, value: Any) -> str | None:
@@ -221,6 +222,11 @@ def problems(config: Mapping[str, Any], group: Group, prefix: str = "") -> Itera
         else:
             hint = suggestion(name, group.members)
             yield f"{full} is no setting{hint and f'; did you mean config.{prefix}{hint}?'}"
+
+
+def value_of(config: Any, name: str) -> Any:
+    """The value of a setting, such as "train.beta2"."""
+    return functools.reduce(getattr, name.split("."), config)
 
 
 def unknown(value: Any, choices: Iterable[Any]) -> str:

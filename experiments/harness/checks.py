@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from configs.base import SETTINGS
-from configs.settings.declaration import problems, shown, unknown
+from configs.settings.declaration import problems, shown, unknown, value_of
 from diffusion.variances import VARIANCES
 from experiments.harness.errors import ConfigError
 
@@ -55,13 +55,6 @@ def pick(registry: Mapping[str, Any], name: str, setting: str) -> Any:
     if name not in registry:
         raise ConfigError(f"{setting} = {name!r}{unknown(name, registry)}")
     return registry[name]
-
-
-def value_of(config: ConfigDict, name: str) -> Any:
-    """The value of a setting, such as "train.beta2"."""
-    for part in name.split("."):
-        config = config[part]
-    return config
 
 
 def _is_learned(variance: str) -> bool:

@@ -74,7 +74,7 @@ def test_changed_settings_repeat_the_part_that_depends_on_them(
     for module, returned in ((sample, None), (evaluate, result)):
         name = module.__name__.rpartition(".")[2]
 
-        def do(config, workdir, name=name, returned=returned):
+        def do(config, workdir, checked, name=name, returned=returned):
             done.append(name)
             return returned
 

@@ -18,14 +18,13 @@ from diffusion.forward import diffuse
 from diffusion.schedules import Levels, Step
 from diffusion.statistics.standard_errors import Estimate, estimate
 from diffusion.variances import Variance
-from experiments.harness import devices
+from experiments.harness import devices, memory
 from experiments.harness.data import order, splits
-from experiments.harness.errors import ConfigError
 from experiments.harness.evaluation.programs import compile_program, evaluation_noise
 from experiments.harness.evaluation.subject import Subject
 from experiments.harness.pictures import plots
 from experiments.harness.processes.progress import progress
-from experiments.harness.setup.definition import define_model
+from experiments.harness.setup.definition import check_levels, define_model
 
 
 class Choice(NamedTuple):
@@ -68,17 +67,11 @@ class Entry(NamedTuple):
 
 def check(config: ConfigDict, section: str) -> None:
     """Raises ConfigError unless a section fits the data, the devices and the schedule."""
-    definition, settings = define_model(config), config[section]
+    definition = define_model(config)
+    memory.check_memory(config, definition.image_shape, section)
     devices.check_batch("config.evaluate.batch_size", config.evaluate.batch_size)
-    splits.check_split(config, settings.split)
-    for num_timesteps in settings.num_timesteps:
-        try:
-            definition.schedule.levels(num_timesteps)
-        except ValueError as error:
-            raise ConfigError(
-                f"config.{section}.num_timesteps = {settings.num_timesteps}; "
-                f"config.schedule.{config.schedule.name} has no {num_timesteps} levels: {error}"
-            ) from error
+    splits.check_split(config, config[section].split)
+    check_levels(config, definition, f"{section}.num_timesteps")
 
 
 def measure_totals(subject: Subject, choices: Mapping[Key, Choice], draws: int) -> Totals:

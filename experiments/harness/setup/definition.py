@@ -9,7 +9,7 @@ from flax import linen as nn
 from jaxtyping import Int, Key
 from ml_collections import ConfigDict
 
-from configs.settings.declaration import shown
+from configs.settings.declaration import shown, value_of
 from diffusion.decoders import DECODERS, Decoder, Quantization
 from diffusion.model import DiffusionModel
 from diffusion.reverse import Reverse
@@ -163,3 +163,16 @@ def _schedule(config: ConfigDict) -> tuple[Schedule, Levels, NoiseSchedule | Non
         values = ", ".join(f"{key} = {shown(value)}" for key, value in options.items())
         message = str(error).removeprefix("schedule.learned.")
         raise ConfigError(f"config.schedule.{name} with {values}: {message}") from error
+
+
+def check_levels(config: ConfigDict, definition: ModelDefinition, setting: str) -> None:
+    """Raises ConfigError unless the schedule has the numbers of levels that a setting lists."""
+    value = value_of(config, setting)
+    for num_timesteps in value if isinstance(value, tuple) else (value,):
+        try:
+            definition.schedule.levels(num_timesteps)
+        except ValueError as error:
+            raise ConfigError(
+                f"config.{setting} = {value}; config.schedule.{config.schedule.name} has no "
+                f"{num_timesteps} levels: {error}"
+            ) from error
