@@ -11,7 +11,7 @@ import pytest
 
 from configs import base
 from experiments import notebook
-from experiments.harness.command_line import EXPERIMENTS
+from experiments.harness.arguments import EXPERIMENTS
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
