@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from experiments import evaluate, sample, train
 from experiments.harness import checks
+from experiments.harness.data import splits
 from experiments.harness.processes import distributed
 from experiments.harness.setup.definition import define_model
 from experiments.harness.workdir import provenance
@@ -48,7 +49,9 @@ def _evaluation(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any] |
     except ValueError:  # damaged
         return None
     step = _step(workdir, config.evaluate.checkpoint)
-    wanted = provenance.identity(provenance.EVALUATION, config, step, workdir)
+    wanted = provenance.identity(
+        provenance.EVALUATION, config, step, workdir, data=splits.fingerprints(config)
+    )
     return recorded if provenance.is_same(recorded, wanted) else None
 
 
@@ -60,7 +63,9 @@ def _is_sampled(config: ConfigDict, workdir: epath.PathLike) -> bool:
     with path.open("rb") as file, np.load(file) as saved:
         recorded = json.loads(str(saved["identity"]))
     step = _step(workdir, config.sample.checkpoint)
-    wanted = provenance.identity(provenance.SAMPLES, config, step, workdir)
+    wanted = provenance.identity(
+        provenance.SAMPLES, config, step, workdir, data=splits.fingerprints(config)
+    )
     return provenance.is_same(recorded, wanted)
 
 

@@ -64,7 +64,9 @@ def evaluate(config: ConfigDict, workdir: epath.PathLike, checked: bool = False)
         "checkpoint": config.evaluate.checkpoint,
         "num_timesteps": subject.levels.num_timesteps,
         "seed": config.seed,
-        **provenance.identity(RESULT_FILE, config, run.step, workdir),
+        **provenance.identity(
+            RESULT_FILE, config, run.step, workdir, data=splits.fingerprints(config)
+        ),
     }
     for name in config.evaluate.also:
         if name != "quality":

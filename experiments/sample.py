@@ -85,7 +85,11 @@ def sample(config: ConfigDict, workdir: epath.PathLike, checked: bool = False) -
         **({} if labels is None else {"labels": labels}),
         step=run.step,
         seed=config.seed,
-        identity=json.dumps(provenance.identity(SAMPLES, config, run.step, workdir)),
+        identity=json.dumps(
+            provenance.identity(
+                SAMPLES, config, run.step, workdir, data=splits.fingerprints(config)
+            )
+        ),
     )
     return samples
 

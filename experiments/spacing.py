@@ -53,7 +53,9 @@ def spacing(config: ConfigDict, workdir: epath.PathLike) -> list[Entry]:
     result = {
         "split": config.spacing.split,
         "checkpoint": config.spacing.checkpoint,
-        **provenance.identity(provenance.OPTIMAL_LEVELS, config, run.step),
+        **provenance.identity(
+            provenance.OPTIMAL_LEVELS, config, run.step, data=splits.fingerprints(config)
+        ),
         "seed": config.seed,
         "variance": config.spacing.variance or config.model.variance,
         "candidates": config.spacing.candidates,

@@ -23,7 +23,7 @@ StepInput = tuple[splits.Examples, Any]  # the examples, and the indices of the 
 
 def require_same_data(source: Source) -> None:
     """Raises ConfigError, in every process, if the processes have different training sets."""
-    summary = (source.num_examples, source.image_shape, source.fingerprint)
+    summary = (source.num_examples, source.image_shape, source.fingerprint())
     checksum = zlib.crc32(repr(summary).encode()) >> 1  # in 31 bits
     if distributed.in_any(checksum != distributed.of_first(checksum)):
         raise ConfigError(

@@ -219,6 +219,18 @@ def describe_data(config: ConfigDict, split: str) -> Source:
     return describe(**_data_arguments(config), split=split)
 
 
+def fingerprints(config: ConfigDict) -> Callable[[str], str | None]:
+    """From a split's name to the fingerprint of its files; None if they cannot be read."""
+
+    def fingerprint(split: str) -> str | None:
+        try:
+            return describe_data(config, split).fingerprint()
+        except ConfigError:
+            return None
+
+    return fingerprint
+
+
 def check_split(config: ConfigDict, split: str) -> Source:
     """A split for measurements with the model, found but not decoded.
 

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from diffusion.samplers.base import Samples
 from diffusion.samplers.registry import SAMPLERS
 from diffusion.schedules import Levels
+from experiments.harness.data import splits
 from experiments.harness.pictures import images as images
 from experiments.harness.pictures import plots
 from experiments.harness.pictures.images import save_png
@@ -118,7 +119,9 @@ def _grid_path(run: Run, name: str, num_timesteps: int) -> epath.Path:
 
 def _identity(run: Run, against: Reference) -> dict[str, Any]:
     """What all entries of a file have in common."""
-    identity = provenance.identity(provenance.SWEEP, run.config, run.step, run.workdir)
+    identity = provenance.identity(
+        provenance.SWEEP, run.config, run.step, run.workdir, data=splits.fingerprints(run.config)
+    )
     return identity | {"features": against.features.name}
 
 

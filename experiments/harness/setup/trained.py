@@ -14,6 +14,7 @@ from diffusion.model import DiffusionModel
 from diffusion.schedules import Levels
 from diffusion.spacing import SPACINGS
 from diffusion.variances import VARIANCES
+from experiments.harness.data import splits
 from experiments.harness.errors import ConfigError
 from experiments.harness.processes import distributed
 from experiments.harness.setup import analytic
@@ -86,7 +87,9 @@ class Run(NamedTuple):
         measured, and saved there unless the run does not write.
         """
         path = self.workdir / analytic.ERRORS_FILE
-        identity = provenance.identity(analytic.ERRORS_FILE, self.config, self.step)
+        identity = provenance.identity(
+            analytic.ERRORS_FILE, self.config, self.step, data=splits.fingerprints(self.config)
+        )
         if path.exists():
             with path.open("rb") as file, np.load(file) as saved:
                 if provenance.is_same(json.loads(str(saved["identity"])), identity):

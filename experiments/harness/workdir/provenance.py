@@ -40,7 +40,6 @@ _GROUPS = {
     "data set": "data.name",
     "images": """data.splits. data.image_size data.channels data.skip_corrupt data.held_out
         data.split_seed""",
-    "data directory": "data.data_dir",
     "augmentation": "data.flip",
     "num_timesteps": "schedule.num_timesteps",
     "schedule": """schedule.name schedule.linear_beta. schedule.cosine. schedule.sigmoid.
@@ -91,6 +90,7 @@ _GROUPS = {
     "speed": """data.stream data.memory_limit_mb data.workers data.prefetch devices.fsdp
         profile.first_step profile.num_steps train.steps_per_dispatch evaluate.batch_size
         evaluate.chunk_size sample.batch_size""",
+    "place": "data.data_dir",  # the fingerprints of the files count: see `DataFiles`
     "monitoring": """train.log_every train.checkpoint_every train.sample_every
         train.sample_timesteps train.keep_checkpoints train.validation_timesteps
         train.skip_nonfinite train.allow_changes""",
@@ -114,7 +114,15 @@ class File(NamedTuple):
     name: str
 
 
-Dependence = str | File | When  # a string is a group, or a result with all of its dependences
+class DataFiles(NamedTuple):
+    """A dependence on the files of a split: a split's name, or the setting that has it."""
+
+    split: str
+
+
+Dependence = (
+    str | File | DataFiles | When
+)  # a string is a group, or a result with all of its dependences
 
 
 def when(condition: Callable[[Settings], bool], *dependences: Dependence) -> When:
@@ -192,7 +200,7 @@ RESULTS: dict[str, tuple[Dependence, ...]] = {
         "seed",
         "data set",
         "images",
-        "data directory",
+        DataFiles("train"),
         "schedule",
         "prediction",
         "error measurement",
@@ -203,7 +211,7 @@ RESULTS: dict[str, tuple[Dependence, ...]] = {
         "seed",
         "data set",
         "images",
-        "data directory",
+        DataFiles("evaluate.split"),
         "num_timesteps",
         "schedule",
         "prediction",
@@ -212,7 +220,7 @@ RESULTS: dict[str, tuple[Dependence, ...]] = {
         "evaluation",
         when(_is("model.class_conditional", True), "evaluation labels"),
         when(_is_measured("evaluate.variance"), MEASURED_ERRORS),
-        when(_is_adaptive, "allocation"),
+        when(_is_adaptive, "allocation", DataFiles("train")),
         when(_lists("evaluate.also", "k_sample"), "k_sample"),
         when(_lists("evaluate.also", "ode"), "ode"),
         when(_lists("evaluate.also", "quality"), *_DRAWS, REFERENCE, "quality"),
@@ -220,7 +228,7 @@ RESULTS: dict[str, tuple[Dependence, ...]] = {
     SAMPLES: (
         *_DRAWS,
         "images",  # the strip of the forward process shows some
-        "data directory",
+        DataFiles("test"),
         "pictures",
         *(when(_lists("sample.also", name), name) for name in ("inpaint", "interpolate", "encode")),
         when(_lists("sample.also", "guidance"), "guidance scales", REFERENCE, "quality"),
@@ -228,11 +236,11 @@ RESULTS: dict[str, tuple[Dependence, ...]] = {
     ),
     SWEEP: (*_ANY_SAMPLER, *_ANCESTRAL, *_SAMPLERS_WITH_OPTIONS, REFERENCE, "quality"),
     # These two have a fingerprint of the images in their file names too.
-    CLASSIFIER: ("data set", "images", "data directory", "classifier"),
+    CLASSIFIER: ("data set", "images", DataFiles("train"), "classifier"),
     REFERENCE: (
         "data set",
         "images",
-        "data directory",
+        DataFiles("quality.split"),
         "reference",
         when(_is("quality.features", "", "classifier"), CLASSIFIER),
     ),
@@ -243,7 +251,12 @@ FILES_OF_A_RUN = (EVALUATION, MEASURED_ERRORS, OPTIMAL_LEVELS, SAMPLES, SWEEP)
 
 
 def identity(
-    result: str, config: ConfigDict, step: int, workdir: epath.PathLike | None = None
+    result: str,
+    config: ConfigDict,
+    step: int,
+    workdir: epath.PathLike | None = None,
+    *,
+    data: Callable[[str], str | None],
 ) -> dict[str, Any]:
     """What a result is a function of. It is stored with the result.
 
@@ -252,13 +265,24 @@ def identity(
       config: the config.
       step: the step of the checkpoint that is measured or sampled.
       workdir: holds the files that the result depends on; None: their fingerprints are left out.
+      data: from a split's name to the fingerprint of its files, as `splits.fingerprints`
+        makes it. A split without one (None) is left out, and does not count.
 
     Returns:
       The step; the settings, flat; the fingerprints of files by name.
     """
     settings = flatten(config.to_dict())
-    names = depends(result, settings)
-    files = {} if workdir is None else _fingerprints(result, settings, epath.Path(workdir))
+    names, active = depends(result, settings), set(_active(RESULTS[result], settings))
+    splits = {entry.split for entry in active if isinstance(entry, DataFiles)}
+    splits = {settings.get(split, split) for split in splits}
+    contents = {f"data of {split}": data(split) for split in sorted(splits)}
+    files = {name: content for name, content in contents.items() if content is not None}
+    if workdir is not None:
+        files |= {
+            entry.name: _FINGERPRINTS[entry.name](epath.Path(workdir) / entry.name)
+            for entry in active
+            if isinstance(entry, File)
+        }
     return {
         "step": step,
         "settings": {name: settings[name] for name in sorted(names)},
@@ -344,7 +368,9 @@ def fingerprint(*parts: Any) -> str:
     return digest.hexdigest()[:12]
 
 
-def _active(dependences: tuple[Dependence, ...], settings: Settings) -> Iterator[str | File]:
+def _active(
+    dependences: tuple[Dependence, ...], settings: Settings
+) -> Iterator[str | File | DataFiles]:
     """The groups and files that count for these settings."""
     for dependence in dependences:
         if isinstance(dependence, When):
@@ -354,11 +380,6 @@ def _active(dependences: tuple[Dependence, ...], settings: Settings) -> Iterator
             yield from _active(RESULTS[dependence], settings)
         else:
             yield dependence
-
-
-def _fingerprints(result: str, settings: Settings, workdir: epath.Path) -> dict[str, str | None]:
-    files = {entry.name for entry in _active(RESULTS[result], settings) if isinstance(entry, File)}
-    return {name: _FINGERPRINTS[name](workdir / name) for name in sorted(files)}
 
 
 def _levels_fingerprint(path: epath.Path) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from experiments.harness.errors import ConfigError
 from experiments.harness.workdir.checkpoints import is_new
@@ -26,15 +27,17 @@ DATA_FILE = "data.json"
 
 
 class DataSummary(NamedTuple):
-    """The size of a training set.
+    """A training set.
 
     Attributes:
       num_examples: its number of images.
       image_shape: (height, width, channels).
+      fingerprint: that of its files; None if an earlier version recorded none.
     """
 
     num_examples: int
     image_shape: tuple[int, int, int]
+    fingerprint: str | None = None
 
 
 def check(config: ConfigDict, workdir: epath.PathLike) -> None:
@@ -67,24 +70,36 @@ def check(config: ConfigDict, workdir: epath.PathLike) -> None:
 
 
 def check_data(config: ConfigDict, workdir: epath.PathLike, data: DataSummary) -> None:
-    """Raises ConfigError if the training set does not have the size that the run began with.
-
-    Every batch depends on the size: it is drawn from a permutation of the whole set.
-    """
+    """Raises ConfigError if the training set is not the one that the run began with."""
     recorded = _recorded_data(workdir)
     is_allowed = is_named("data.data_dir", tuple(config.train.allow_changes))
-    if recorded not in (None, data) and not is_allowed and not is_new(workdir):
+    if recorded is None or is_allowed or is_new(workdir):
+        return
+    if recorded[:2] != data[:2]:
         raise ConfigError(
             f"workdir={workdir} holds a run on {recorded.num_examples} images of shape "
             f"{recorded.image_shape}; config.data now has {data.num_examples} of shape "
             f"{data.image_shape}, and the batches would differ; use the same data or "
             "another workdir, or allow it by config.train.allow_changes=('data.',)"
         )
+    if recorded.fingerprint not in (None, data.fingerprint):
+        raise ConfigError(
+            f"workdir={workdir} holds a run on other training images: those in "
+            f"config.data.data_dir = {config.data.data_dir!r} are as many, but the fingerprint of the "
+            f"files is {data.fingerprint}, and was {recorded.fingerprint}; use the same data or "
+            "another workdir, or allow it by config.train.allow_changes=('data.',)"
+        )
 
 
 def record_data(workdir: epath.PathLike, data: DataSummary) -> None:
-    """Writes the size of the training set to data.json."""
-    if _recorded_data(workdir) != data:
+    """Writes the summary of the training set to data.json."""
+    recorded = _recorded_data(workdir)
+    if recorded is not None and recorded.fingerprint is None and data.fingerprint:
+        tqdm.write(
+            f"{workdir} has no fingerprint of the training images, since an earlier version began "
+            "it; that of the present ones is recorded now, unchecked"
+        )
+    if recorded != data:
         write_json(epath.Path(workdir) / DATA_FILE, data._asdict())
 
 
@@ -92,7 +107,8 @@ def _recorded_data(workdir: epath.PathLike) -> DataSummary | None:
     recorded = _read_json(epath.Path(workdir) / DATA_FILE)
     if recorded is None:
         return None
-    return DataSummary(recorded["num_examples"], tuple(recorded["image_shape"]))
+    shape = tuple(recorded["image_shape"])
+    return DataSummary(recorded["num_examples"], shape, recorded.get("fingerprint"))
 
 
 def _read_json(path: epath.Path) -> dict[str, Any] | None:

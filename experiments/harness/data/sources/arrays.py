@@ -66,7 +66,8 @@ def npz(
     if is_seeded:
         rows = part_of(shape[0], split, whole is not None, options, str(path))
     read = functools.partial(_read, path, rows if is_seeded else None)
-    return Source(len(rows), (*shape[1:], 1)[:3], 256, read, num_classes)
+    content = functools.partial(_fingerprint, path)
+    return Source(len(rows), (*shape[1:], 1)[:3], 256, read, num_classes, fingerprint=content)
 
 
 @contextmanager
@@ -96,6 +97,17 @@ def _headers(path: Path) -> tuple[tuple[int, ...], bool]:
             "(number, height, width[, channels])"
         )
     return shape, has_labels
+
+
+def _fingerprint(path: Path) -> str:
+    """Of both arrays, whole, from the sizes and checksums that the archive lists."""
+    with _explained(path), zipfile.ZipFile(path) as archive:
+        members = [archive.getinfo(name) for name in _members(archive)]
+    return " ".join(f"{member.file_size}:{member.CRC:08x}" for member in members)
+
+
+def _members(archive: zipfile.ZipFile) -> list[str]:
+    return [name for name in ("images.npy", "labels.npy") if name in archive.namelist()]
 
 
 def _num_classes(path: Path) -> int:

@@ -2,7 +2,6 @@
 
 import functools
 import os
-import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +11,7 @@ from jaxtyping import UInt8
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from experiments.harness.data.sources.content import fingerprint
 from experiments.harness.data.sources.images import CORRUPT, SUFFIXES, UnusableImage, decode
 from experiments.harness.data.sources.source import (
     Directory,
@@ -120,8 +120,8 @@ def folder(
     shape = (options.image_size, options.image_size, options.channels)
     description = f"{root.name} {split}"
     read = functools.partial(read_each, get, len(names), shape, description, labels is not None)
-    fingerprint = zlib.crc32("\n".join(names).encode(errors="surrogateescape"))
-    return Source(len(names), shape, 256, read, len(classes), get, fingerprint)
+    content = functools.partial(fingerprint, where, names)
+    return Source(len(names), shape, 256, read, len(classes), get, content)
 
 
 def _existing(data_dir: Directory) -> Path:

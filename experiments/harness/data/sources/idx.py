@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Int32, UInt8
 from ml_collections import ConfigDict
 
+from experiments.harness.data.sources.content import fingerprint
 from experiments.harness.data.sources.source import Directory, Options, Source
 from experiments.harness.errors import ConfigError
 
@@ -59,7 +60,8 @@ def idx(
         raise ConfigError(f"{images} has only {num_images} images, too few for split {split!r}")
     num_classes = int(_array(_find(data_dir, "train", "labels-idx1"), 1).max()) + 1
     read = functools.partial(_read, images, labels, rows)
-    return Source(num_examples, (height, width, 1), 256, read, num_classes)
+    content = functools.partial(fingerprint, Path(data_dir), (images.name, labels.name))
+    return Source(num_examples, (height, width, 1), 256, read, num_classes, fingerprint=content)
 
 
 def _find(data_dir: Directory, split: str, kind: str) -> Path:

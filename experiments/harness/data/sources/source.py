@@ -30,7 +30,8 @@ class Source(NamedTuple):
       num_classes: number of classes; 0 if the set has no labels.
       get: decodes the image [h, w, c] at a place, and its label or None; can be pickled. None if
         the set is stored as whole arrays.
-      fingerprint: a checksum of the names of a user's files; else 0.
+      fingerprint: computes a text that changes with the names, sizes or content of the files
+        (`content.fingerprint`); empty for an embedded set.
     """
 
     num_examples: int
@@ -39,7 +40,7 @@ class Source(NamedTuple):
     read: Callable[[], tuple[np.ndarray, np.ndarray | None]]
     num_classes: int = 0
     get: Callable[[int], tuple[np.ndarray, int | None]] | None = None
-    fingerprint: int = 0
+    fingerprint: Callable[[], str] = str
 
     @property
     def num_bytes(self) -> int:

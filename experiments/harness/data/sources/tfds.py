@@ -1,15 +1,18 @@
 """Image sets of tensorflow-datasets, prepared as ArrayRecord and read without TensorFlow."""
 
 import difflib
+import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 from tqdm import tqdm
 
+from experiments.harness.data.sources.content import fingerprint
 from experiments.harness.data.sources.images import square
 from experiments.harness.data.sources.source import Directory, Source
 from experiments.harness.errors import ConfigError
@@ -111,7 +114,17 @@ def tfds(
       ConfigError: as `splits.describe`.
     """
     records = Records(name, data_dir, split, expression, size, known)
-    return Source(len(records), records.shape, 256, records.read, records.num_classes, records)
+    content = functools.partial(_fingerprint, name, data_dir, expression)
+    return Source(
+        len(records), records.shape, 256, records.read, records.num_classes, records, content
+    )
+
+
+def _fingerprint(name: str, data_dir: Directory, expression: str) -> str:
+    """Of the files that hold some of the split's records."""
+    builder = _builder(name, data_dir, ())
+    names = [str(path) for path in builder.info.splits[expression].filenames]
+    return fingerprint(Path(builder.data_path), names)
 
 
 def _builder(name: str, data_dir: Directory, others: Iterable[str]) -> Any:

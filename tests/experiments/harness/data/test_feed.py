@@ -37,7 +37,7 @@ def test_processes_with_other_images_are_refused(monkeypatch):
     told = []
     monkeypatch.setattr(distributed, "of_first", lambda number: told.append(number) or told[0])
     require_same_data(source)
-    for other in (source._replace(num_examples=999), source._replace(fingerprint=1)):
+    for other in (source._replace(num_examples=999), source._replace(fingerprint=lambda: "1")):
         with pytest.raises(ConfigError, match=r"do not all have the same ones; give each"):
             require_same_data(other)
     assert all(0 <= number < 2**31 for number in told)

@@ -21,6 +21,10 @@ from tests.experiments import tiny
 FLAT = provenance.flatten(base.get_config().to_dict())
 
 
+def identity(*arguments, data=lambda split: f"the files of {split}"):
+    return provenance.identity(*arguments, data=data)
+
+
 def entries(dependences):
     """All that a result can depend on, under any condition."""
     for entry in dependences:
@@ -42,9 +46,9 @@ def test_every_setting_is_in_one_group():
 def test_every_dependence_exists():
     assert not GROUPS.keys() & RESULTS.keys()
     used = {entry for row in RESULTS.values() for entry in entries(row)}
-    used = {entry for entry in used if not isinstance(entry, provenance.File)}
+    used = {entry for entry in used if isinstance(entry, str)}
     assert used <= GROUPS.keys() | RESULTS.keys()
-    assert GROUPS.keys() - used == {"speed", "monitoring", "tables"}
+    assert GROUPS.keys() - used == {"speed", "place", "monitoring", "tables"}
 
 
 @pytest.mark.parametrize("result", RESULTS)
@@ -72,19 +76,19 @@ def test_a_condition_reads_settings_that_the_result_depends_on(result):
             MEASURED_ERRORS,
             {},
             "seed analytic.levels analytic.examples decoder.scaling schedule.linear_log_snr.max "
-            "data.split_seed data.held_out data.data_dir data.splits.train",
+            "data.split_seed data.held_out data.splits.train",
             "schedule.num_timesteps model.variance evaluate.labels evaluate.split data.flip",
         ),
         (
             SAMPLES,
             {},
-            "data.splits.test data.split_seed data.held_out data.data_dir sample.num_samples",
+            "data.splits.test data.split_seed data.held_out sample.num_samples",
             "evaluate.labels sample.ddim.eta sample.inpaint.known quality.num_samples",
         ),
         (
             EVALUATION,
             {},
-            "evaluate.split evaluate.replicates decoder.name data.data_dir data.split_seed",
+            "evaluate.split evaluate.replicates decoder.name data.split_seed",
             "evaluate.labels evaluate.pilot evaluate.ode.probes sample.sampler analytic.levels",
         ),
         (
@@ -129,7 +133,7 @@ def test_a_condition_reads_settings_that_the_result_depends_on(result):
         ),
         (MEASURED_ERRORS, {"model__class_conditional": True}, "evaluate.labels", "train.ema_decay"),
         (SWEEP, {}, "sample.ddim.eta sample.variance quality.split", "sample.sampler sample.also"),
-        (RUN, {}, "seed data.flip model.dtype train.batch_size", "evaluate.split data.data_dir"),
+        (RUN, {}, "seed data.flip model.dtype train.batch_size", "evaluate.split"),
         (NETWORK, {}, "data.name decoder.scaling", "model.dtype model.variance schedule.name seed"),
         (NETWORK, {"model__variance": "learned_range"}, "model.variance", "train.objective"),
         (NETWORK, {"model__unet__noise_input": "ddpm_timestep"}, "schedule.name", "seed"),
@@ -149,6 +153,7 @@ def test_what_matters_to_a_result(result, overrides, matter, do_not):
         {"devices__fsdp": 2},
         {"data__stream": "always", "data__workers": 1, "data__prefetch": 5},
         {"data__memory_limit_mb": 1},
+        {"data__data_dir": "elsewhere"},
         {"model__dtype": "bfloat16", "model__remat": True},
         {"train__num_steps": 99},
     ],
@@ -156,34 +161,59 @@ def test_what_matters_to_a_result(result, overrides, matter, do_not):
 def test_how_a_run_is_computed_is_no_part_of_what_was_measured(overrides):
     """So that a finished run is finished with one more worker, or a trace."""
     for result in (EVALUATION, SAMPLES, MEASURED_ERRORS):
-        wanted = provenance.identity(result, tiny.config(**overrides), 3)
-        assert provenance.identity(result, tiny.config(), 3) == wanted
+        wanted = identity(result, tiny.config(**overrides), 3)
+        assert identity(result, tiny.config(), 3) == wanted
 
 
 def stored(result, config, step=3):
     """An identity as it comes back from a file."""
-    return json.loads(json.dumps(provenance.identity(result, config, step)))
+    return json.loads(json.dumps(identity(result, config, step)))
 
 
 @pytest.mark.parametrize("result", [EVALUATION, SAMPLES, MEASURED_ERRORS, SWEEP])
 def test_a_stored_result_is_known_by_step_and_settings(result):
     config = tiny.config()
     recorded = stored(result, config)
-    assert provenance.is_same(recorded, provenance.identity(result, config, 3))
-    assert not provenance.is_same(recorded, provenance.identity(result, config, 4))
+    assert provenance.is_same(recorded, identity(result, config, 3))
+    assert not provenance.is_same(recorded, identity(result, config, 4))
     for change in (
         {"schedule__linear_log_snr__max": 7.5},
         {"data__split_seed": 1},
         {"data__held_out": 0.2},
-        {"data__data_dir": "elsewhere"},
     ):
-        other = provenance.identity(result, tiny.config(**change), 3)
+        other = identity(result, tiny.config(**change), 3)
         assert not provenance.is_same(recorded, other), change
+
+
+@pytest.mark.parametrize(
+    ("result", "overrides", "splits"),
+    [
+        (EVALUATION, {"evaluate__split": "validation"}, "validation"),
+        (EVALUATION, {"evaluate__target": 0.01}, "test train"),
+        (EVALUATION, {"evaluate__also": ("quality",)}, "test train"),  # a classifier of train
+        (MEASURED_ERRORS, {}, "train"),
+        (SAMPLES, {}, "test"),
+        (SAMPLES, {"sample__variance": "analytic_isotropic"}, "test train"),
+        (RUN, {}, ""),  # data.json has it
+    ],
+)
+def test_results_depend_on_the_files_of_these_splits(result, overrides, splits):
+    config = tiny.config(**overrides)
+    recorded = identity(result, config, 3)
+    for split in ("train", "validation", "test"):
+        others = {split: "other files"}.get
+        changed = identity(result, config, 3, data=lambda name, others=others: others(name, name))
+        is_same = provenance.is_same(identity(result, config, 3, data=str), changed)
+        assert is_same == (split not in splits.split()), split
+    # Earlier versions recorded none, and without the data a stored result can still be used.
+    unknown = identity(result, config, 3, data=lambda split: None)
+    assert provenance.is_same(recorded, unknown)
+    assert provenance.is_same(unknown, recorded)
 
 
 def test_a_setting_of_another_version_does_not_count():
     config = tiny.config()
-    recorded, wanted = stored(EVALUATION, config), provenance.identity(EVALUATION, config, 3)
+    recorded, wanted = stored(EVALUATION, config), identity(EVALUATION, config, 3)
     del recorded["settings"]["evaluate.replicates"]
     recorded["settings"]["evaluate.of_yesterday"] = 1
     assert provenance.is_same(recorded, wanted)
@@ -201,10 +231,10 @@ def test_bound_optimal_levels_are_part_of_what_was_sampled(tmp_path):
     for levels in ({"2": [3.0, -3.0]}, {"2": [3.0, -4.0]}):
         text = json.dumps({"log_snr": levels, "entries": len(seen)})
         (tmp_path / provenance.OPTIMAL_LEVELS).write_text(text)
-        seen.append(provenance.identity(SAMPLES, config, 3, tmp_path))
+        seen.append(identity(SAMPLES, config, 3, tmp_path))
     assert not provenance.is_same(*seen)
     (tmp_path / provenance.OPTIMAL_LEVELS).write_text(json.dumps({"log_snr": levels}))
-    assert provenance.is_same(seen[1], provenance.identity(SAMPLES, config, 3, tmp_path))
+    assert provenance.is_same(seen[1], identity(SAMPLES, config, 3, tmp_path))
 
 
 # Identities as the version before this table wrote them, shortened.
@@ -271,7 +301,7 @@ def test_results_of_the_version_before_are_known(result, overrides, changes):
         new = config.copy_and_resolve_references()
         for name, value in settings.items():
             new.update_from_flattened_dict({name.replace("__", "."): value})
-        return provenance.identity(result, new, 3)
+        return identity(result, new, 3)
 
     assert provenance.is_same(FORMER[result], wanted(overrides))
     for name, value in changes.items():

@@ -1,0 +1,102 @@
+"""Fingerprints of a data set's files, and what they decide."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments.harness.data import splits
+from experiments.harness.data.sources import content
+from experiments.harness.errors import ConfigError
+from experiments.harness.workdir import provenance, record
+from tests.experiments import tiny
+
+
+def write(path, seed, size=1000):
+    path.write_bytes(np.random.default_rng(seed).bytes(size))
+
+
+@pytest.mark.parametrize("whole", [content.WHOLE, 1000])
+def test_names_sizes_and_content_count_and_times_do_not(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(content, "WHOLE", whole)
+    monkeypatch.setattr(content, "_BLOCK", 100)
+    folders = {name: tmp_path / name for name in ("same", "bytes", "size", "name")}
+    for folder in folders.values():
+        folder.mkdir()
+        for name in "abc":
+            write(folder / name, ord(name))
+    reference = content.fingerprint(folders["same"], "abc")
+    os.utime(folders["same"] / "a", (1, 1))
+    assert content.fingerprint(folders["same"], "abc") == reference
+    for name in "abc":
+        write(folders["bytes"] / name, 1)
+    write(folders["size"] / "a", ord("a"), 999)
+    (folders["name"] / "c").rename(folders["name"] / "d")
+    others = {content.fingerprint(folders[name], "abc") for name in ("bytes", "size")}
+    others.add(content.fingerprint(folders["name"], "abd"))
+    assert len(others | {reference}) == 4
+    write(folders["same"] / "b", 2)  # in place, in the same process
+    assert content.fingerprint(folders["same"], "abc") != reference
+    with pytest.raises(ConfigError, match="d cannot be read"):
+        content.fingerprint(folders["same"], "abd")
+
+
+def write_npz(root, seed):
+    rng = np.random.default_rng(seed)
+    np.savez(root, images=rng.integers(0, 256, (12, 4, 4), np.uint8), labels=np.arange(12) % 3)
+
+
+def write_folder(root, seed):
+    for name in "abcdefghijkl":
+        pixels = np.random.default_rng([seed, ord(name)]).integers(0, 256, (4, 4, 3), np.uint8)
+        root.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(root / f"{name}.bmp")  # all of one size
+
+
+@pytest.mark.parametrize(("name", "write"), [("npz", write_npz), ("folder", write_folder)])
+def test_a_replaced_split_is_noticed_and_a_copy_is_not(name, write, tmp_path, monkeypatch):
+    ending = ".npz" if name == "npz" else ""
+    root = tmp_path / "data"
+    root.mkdir()
+    for seed, split in enumerate(("train", "validation", "test")):
+        write(root / f"{split}{ending}", seed)
+
+    def config_of(place):
+        return tiny.config(data__name=name, data__data_dir=str(place), data__image_size=4)
+
+    def evaluation(place):
+        data = splits.fingerprints(config_of(place))
+        return provenance.identity(provenance.EVALUATION, config_of(place), 3, data=data)
+
+    def check_resumption(place):
+        source = splits.describe_data(config_of(place), "train")
+        data = record.DataSummary(source.num_examples, source.image_shape, source.fingerprint())
+        record.check_data(config_of(place), tmp_path, data)
+        record.record_data(tmp_path, data)
+
+    monkeypatch.setattr(record, "is_new", lambda workdir: False)
+    check_resumption(root)
+    before = evaluation(root)
+    shutil.copytree(root, tmp_path / "copy")
+    assert provenance.is_same(before, evaluation(tmp_path / "copy"))
+    check_resumption(tmp_path / "copy")
+    write(root / f"test{ending}", 7)
+    assert not provenance.is_same(before, evaluation(root))
+    check_resumption(root)
+    write(root / f"train{ending}", 8)
+    with pytest.raises(ConfigError, match="other training images") as error:
+        check_resumption(root)
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_without_a_fingerprint_adopts_one_and_says_so(tmp_path, capsys):
+    (tmp_path / record.DATA_FILE).write_text('{"num_examples": 5, "image_shape": [4, 4, 3]}')
+    data = record.DataSummary(5, (4, 4, 3), "abc")
+    record.check_data(tiny.config(), tmp_path, data)
+    for _ in range(2):
+        record.record_data(tmp_path, data)
+    [line] = capsys.readouterr().out.splitlines()
+    assert "has no fingerprint" in line
+    assert record._recorded_data(tmp_path) == data
