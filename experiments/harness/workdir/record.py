@@ -84,9 +84,9 @@ def check_data(config: ConfigDict, workdir: epath.PathLike, data: DataSummary) -
         )
     if recorded.fingerprint not in (None, data.fingerprint):
         raise ConfigError(
-            f"workdir={workdir} holds a run on other training images: those in "
-            f"config.data.data_dir = {config.data.data_dir!r} are as many, but the fingerprint of the "
-            f"files is {data.fingerprint}, and was {recorded.fingerprint}; use the same data or "
+            f"workdir={workdir} holds a run on other training images: as many as those in "
+            f"config.data.data_dir = {config.data.data_dir!r}, but the fingerprint of their files "
+            f"is {data.fingerprint}, and was {recorded.fingerprint}; use the same data or "
             "another workdir, or allow it by config.train.allow_changes=('data.',)"
         )
 

@@ -123,6 +123,8 @@ def tfds(
 def _fingerprint(name: str, data_dir: Directory, expression: str) -> str:
     """Of the files that hold some of the split's records."""
     builder = _builder(name, data_dir, ())
+    if not builder.info.splits:  # a test's mock, without files
+        return ""
     names = [str(path) for path in builder.info.splits[expression].filenames]
     return fingerprint(Path(builder.data_path), names)
 
