@@ -12,6 +12,7 @@ import pytest
 from configs import base
 from experiments import notebook
 from experiments.harness.arguments import EXPERIMENTS
+from tests.test_architecture import LEVELS
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -154,3 +155,12 @@ def test_the_architecture_page_names_every_module():
     folders += sorted((ROOT / "experiments" / "harness").rglob("*/"))
     modules = {path.stem for folder in folders for path in folder.glob("*.py")} - {"__init__"}
     assert modules - words == set()
+
+
+def test_the_architecture_page_has_the_levels_of_the_test_of_architecture():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    rows = dict(re.findall(r"^\| (\d) \| (.*) \|$", text, flags=re.M))
+    pairs = enumerate(LEVELS, 1)
+    assert {number: set(re.findall(r"\w+", rooms)) for number, rooms in rows.items()} == {
+        str(number): set(rooms) for number, rooms in pairs
+    }
