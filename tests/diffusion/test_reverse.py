@@ -163,14 +163,14 @@ def test_squared_error_does_not_cancel_at_high_snr_in_float32(name):
 
 
 DATA = {
-    "normal": distributions.Mixture(np.array([0.5, -1.0]), np.array([[2.0, 0.6], [0.6, 0.5]])),
-    "discrete": distributions.Mixture(np.array([[1.0, 0.0], [-0.5, 0.25], [0.0, -1.0]])),
+    "normal": distributions.normal(np.array([0.5, -1.0]), np.array([[2.0, 0.6], [0.6, 0.5]])),
+    "discrete": distributions.points(np.array([[1.0, 0.0], [-0.5, 0.25], [0.0, -1.0]])),
 }
 
 
 def log_marginal(data, x_t, alpha, variance):
     """log p(x_t) of one x_t, from the distribution of x_0."""
-    if isinstance(data, distributions.normal):
+    if data.covariances is not None:
         covariance = alpha**2 * data.covariance + variance * jnp.eye(2)
         return jax.scipy.stats.multivariate_normal.logpdf(x_t, alpha * data.mean, covariance)
     squared = jnp.sum((x_t - alpha * data.means) ** 2, axis=-1)
