@@ -3,7 +3,6 @@
 import json
 from typing import Any
 
-import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -14,6 +13,7 @@ from experiments.harness.processes import distributed
 from experiments.harness.setup.definition import define_model
 from experiments.harness.workdir import provenance
 from experiments.harness.workdir.checkpoints import Checkpoints
+from experiments.harness.workdir.files import read
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
@@ -41,12 +41,13 @@ def check(config: ConfigDict) -> None:
 
 def _evaluation(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any] | None:
     """The recorded evaluation; None unless it depends on the same settings as one of today."""
-    path = epath.Path(workdir) / evaluate.RESULT_FILE
-    if not path.exists():
-        return None
-    try:
-        recorded = json.loads(path.read_text())
-    except ValueError:  # damaged
+
+    def parse(recorded):
+        evaluate.result_line(recorded)  # it has all that the main job prints
+        return recorded
+
+    recorded = read(epath.Path(workdir) / evaluate.RESULT_FILE, parse)
+    if recorded is None:
         return None
     step = _step(workdir, config.evaluate.checkpoint)
     wanted = provenance.identity(
@@ -57,11 +58,13 @@ def _evaluation(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any] |
 
 def _is_sampled(config: ConfigDict, workdir: epath.PathLike) -> bool:
     """Whether the samples in samples/ depend on the same settings as new ones would."""
-    path = epath.Path(workdir) / provenance.SAMPLES
-    if not path.exists():
+
+    def parse(saved):
+        return dict(json.loads(str(saved["identity"])))
+
+    recorded = read(epath.Path(workdir) / provenance.SAMPLES, parse)
+    if recorded is None:
         return False
-    with path.open("rb") as file, np.load(file) as saved:
-        recorded = json.loads(str(saved["identity"]))
     step = _step(workdir, config.sample.checkpoint)
     wanted = provenance.identity(
         provenance.SAMPLES, config, step, workdir, data=splits.fingerprints(config)

@@ -84,6 +84,19 @@ def test_changed_settings_repeat_the_part_that_depends_on_them(
     assert ("is finished" in capsys.readouterr().out) == (part is None)
 
 
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"PK\x03\x04"])
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [("evaluation.json", "_evaluation"), ("samples/samples.npz", "_is_sampled")],
+)
+def test_a_damaged_result_is_none(name, read, content, finished, tmp_path, capsys):
+    workdir = tiny.copy(finished.workdir, tmp_path)
+    assert getattr(main_job, read)(finished.config, workdir)
+    (workdir / name).write_bytes(content)
+    assert not getattr(main_job, read)(finished.config, workdir)
+    assert f"{workdir / name} is damaged" in capsys.readouterr().out
+
+
 def test_settings_of_all_parts_are_checked_before_training(tmp_path):
     """The main job checks what it needs at its end before its beginning."""
     with pytest.raises(ConfigError, match=r"config\.sample\.strip_rows = 0"):

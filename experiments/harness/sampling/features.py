@@ -4,6 +4,7 @@ To add one, write a function (config, directory) -> Features and list it in `FEA
 what it needs in the directory, as the classifier keeps its weights.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from experiments.harness.data import order, splits
 from experiments.harness.data.batches import batch_results
 from experiments.harness.errors import ConfigError
 from experiments.harness.processes.progress import progress
-from experiments.harness.workdir.files import write_npz
+from experiments.harness.workdir.files import read, require_shape, write_npz
 from experiments.harness.workdir.provenance import fingerprint
 from models.classifier import Classifier
 
@@ -68,10 +69,15 @@ def classifier(config: ConfigDict, directory: epath.Path) -> Features:
     shapes = jax.tree.map(jnp.shape, _initial(network, images, highest, seed=0))
     told = fingerprint(images, labels, config.quality.classifier.to_dict(), shapes)
     path = directory / f"classifier_{told}.npz"
-    if path.exists():
-        with path.open("rb") as file, np.load(file) as saved:
-            flat = {tuple(name.split("/")): saved[name] for name in saved}
-        params, scale = unflatten_dict(flat)["params"], flat["scale",]
+
+    def parse(saved):
+        flat = {tuple(name.split("/")): saved[name] for name in saved}
+        scale, params = require_shape("scale", flat["scale",], ()), unflatten_dict(flat)["params"]
+        jax.tree.map(functools.partial(require_shape, "a parameter"), params, shapes["params"])
+        return params, scale
+
+    if (saved := read(path, parse)) is not None:
+        params, scale = saved
     else:
         params = _train(network, images, labels, highest, config.quality.classifier)
         found = jax.jit(network.apply)({"params": params}, _scaled(images, highest))[1]

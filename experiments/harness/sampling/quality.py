@@ -24,7 +24,7 @@ from experiments.harness.sampling.features import (
     name_of,
 )
 from experiments.harness.setup.trained import Run
-from experiments.harness.workdir.files import write_npz
+from experiments.harness.workdir.files import read, require_shape, write_npz
 from experiments.harness.workdir.provenance import fingerprint
 
 DIRECTORY = "quality"  # in the work directory: the classifier, and the statistics of the data
@@ -75,14 +75,21 @@ def reference(config: ConfigDict, workdir: epath.PathLike) -> Reference:
     images = splits.load_data(config, config.quality.split).images
     limit = config.quality.max_pairs
     path = directory / f"reference_{fingerprint(images, features.name, limit)}.npz"
-    if path.exists():
-        with path.open("rb") as file, np.load(file) as saved:
-            moments = Moments(int(saved["count"]), saved["mean"], saved["scatter"])
-            return Reference(features, moments, saved["some"])
+    if (saved := read(path, _parse)) is not None:
+        return Reference(features, *saved)
     moments, some = _measure(features, images, limit)
     directory.mkdir(parents=True, exist_ok=True)
     write_npz(path, **moments._asdict(), some=some)
     return Reference(features, moments, some)
+
+
+def _parse(saved: dict[str, np.ndarray]) -> tuple[Moments, np.ndarray]:
+    num_features, num_kept = saved["mean"].size, len(saved["some"])
+    return Moments(
+        int(saved["count"]),
+        require_shape("mean", saved["mean"], (num_features,)),
+        require_shape("scatter", saved["scatter"], (num_features, num_features)),
+    ), require_shape("some", saved["some"], (num_kept, num_features))
 
 
 def quality(

@@ -1,6 +1,5 @@
 """Sample quality by sampler and number of steps: a table, a plot, and pictures."""
 
-import json
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +19,7 @@ from experiments.harness.sampling.draw import Drawer, to_bytes
 from experiments.harness.sampling.quality import Quality, Reference, reference
 from experiments.harness.setup.trained import Run
 from experiments.harness.workdir import provenance
-from experiments.harness.workdir.files import write_json
+from experiments.harness.workdir.files import read, write_json
 
 REFERENCE = "ancestral"  # the model's own sampler, at all of the schedule's levels
 
@@ -127,15 +126,15 @@ def _identity(run: Run, against: Reference) -> dict[str, Any]:
 
 def _saved(path: epath.Path, identity: dict[str, Any]) -> dict[str, Entry]:
     """The entries that an earlier sweep with the same settings has measured."""
-    if not path.exists():
-        return {}
-    recorded = json.loads(path.read_text())
-    if recorded.get("features") != identity["features"]:
-        return {}
-    if not provenance.is_same(recorded, identity):
-        return {}
-    entries = [Entry.from_dict(entry) for entry in recorded["entries"]]
-    return {f"{entry.sampler} {entry.num_timesteps}": entry for entry in entries}
+
+    def parse(recorded):
+        entries = [Entry.from_dict(entry) for entry in recorded["entries"]]
+        is_same = provenance.is_same(recorded, identity)
+        if recorded["features"] != identity["features"] or not is_same:
+            return {}
+        return {f"{entry.sampler} {entry.num_timesteps}": entry for entry in entries}
+
+    return read(path, parse) or {}
 
 
 def to_markdown(entries: list[Entry]) -> str:

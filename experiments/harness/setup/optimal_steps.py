@@ -1,6 +1,6 @@
 """The K noise levels whose bound is the lowest for one network, found once and kept in a file."""
 
-import json
+from typing import Any, NoReturn
 
 import numpy as np
 from etils import epath
@@ -10,6 +10,7 @@ from diffusion.schedules import Levels, Schedule
 from diffusion.spacing import bound_optimal, pair_costs
 from diffusion.variances import Variance
 from experiments.harness.errors import ConfigError
+from experiments.harness.workdir.files import read, require_shape
 from experiments.harness.workdir.provenance import OPTIMAL_LEVELS
 
 FILE = OPTIMAL_LEVELS
@@ -62,26 +63,32 @@ def optimal_levels(
       ConfigError: if there are none, or they are of another step, schedule or K.
     """
     path = epath.Path(workdir) / FILE
-    if not path.exists():
-        raise ConfigError(_remedy(workdir, num_timesteps, f"there is no {path}"))
-    found = json.loads(path.read_text())
-    if found["step"] != step:
-        wrong = f"{path} is of step {found['step']}, and the checkpoint of step {step}"
-        raise ConfigError(_remedy(workdir, num_timesteps, wrong))
-    if str(num_timesteps) not in found["log_snr"]:
-        wrong = f"{path} holds {', '.join(found['log_snr'])} levels, and not {num_timesteps}"
-        raise ConfigError(_remedy(workdir, num_timesteps, wrong))
-    log_snr = np.array(found["log_snr"][str(num_timesteps)])
+    remedy = (
+        f"run first python main.py --experiment=spacing --workdir={workdir} "
+        f"'--config.spacing.num_timesteps=({num_timesteps},)'"
+    )
+
+    def refuse(wrong: str) -> NoReturn:
+        raise ConfigError(f"config.sample.spacing = 'bound_optimal': {wrong}; {remedy}")
+
+    recorded = read(path, _parse, remedy)
+    if recorded is None:
+        refuse(f"there is no {path}")
+    recorded_step, by_number = recorded
+    if recorded_step != step:
+        refuse(f"{path} is of step {recorded_step}, and the checkpoint of step {step}")
+    if str(num_timesteps) not in by_number:
+        refuse(f"{path} holds {', '.join(by_number)} levels, and not {num_timesteps}")
+    log_snr = by_number[str(num_timesteps)]
     # A learned schedule's ends come from a network, which rounds.
     if not np.allclose(log_snr[[0, -1]], schedule.knots[[0, -1]], rtol=1e-5):
-        wrong = f"{path} is of another schedule, from λ = {log_snr[0]:g} to {log_snr[-1]:g}"
-        raise ConfigError(_remedy(workdir, num_timesteps, wrong))
+        refuse(f"{path} is of another schedule, from λ = {log_snr[0]:g} to {log_snr[-1]:g}")
     return Levels.from_log_snr(log_snr)
 
 
-def _remedy(workdir: epath.PathLike, num_timesteps: int, wrong: str) -> str:
-    return (
-        f"config.sample.spacing = 'bound_optimal': {wrong}; run first python main.py "
-        f"--experiment=spacing --workdir={workdir} "
-        f"'--config.spacing.num_timesteps=({num_timesteps},)'"
-    )
+def _parse(recorded: dict[str, Any]) -> tuple[int, dict[str, np.ndarray]]:
+    """The checkpoint's step, and the log-SNRs by number of levels."""
+    log_snr = {n: np.array(values) for n, values in recorded["log_snr"].items()}
+    return int(recorded["step"]), {
+        n: require_shape("log_snr", values, (int(n),)) for n, values in log_snr.items()
+    }

@@ -23,7 +23,7 @@ from experiments.harness.setup.optimal_steps import optimal_levels
 from experiments.harness.setup.params import abstract_params
 from experiments.harness.workdir import provenance
 from experiments.harness.workdir.checkpoints import Checkpoints, RemovedError
-from experiments.harness.workdir.files import write_npz
+from experiments.harness.workdir.files import read, require_shape, write_npz
 from experiments.harness.workdir.record import check_network, check_writable
 
 _ATTEMPTS = 5  # a training that goes on in the directory may remove the chosen checkpoint
@@ -90,14 +90,21 @@ class Run(NamedTuple):
         identity = provenance.identity(
             analytic.ERRORS_FILE, self.config, self.step, data=splits.fingerprints(self.config)
         )
-        if path.exists():
-            with path.open("rb") as file, np.load(file) as saved:
-                if provenance.is_same(json.loads(str(saved["identity"])), identity):
-                    return saved["log_snr"], saved["error"]
+        shape = self.definition.image_shape
+
+        def parse(saved):
+            if not provenance.is_same(json.loads(str(saved["identity"])), identity):
+                return None
+            log_snr, error = saved["log_snr"], saved["error"]
+            require_shape("log_snr", log_snr, (log_snr.size,))
+            return log_snr, require_shape("error", error, (log_snr.size, *shape))
+
+        if (saved := read(path, parse)) is not None:
+            return saved
         log_snr, error = analytic.measure_errors(self.config, self.definition, self.params)
         if self.writes:
-            identity = json.dumps(identity)
-            write_npz(path, log_snr=log_snr, error=error, step=self.step, identity=identity)
+            arrays = {"log_snr": log_snr, "error": error, "step": self.step}
+            write_npz(path, **arrays, identity=json.dumps(identity))
         return log_snr, error
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -55,6 +56,7 @@ class Checkpoints:
         read_only: bool = False,
         setting: str = "workdir",
     ):
+        check_path(workdir, setting)
         self._name = f"{setting}={workdir}"
         self._workdir = epath.Path(workdir).resolve()
         self._directory = self._workdir / _SUBDIRECTORY
@@ -241,9 +243,11 @@ class Checkpoints:
         if self._manager is None:
             return
         with self._writing(self._last_saved):
-            self._is_saving = False
+            was_saving, self._is_saving = self._is_saving, False
             self._manager.wait_until_finished()
             self._clear_up()
+            if was_saving:
+                orbax.check_opens(self._path(self._last_saved) / orbax.ITEM)
 
     def close(self) -> None:
         """Waits for the current save, then releases threads and files."""
@@ -356,6 +360,19 @@ class Checkpoints:
         return ConfigError(
             f"{self._name} holds no checkpoint (looked in {self._directory}): it must be the work "
             "directory of a training run that has saved one; train first"
+        )
+
+
+def check_path(workdir: epath.PathLike, setting: str = "workdir") -> None:
+    """Raises ConfigError for a directory in which orbax could save, but not restore.
+
+    It takes the directory's name for a pattern of file names.
+    """
+    path = os.fspath(epath.Path(workdir).resolve())
+    if wrong := sorted(set(path) & set("*?[\\")):
+        raise ConfigError(
+            f"{setting}={workdir}: checkpoints cannot be read in a directory with "
+            f"{' or '.join(wrong)} in its path, {path}; give another directory"
         )
 
 

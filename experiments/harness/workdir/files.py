@@ -1,15 +1,81 @@
-"""Atomic writing of files: a reader gets the old content or the new, never a part."""
+"""The small files of a work directory: written whole or not at all, and never trusted unread."""
 
 import io
 import json
 import math
 import os
-from typing import Any
+import zipfile
+import zlib
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 from etils import epath
+from tqdm import tqdm
 
+from experiments.harness.errors import ConfigError, in_short
 from experiments.harness.processes import distributed
+
+Content = TypeVar("Content")
+
+# What reading or using a damaged file raises.
+_DAMAGE = (
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    NotImplementedError,
+    TypeError,
+    ValueError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+
+def read(
+    path: epath.PathLike, parse: Callable[[Any], Content], remedy: str | None = None
+) -> Content | None:
+    """The content of a .json or .npz file; None if there is no such file.
+
+    Args:
+      path: the file.
+      parse: takes the JSON object, or the arrays by name, and returns what the caller uses of it.
+        Any error of a missing entry or of a wrong type, shape or value means that the file is
+        damaged.
+      remedy: what can be done about a damaged file. None: the file can be made anew, so its damage
+        is printed as a warning, and the result is None as if it did not exist.
+
+    Raises:
+      ConfigError: it is damaged and has a remedy, or it cannot be read, such as a directory.
+    """
+    path = epath.Path(path)
+    if not path.exists():
+        return None
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror})") from error
+    try:
+        if path.suffix == ".npz":
+            with np.load(io.BytesIO(content)) as saved:
+                return parse(dict(saved))
+        loaded = json.loads(content)
+        if not isinstance(loaded, dict):
+            raise TypeError(f"it holds no JSON object but {str(loaded)[:20]!r}")
+        return parse(loaded)
+    except _DAMAGE as error:
+        damage = f"{path} is damaged ({in_short(error)})"
+        if remedy is not None:
+            raise ConfigError(f"{damage}; {remedy}") from error
+    tqdm.write(f"warning: {damage}; going on without it")
+    return None
+
+
+def require_shape(name: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """A finite array of numbers; raises ValueError for another shape, type or value."""
+    if array.shape != shape or array.dtype.kind not in "iuf" or not np.isfinite(array).all():
+        raise ValueError(f"{name} is no finite array of shape {shape}")
+    return array
 
 
 def write_json(path: epath.PathLike, obj: Any) -> None:
@@ -63,15 +129,32 @@ def append(path: epath.Path, obj: Any) -> None:
 
 
 def replace(path: epath.Path, content: bytes) -> None:
+    """Replaces a file: a kill or a power cut leaves the old content or the new."""
     if not distributed.is_first():
         return
+    is_bucket = "://" in os.fspath(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(content)
+        with temporary.open("wb") as file:
+            file.write(content)
+            if not is_bucket:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
+        if not is_bucket:
+            _sync_directory(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _sync_directory(directory: epath.Path) -> None:
+    """Has the disk store which files a directory names."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _dumps(obj: Any, indent: int | None = None) -> str:

@@ -63,6 +63,22 @@ def read(item: epath.Path, like: Any, part: str | None) -> Any:
     return jax.tree.unflatten(jax.tree.structure(like), [by_name[name] for name in wanted])
 
 
+def check_opens(item: epath.Path) -> None:
+    """Reads the smallest field of a saved pytree; raises the error of reading, if any."""
+    import orbax.checkpoint as ocp
+
+    handler = ocp.PyTreeCheckpointHandler()
+    stored = handler.metadata(item).tree
+    handler.close()
+    sizes = {
+        name: sum(math.prod(leaf.shape) for _, leaf in leaves)
+        for name in stored
+        if (leaves := _leaves(stored[name]))
+    }
+    part = min(sizes, key=sizes.get)
+    read(item, jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), stored[part]), part)
+
+
 def _require_same(stored: Any, wanted: dict[str, Any]) -> None:
     there = {_key(path): _describe(leaf) for path, leaf in _leaves(stored)}
     here = {name: _describe(leaf) for name, leaf in wanted.items()}

@@ -20,6 +20,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from diffusion.variances import VARIANCES
+from experiments.harness.workdir.files import read
 
 Settings = Mapping[str, Any]  # flat: {"train.batch_size": 128, …}
 
@@ -382,12 +383,10 @@ def _active(
             yield dependence
 
 
-def _levels_fingerprint(path: epath.Path) -> str | None:
-    """Of the bound-optimal levels, not of what was measured at them; None if there are none."""
-    return fingerprint(json.loads(path.read_text())["log_snr"]) if path.exists() else None
-
-
-_FINGERPRINTS = {OPTIMAL_LEVELS: _levels_fingerprint}
+# Of the bound-optimal levels, not of what was measured at them; None if there are none.
+_FINGERPRINTS = {
+    OPTIMAL_LEVELS: lambda path: read(path, lambda recorded: fingerprint(recorded["log_snr"]))
+}
 
 
 def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

@@ -1,8 +1,7 @@
 """The config and the data of a work directory, recorded at its start and checked on resume."""
 
-import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -11,8 +10,8 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from experiments.harness.errors import ConfigError
-from experiments.harness.workdir.checkpoints import is_new
-from experiments.harness.workdir.files import append_jsonl, write_json
+from experiments.harness.workdir.checkpoints import check_path, is_new
+from experiments.harness.workdir.files import append_jsonl, read, write_json
 from experiments.harness.workdir.provenance import (
     FILES_OF_A_RUN,
     NETWORK,
@@ -43,6 +42,7 @@ class DataSummary(NamedTuple):
 def check(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Raises ConfigError if the directory can't be used, or holds a run with another config."""
     directory = epath.Path(workdir)
+    check_path(workdir)
     try:
         existing = [p for p in (directory, *directory.parents) if p.exists()]
         if existing and not existing[0].is_dir():
@@ -104,27 +104,34 @@ def record_data(workdir: epath.PathLike, data: DataSummary) -> None:
 
 
 def _recorded_data(workdir: epath.PathLike) -> DataSummary | None:
-    recorded = _read_json(epath.Path(workdir) / DATA_FILE)
-    if recorded is None:
-        return None
-    shape = tuple(recorded["image_shape"])
-    return DataSummary(recorded["num_examples"], shape, recorded.get("fingerprint"))
+    def parse(recorded):
+        num_examples, (height, width, channels) = recorded["num_examples"], recorded["image_shape"]
+        shape = int(height), int(width), int(channels)
+        return DataSummary(int(num_examples), shape, recorded.get("fingerprint"))
+
+    return _read(epath.Path(workdir) / DATA_FILE, parse)
 
 
-def _read_json(path: epath.Path) -> dict[str, Any] | None:
-    """The content of a JSON file of the work directory; None if it does not exist."""
-    try:
-        return json.loads(path.read_text()) if path.exists() else None
-    except ValueError as error:
-        raise ConfigError(
-            f"{path} is damaged ({error}); restore it, or remove it: then nothing can check that "
-            "the resumed run has the same settings and data"
-        ) from error
+def _read(path: epath.Path, parse: Callable[[dict[str, Any]], Any]) -> Any:
+    """The record in a file; None if it does not exist."""
+    remedy = (
+        "restore it, or remove it: then nothing can check that the resumed run has the same "
+        "settings and data"
+    )
+    return read(path, parse, remedy)
 
 
 def recorded_config(workdir: epath.PathLike) -> dict[str, Any] | None:
     """The config of a work directory's training, as nested dictionaries; None if it has none."""
-    return _read_json(epath.Path(workdir) / CONFIG_FILE)
+    return _read(epath.Path(workdir) / CONFIG_FILE, _parse_config)
+
+
+def _parse_config(recorded: dict[str, Any]) -> dict[str, Any]:
+    sections = ("data", "schedule", "model", "decoder", "train", "evaluate", "sample")
+    for name in sections:
+        if not isinstance(recorded[name], dict):
+            raise TypeError(f"{name} is no section")
+    return recorded
 
 
 def make(workdir: epath.PathLike) -> None:

@@ -187,22 +187,6 @@ def test_harmless_settings_may_change_and_others_may_not(tmp_path):
     assert {"train.batch_size", "train.init_from", "train.objective", "train.ema_decay"} <= refused
 
 
-def test_a_damaged_record_is_a_line(tmp_path):
-    config, data = tiny.config(), record.DataSummary(1000, (8, 8, 1))
-    tiny.untrained(tmp_path, config)
-    record.record(config, tmp_path)
-    record.record_data(tmp_path, data)
-    for name, check in (
-        ("data.json", lambda: record.check_data(config, tmp_path, data)),
-        ("config.json", lambda: record.check(config, tmp_path)),
-    ):
-        check()
-        (tmp_path / name).write_text((tmp_path / name).read_text()[:-5])
-        with pytest.raises(ConfigError, match=f"{name} is damaged") as error:
-            check()
-        assert "\n" not in str(error.value)
-
-
 def test_a_directory_is_found_out_before_anything_is_made(tmp_path):
     (tmp_path / "file").write_text("kept")
     for beneath in ("file", "file/run", "file/run/deeper"):

@@ -11,8 +11,10 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.harness.errors import ConfigError
+from experiments.harness.errors import ConfigError, RunError
+from experiments.harness.workdir import checkpoints, record
 from experiments.harness.workdir.checkpoints import Checkpoints
+from tests.experiments import tiny
 
 
 class State(NamedTuple):
@@ -220,6 +222,27 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"workdir=.*run cannot be written"):
         Checkpoints(tmp_path / "file" / "run")
     assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize("name", ["run[1]", "run*", "run?", "run\\1"])
+def test_a_directory_where_nothing_could_be_restored_is_refused_at_once(name, tmp_path):
+    """orbax takes the path for a pattern."""
+    for refuse in (
+        lambda: record.check(tiny.config(), tmp_path / name),
+        lambda: Checkpoints(tmp_path / name),
+    ):
+        with pytest.raises(ConfigError, match="give another directory"):
+            refuse()
+    assert not list(tmp_path.iterdir())
+
+
+def test_each_checkpoint_is_opened_once_it_is_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "check_path", lambda *_: None)
+    with (
+        pytest.raises(RunError, match="step 1 could not be written"),
+        Checkpoints(tmp_path / "run[1]") as writer,
+    ):
+        writer.save(1, small_state(1))
 
 
 def test_a_reader_touches_nothing_and_a_killed_save_is_no_checkpoint(tmp_path):
