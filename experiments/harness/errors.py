@@ -3,7 +3,16 @@
 import errno
 
 
-class ConfigError(ValueError):
+class _OneLine(Exception):
+    """Escapes what no terminal should get, such as the control characters of a file's name."""
+
+    def __str__(self) -> str:
+        return "".join(
+            c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in super().__str__()
+        )
+
+
+class ConfigError(_OneLine, ValueError):
     """A setting, file or work directory that cannot be used as given.
 
     The message is one line that names the setting, its value and what would be right; `main.py`
@@ -11,7 +20,7 @@ class ConfigError(ValueError):
     """
 
 
-class RunError(RuntimeError):
+class RunError(_OneLine, RuntimeError):
     """A run that has to stop though its settings were fine, such as one whose loss is not finite.
 
     The message is one line that says what happened, where, and what is left; `main.py` prints it

@@ -5,6 +5,7 @@ in `DATASETS`. To add a file format, write a function with the arguments of thos
 list it there. Any other name is an image set of tensorflow-datasets.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -105,10 +106,16 @@ def describe(
         raise ConfigError(f"split = {split!r} is unknown; known: {', '.join(splits)}")
     if name in DATASETS:
         return DATASETS[name](split)
+    data_dir = os.path.expanduser(data_dir) if data_dir else None
     if name in FORMATS:
-        return FORMATS[name](data_dir or None, split, splits, options)
+        try:
+            return FORMATS[name](data_dir, split, splits, options)
+        except OSError as error:
+            raise ConfigError(
+                f"config.data.data_dir = {data_dir[:200]!r} cannot be read ({error.strerror})"
+            ) from error
     known = (*DATASETS, *FORMATS)
-    return tfds(name, split, splits[split], data_dir or None, options.image_size, known)
+    return tfds(name, split, splits[split], data_dir, options.image_size, known)
 
 
 def load(
@@ -135,11 +142,6 @@ def load(
         images, labels = source.read()
     else:
         images, labels = _read_some(source, choose(source.num_examples), f"{name} {split}")
-    if source.num_classes and labels.max(initial=-1) >= source.num_classes:
-        raise ConfigError(
-            f"config.data.name = {name!r}: {split} has the label {labels.max()}; the labels of "
-            f"train end at {source.num_classes - 1}"
-        )
     return Dataset(images, labels, source.num_levels, name, split)
 
 
@@ -197,7 +199,9 @@ def with_labels(config: ConfigDict, examples: Labelled, split: str) -> Labelled:
     if not config.model.class_conditional:
         return examples._replace(labels=None)
     if examples.labels is None or examples.labels.min() < 0:
-        raise ConfigError(unlabelled_message(config, split))
+        place = None if examples.labels is None else int(examples.labels.argmin())
+        reason = "" if place is None else f"the one at {place} has {examples.labels[place]}"
+        raise ConfigError(unlabelled_message(config, split, reason))
     return examples
 
 
@@ -207,10 +211,11 @@ def load_measured(config: ConfigDict, split: str, choose: Choose | None = None) 
     return dataset if config.evaluate.labels else dataset._replace(labels=None)
 
 
-def unlabelled_message(config: ConfigDict, split: str) -> str:
+def unlabelled_message(config: ConfigDict, split: str, reason: str = "") -> str:
+    reason = f" ({reason})" if reason else ""
     return (
         f"config.model.class_conditional = True: not every example of {config.data.name}, {split}, "
-        "has a label; use False, or a set with labels"
+        f"has a label{reason}; use False, or a set with labels"
     )
 
 
@@ -246,7 +251,7 @@ def check_split(config: ConfigDict, split: str) -> Source:
                 f"{there}; the model is made for those of train"
             )
     if config.model.class_conditional and not source.num_classes:
-        raise ConfigError(unlabelled_message(config, split))
+        raise ConfigError(unlabelled_message(config, split, source.unlabelled))
     return source
 
 

@@ -1,6 +1,7 @@
 """Images as arrays in .npz files: `data.name` = npz, `data.data_dir` a file or a folder of them."""
 
 import functools
+import math
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -15,8 +16,12 @@ from experiments.harness.data.sources.source import (
     Directory,
     Options,
     Source,
+    check_labels,
+    check_unpacked,
     choose_split,
+    num_classes_of,
     part_of,
+    split_paths,
 )
 from experiments.harness.errors import ConfigError
 
@@ -48,8 +53,7 @@ def npz(
     if root.is_file():
         existing, whole = {}, root
     else:
-        files = {name: root / f"{splits[name]}.npz" for name in splits}
-        existing = {name: path for name, path in files.items() if path.is_file()}
+        existing = split_paths(root, ".npz", splits) if data_dir and root.is_dir() else {}
         if not data_dir or not existing:
             raise ConfigError(
                 f"config.data.data_dir = {data_dir!r}; with config.data.name = 'npz' give a file "
@@ -61,7 +65,10 @@ def npz(
     with _explained(path):
         shape, has_labels = _headers(path)
         train = existing.get("train", path)
-        num_classes = _num_classes(train) if has_labels and _headers(train)[1] else 0
+        num_classes = 0
+        if has_labels and _headers(train)[1]:
+            num_classes = num_classes_of(_labels(train), str(train))
+            check_labels(_labels(path), num_classes, str(path))
     rows = np.arange(shape[0])
     if is_seeded:
         rows = part_of(shape[0], split, whole is not None, options, str(path))
@@ -88,15 +95,39 @@ def _explained(path: Path) -> Iterator[None]:
 def _headers(path: Path) -> tuple[tuple[int, ...], bool]:
     """The shape of the images, and whether there are labels; reads no pixels."""
     with zipfile.ZipFile(path) as archive:
-        with archive.open("images.npy") as file:
-            shape, _, dtype = _HEADERS[np.lib.format.read_magic(file)](file)
+        shape, dtype = _header(archive, "images.npy", path)
         has_labels = "labels.npy" in archive.namelist()
+        if has_labels:
+            _header(archive, "labels.npy", path)
     if dtype != np.uint8 or len(shape) not in (3, 4) or 0 in shape:
         raise ConfigError(
             f"{path}: images are of type {dtype} and shape {shape}; they must be uint8 of shape "
             "(number, height, width[, channels])"
         )
+    if len(shape) == 4 and shape[3] not in (1, 3):
+        remedy = "must be 1 or 3"
+        if shape[1] in (1, 3):
+            remedy += "; these seem to come first: write images.transpose(0, 2, 3, 1)"
+        elif shape[2] in (1, 3):
+            remedy += "; the images seem to come last: write images.transpose(3, 0, 1, 2)"
+        elif shape[3] in (2, 4):
+            remedy += f"; the last may be alpha: write images[..., :{shape[3] - 1}]"
+        raise ConfigError(
+            f"{path}: images of shape {shape} have {shape[3]} channels, which {remedy}"
+        )
     return shape, has_labels
+
+
+def _header(archive: zipfile.ZipFile, name: str, path: Path) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and type of an array of the archive, whose size must agree with them."""
+    with archive.open(name) as file:
+        shape, _, dtype = _HEADERS[np.lib.format.read_magic(file)](file)
+        expected = file.tell() + math.prod(shape) * dtype.itemsize
+    info = archive.getinfo(name)
+    if info.file_size != expected and not dtype.hasobject:
+        raise ValueError(f"{name} has {info.file_size:,} bytes where its header says {expected:,}")
+    check_unpacked(path, info.compress_size, info.file_size)
+    return shape, dtype
 
 
 def _fingerprint(path: Path) -> str:
@@ -110,10 +141,6 @@ def _members(archive: zipfile.ZipFile) -> list[str]:
     return [name for name in ("images.npy", "labels.npy") if name in archive.namelist()]
 
 
-def _num_classes(path: Path) -> int:
-    return int(_labels(path).max(initial=-1)) + 1
-
-
 def _labels(path: Path) -> Int32[np.ndarray, "n"]:
     with np.load(path, allow_pickle=False) as arrays:
         labels, num_images = arrays["labels"], _headers(path)[0][0]
@@ -122,6 +149,8 @@ def _labels(path: Path) -> Int32[np.ndarray, "n"]:
             f"{path}: labels are of type {labels.dtype} and shape {labels.shape}; they must be "
             f"integers of shape ({num_images},)"
         )
+    if labels.size and (labels.max() >= 2**31 or labels.min() < -(2**31)):
+        raise ConfigError(f"{path}: the label {labels.max()} does not fit into 32 bits")
     return labels.astype(np.int32)
 
 

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import os
+import stat
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,12 +32,15 @@ def fingerprint(root: Path, names: Sequence[str]) -> str:
     """
     try:
         with ThreadPoolExecutor(32) as pool:
-            stats = list(pool.map(lambda name: os.stat(root / name), names, chunksize=1024))
+            stats = list(pool.map(lambda name: os.stat(root / name), names))
+        for name, status in zip(names, stats, strict=True):
+            if not stat.S_ISREG(status.st_mode):
+                raise ConfigError(f"{root / name} is no regular file; remove it")
         return _fingerprint(
             root,
             tuple(names),
-            tuple(stat.st_size for stat in stats),
-            tuple(stat.st_mtime_ns for stat in stats),
+            tuple(status.st_size for status in stats),
+            tuple(status.st_mtime_ns for status in stats),
         )
     except OSError as error:
         raise ConfigError(f"{error.filename} cannot be read ({error.strerror})") from error

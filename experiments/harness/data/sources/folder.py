@@ -2,6 +2,7 @@
 
 import functools
 import os
+from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,14 +13,22 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from experiments.harness.data.sources.content import fingerprint
-from experiments.harness.data.sources.images import CORRUPT, SUFFIXES, UnusableImage, decode
+from experiments.harness.data.sources.images import (
+    CORRUPT,
+    NOT_READ,
+    SUFFIXES,
+    UnusableImage,
+    decode,
+)
 from experiments.harness.data.sources.source import (
     Directory,
     Options,
     Source,
+    check_not_pooled,
     choose_split,
     part_of,
     read_each,
+    split_paths,
 )
 from experiments.harness.errors import ConfigError
 
@@ -99,7 +108,10 @@ def folder(
       ConfigError: if there is no such folder or split, or no image in it.
     """
     root = _existing(data_dir)
-    existing = {name: root / splits[name] for name in splits if (root / splits[name]).is_dir()}
+    existing = split_paths(root, "", splits)
+    inside = [path for path in root.iterdir() if path.name[0] != "."]
+    if not existing and len(inside) == 1 and inside[0].is_dir():  # perhaps one folder deeper
+        existing = split_paths(inside[0], "", splits)
     part, is_seeded = choose_split(split, existing, str(root), splits)
     where = root if part is None else part
     names = _image_files(where)
@@ -108,7 +120,9 @@ def folder(
             f"config.data.data_dir = {str(root)!r}: no image in {where}; it must hold files that "
             f"end in {', '.join(SUFFIXES)}"
         )
-    classes = _classes([where] if part is None else list(existing.values()))
+    if part is None:
+        check_not_pooled(root, names)
+    classes, unlabelled = _classes([where] if part is None else list(existing.values()))
     if is_seeded:
         places = part_of(len(names), split, part is None, options, str(where))
         names = tuple(names[i] for i in places)
@@ -121,7 +135,8 @@ def folder(
     description = f"{root.name} {split}"
     read = functools.partial(read_each, get, len(names), shape, description, labels is not None)
     content = functools.partial(fingerprint, where, names)
-    return Source(len(names), shape, 256, read, len(classes), get, content)
+    get(0)  # raises before training
+    return Source(len(names), shape, 256, read, len(classes), get, content, unlabelled)
 
 
 def _existing(data_dir: Directory) -> Path:
@@ -143,7 +158,7 @@ def _image_files(root: Path) -> tuple[str, ...]:
     Raises:
       ConfigError: if a folder cannot be listed.
     """
-    names = []
+    names, others = [], Counter()
     for parent, folders, files in os.walk(root, onerror=_cannot_be_listed, followlinks=True):
         real = Path(parent).resolve()
         around = (real, *real.parents)
@@ -158,6 +173,9 @@ def _image_files(root: Path) -> tuple[str, ...]:
             for name in files
             if name.lower().endswith(SUFFIXES) and not name.startswith(".")
         ]
+        others.update(Path(name).suffix.lower() for name in files)
+    if left_out := [f"{others[suffix]:,} {suffix}" for suffix in NOT_READ if others[suffix]]:
+        tqdm.write(f"{str(root)!r}: left out {', '.join(left_out)}; convert them to be read")
     return tuple(sorted(names))
 
 
@@ -170,11 +188,21 @@ def _class_of(name: str) -> str:
     return name.partition("/")[0] if "/" in name else ""
 
 
-def _classes(folders: list[Path]) -> tuple[str, ...]:
-    """The classes of all folders; none if the folders differ, or have images outside of classes."""
-    each = [{_class_of(name) for name in _image_files(path)} for path in folders]
-    same = all(classes == each[0] for classes in each)
-    return tuple(sorted(each[0])) if same and "" not in each[0] else ()
+def _classes(folders: list[Path]) -> tuple[tuple[str, ...], str]:
+    """The classes of all folders.
+
+    There are none if the folders differ, or have images outside of classes; then the second result
+    names such a class or image.
+    """
+    each = {path: {_class_of(name) for name in _image_files(path)} for path in folders}
+    every = set().union(*each.values())
+    for path, classes in each.items():
+        if "" in classes:
+            name = next(name for name in _image_files(path) if not _class_of(name))
+            return (), f"{path / name} is in no folder of a class"
+        if every - classes - {""}:
+            return (), f"{path} has no class {sorted(every - classes - {''})[0]}"
+    return tuple(sorted(every)), ""
 
 
 @functools.lru_cache(maxsize=8)
@@ -191,6 +219,6 @@ def _undamaged(root: Path, names: tuple[str, ...], options: Options) -> tuple[st
     if bad:
         tqdm.write(
             f"skipped {len(bad):,} of {len(names):,} images in {root} that cannot be read, the "
-            f"first {bad[0]}"
+            f"first {bad[0]!r}"
         )
     return tuple(name for name, is_good in zip(names, good, strict=True) if is_good)

@@ -7,6 +7,7 @@ For Fashion-MNIST, `apt-get install dataset-fashion-mnist` on Debian and Ubuntu 
 import functools
 import gzip
 import math
+import os
 import zlib
 from collections.abc import Mapping
 from io import BufferedIOBase
@@ -17,7 +18,14 @@ from jaxtyping import Int32, UInt8
 from ml_collections import ConfigDict
 
 from experiments.harness.data.sources.content import fingerprint
-from experiments.harness.data.sources.source import Directory, Options, Source
+from experiments.harness.data.sources.source import (
+    Directory,
+    Options,
+    Source,
+    check_labels,
+    check_unpacked,
+    num_classes_of,
+)
 from experiments.harness.errors import ConfigError
 
 _STEMS = {"train": "train", "validation": "train", "test": "t10k"}
@@ -58,7 +66,11 @@ def idx(
     num_examples = len(range(num_images)[rows])
     if not num_examples:
         raise ConfigError(f"{images} has only {num_images} images, too few for split {split!r}")
-    num_classes = int(_array(_find(data_dir, "train", "labels-idx1"), 1).max()) + 1
+    train = _find(data_dir, "train", "labels-idx1")
+    num_classes = num_classes_of(_array(train, 1), str(train))
+    check_labels(_array(labels, 1), num_classes, str(labels))
+    if not height * width:
+        raise _damaged(images, f"its images are {height}×{width}")
     read = functools.partial(_read, images, labels, rows)
     content = functools.partial(fingerprint, Path(data_dir), (images.name, labels.name))
     return Source(num_examples, (height, width, 1), 256, read, num_classes, fingerprint=content)
@@ -97,7 +109,8 @@ def _array(path: Path, ndim: int) -> UInt8[np.ndarray, "..."]:
     """A file's array."""
     try:
         with _open(path) as file:
-            shape, content = _header(file, path, ndim), file.read()
+            shape = _header(file, path, ndim)
+            content = file.read(math.prod(shape) + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise _damaged(path, str(error)) from error
     if len(content) != math.prod(shape):
@@ -114,7 +127,24 @@ def _header(file: BufferedIOBase, path: Path, ndim: int) -> tuple[int, ...]:
     start = file.read(4 + 4 * ndim)
     if len(start) < 4 + 4 * ndim or tuple(start[:4]) != (0, 0, _UNSIGNED_BYTE, ndim):
         raise _damaged(path, f"its header is no IDX of {ndim} dimensions of unsigned bytes")
-    return tuple(np.frombuffer(start[4:], ">u4").tolist())
+    shape = tuple(np.frombuffer(start[4:], ">u4").tolist())
+    _check_size(path, len(start), math.prod(shape))
+    return shape
+
+
+def _check_size(path: Path, header: int, expected: int) -> None:
+    """Raises ConfigError, before anything is read, if the content has not the expected size."""
+    size = path.stat().st_size
+    if path.suffix != ".gz":
+        if size - header != expected:
+            raise _damaged(path, f"{size - header} bytes where its header says {expected}")
+        return
+    check_unpacked(path, size, expected)
+    with open(path, "rb") as file:  # a gzip file ends in the size of its content, modulo 2^32
+        file.seek(-4, os.SEEK_END)
+        unpacked = int.from_bytes(file.read(4), "little")
+    if unpacked != (header + expected) % 2**32:
+        raise _damaged(path, f"{unpacked} bytes where its header says {header + expected}")
 
 
 def _damaged(path: Path, reason: str) -> ConfigError:

@@ -8,6 +8,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+# Counted, but not read.
+NOT_READ = (".jfif", ".avif", ".tga", ".pnm", ".pbm", ".jp2", ".heic")
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 _BITS_PER_SAMPLE = 258  # a TIFF tag
 
@@ -32,11 +34,15 @@ def decode(path: Path, size: int, channels: int) -> UInt8[np.ndarray, "size size
     """
     from PIL import Image, ImageOps
 
+    if not path.is_file():  # a named pipe would wait for ever
+        raise OSError("it is no regular file")
     try:
         image = Image.open(path)
     except Image.DecompressionBombError as error:
         raise UnusableImage(f"it is too large ({error})") from error
     with image:
+        if image.mode in ("LAB", "HSV"):
+            raise UnusableImage(f"its colours are {image.mode} and not RGB")
         if image.mode not in _MODES or _is_16_bit(path, image):
             raise UnusableImage(f"it has more than 8 bits a channel (mode {image.mode})")
         image.load()

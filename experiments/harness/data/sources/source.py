@@ -1,12 +1,14 @@
 """A split of a data set before it is decoded, and the tools that all formats share."""
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int, Int32, UInt8
+from jaxtyping import Int, Int32, Integer, UInt8
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -32,6 +34,7 @@ class Source(NamedTuple):
         the set is stored as whole arrays.
       fingerprint: computes a text that changes with the names, sizes or content of the files
         (`content.fingerprint`); empty for an embedded set.
+      unlabelled: why the set has no labels, if there is more to say.
     """
 
     num_examples: int
@@ -41,6 +44,7 @@ class Source(NamedTuple):
     num_classes: int = 0
     get: Callable[[int], tuple[np.ndarray, int | None]] | None = None
     fingerprint: Callable[[], str] = str
+    unlabelled: str = ""
 
     @property
     def num_bytes(self) -> int:
@@ -96,6 +100,133 @@ def read_each(
             if labelled:
                 labels[index] = label
     return images, labels
+
+
+_SPELLINGS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val"),
+    "test": ("test", "testing"),
+}
+
+
+def split_paths(root: Path, ending: str, splits: Mapping[str, str] | ConfigDict) -> dict[str, Path]:
+    """Files or subfolders that hold a split, under the names of `splits` or usual spellings.
+
+    A split whose name is the default may be spelt otherwise: Train, training, val, valid, ….
+
+    Args:
+      root: the folder that holds them.
+      ending: ending of the files; empty for subfolders.
+      splits: the set's own name of each split.
+
+    Returns:
+      The paths by split.
+
+    Raises:
+      ConfigError: if two spellings of a split exist, or something looks like a missing split.
+    """
+
+    def fits(path: Path) -> bool:
+        kind = path.is_file() if ending else path.is_dir()
+        return kind and path.name.lower().endswith(ending) and path.name[0] != "."
+
+    entries = [path for path in sorted(root.iterdir()) if fits(path)]
+    paths = {name: root / f"{splits[name]}{ending}" for name in splits}
+    paths = {name: path for name, path in paths.items() if fits(path)}
+    for name in SPLITS.keys() & splits.keys() - paths.keys():
+        spelt = [e for e in entries if _stem(e, ending).lower() in _SPELLINGS[name]]
+        if splits[name] != name or not spelt:
+            continue
+        if len(spelt) > 1:
+            raise ConfigError(
+                f"{root} has {' and '.join(path.name for path in spelt)}; say which one is "
+                f"{name} by config.data.splits.{name}={_stem(spelt[0], ending)}, or remove one"
+            )
+        paths[name] = spelt[0]
+    rest = [path for path in entries if path not in paths.values()]
+    looks = {name: path for path in rest for name in _resembled(_stem(path, ending))}
+    for name, path in looks.items():
+        if name in splits.keys() - paths.keys() and (paths or len(looks) > 1):
+            stem = _stem(path, ending)
+            raise ConfigError(
+                f"{path} looks like the split {name}, but would not be read as one; set "
+                f"config.data.splits.{name}={stem} if it is, else move it away or rename it"
+            )
+    return paths
+
+
+def _stem(path: Path, ending: str) -> str:
+    return path.name[: len(path.name) - len(ending)]
+
+
+def _resembled(name: str) -> list[str]:
+    """The splits that a word of a name means, as in train2017 or test_images."""
+    words = re.findall("[a-z]+", name.lower())
+    return [split for split, known in _SPELLINGS.items() if not set(known).isdisjoint(words)]
+
+
+def check_not_pooled(root: Path, names: Sequence[str]) -> None:
+    """Raises ConfigError if files of a folder without splits lie in subfolders that look like some.
+
+    Args:
+      root: the folder.
+      names: the files' names in it.
+    """
+    places = dict.fromkeys(os.path.dirname(name) for name in names)
+    looks = {
+        split: place for place in places for word in place.split("/") for split in _resembled(word)
+    }
+    if len(looks) > 1:
+        first, second = list(looks.items())[:2]
+        raise ConfigError(
+            f"config.data.data_dir = {str(root)!r} has no subfolders train, validation and test, "
+            f"so its {len(names)} images would be pooled and split by a seed, but {first[1]} looks "
+            f"like {first[0]} and {second[1]} like {second[0]}; give the folder that holds the "
+            "splits, with classes inside them, or rename these folders"
+        )
+
+
+def num_classes_of(labels: Integer[np.ndarray, "n"], place: str) -> int:
+    """The number of classes of a training set.
+
+    Raises:
+      ConfigError: if the labels do not start at 0, or there are more classes than examples.
+    """
+    lowest, highest = (int(labels.min()), int(labels.max())) if len(labels) else (0, -1)
+    if lowest > 0:
+        raise ConfigError(
+            f"{place}: the labels start at {lowest}, and class 0 would have no example; write "
+            f"labels - {lowest}, in all splits"
+        )
+    if highest >= max(len(labels), 1):
+        raise ConfigError(
+            f"{place}: the label {highest} of {len(labels)} examples; number the classes from 0 "
+            "without gaps, by numpy.unique(labels, return_inverse=True)[1] over all splits"
+        )
+    return highest + 1
+
+
+def check_labels(labels: Integer[np.ndarray, "n"], num_classes: int, place: str) -> None:
+    """Raises ConfigError if a label does not occur in the training split."""
+    if len(labels) and labels.max() >= num_classes:
+        raise ConfigError(
+            f"{place} has the label {labels.max()}; the labels of train end at {num_classes - 1}"
+        )
+
+
+def check_unpacked(path: Path, packed: int, unpacked: int) -> None:
+    """Raises ConfigError if a compressed array is implausibly larger than its file.
+
+    Args:
+      path: the file.
+      packed, unpacked: sizes of the array, in bytes.
+    """
+    size = path.stat().st_size
+    if packed > size or unpacked > max(2**30, 100 * packed):
+        raise ConfigError(
+            f"{path} of {size:,} bytes would unpack to {unpacked:,}; that is no set of images, or "
+            "store it without compression"
+        )
 
 
 def choose_split(

@@ -1,13 +1,15 @@
 """Sets that come as arrays, .npz and IDX, against what was written; and their errors."""
 
 import gzip
+import io
 import struct
+import zipfile
 
 import numpy as np
 import pytest
 
 from experiments import all as main_job
-from experiments.harness.data.sources.source import Options
+from experiments.harness.data.sources.source import Options, check_unpacked
 from experiments.harness.data.splits import describe, load
 from experiments.harness.errors import ConfigError
 from tests.experiments import tiny
@@ -57,8 +59,10 @@ def test_npz_without_labels(tmp_path):
 def test_a_label_that_train_does_not_have_is_refused(tmp_path):
     for split, labels in (("train", [0, 1, 2, 1]), ("test", [0, 3, 2, 1])):
         np.savez(tmp_path / f"{split}.npz", images=random_set(0, 4, 2, 2)[0], labels=labels)
-    with pytest.raises(ConfigError, match="test has the label 3; the labels of train end at 2"):
-        load("npz", "test", data_dir=str(tmp_path))
+    with pytest.raises(
+        ConfigError, match=r"test\.npz has the label 3; the labels of train end at 2"
+    ):
+        describe("npz", "test", data_dir=str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -122,6 +126,78 @@ def test_npz_that_cannot_be_used(arrays, message, tmp_path):
         describe("npz", "test", data_dir=str(tmp_path))
     assert str(tmp_path / "test.npz") in one_line(error)
     assert message in one_line(error)
+
+
+def images(*shape):
+    return np.zeros(shape, np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"images": images(9, 3, 8, 8)}, "images.transpose(0, 2, 3, 1)"),
+        ({"images": images(8, 8, 3, 9)}, "images.transpose(3, 0, 1, 2)"),
+        ({"images": images(9, 8, 8, 2)}, "images[..., :1]"),
+        ({"images": images(9, 8, 8, 4)}, "images[..., :3]"),
+        ({"images": images(9, 8, 8, 5)}, "5 channels, which must be 1 or 3"),
+        ({"images": images(9, 0, 8, 3)}, "shape (9, 0, 8, 3)"),
+        ({"labels": np.arange(9) % 3 + 1}, "write labels - 1, in all splits"),
+        ({"labels": np.full(9, 10**9) * (np.arange(9) > 0)}, "without gaps, by numpy.unique"),
+        ({"labels": np.full(9, 10**12)}, "does not fit into 32 bits"),
+    ],
+)
+def test_plausible_but_wrong_arrays_are_refused_with_what_would_fit(arrays, message, tmp_path):
+    np.savez(tmp_path / "train.npz", **{"images": images(9, 8, 8, 3)} | arrays)
+    with pytest.raises(ConfigError) as error:
+        describe("npz", "train", data_dir=str(tmp_path))
+    assert str(tmp_path / "train.npz") in one_line(error)
+    assert message in one_line(error)
+
+
+def header_of(shape):
+    """An array file of this shape without its content."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        file, {"descr": "|u1", "fortran_order": False, "shape": shape}
+    )
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("number", [10**7, 10**15])
+def test_an_npz_header_without_its_images_is_refused_by_size(number, tmp_path):
+    with zipfile.ZipFile(tmp_path / "train.npz", "w") as archive:
+        archive.writestr("images.npy", header_of((number, 8, 8, 3)))
+    with pytest.raises(ConfigError, match="bytes where its header says"):
+        describe("npz", "train", data_dir=str(tmp_path))
+
+
+def test_files_that_unpack_to_far_more_than_their_size_are_refused(tmp_path):
+    path = tmp_path / "train.npz"
+    path.write_bytes(b"0" * 6_000_000)
+    check_unpacked(path, 6_000_000, 500_000_000)
+    check_unpacked(path, 1_000, 2**20)
+    with pytest.raises(ConfigError, match="of 6,000,000 bytes would unpack to 6,000,000,000"):
+        check_unpacked(path, 6_000_000, 6_000_000_000)
+    with pytest.raises(ConfigError, match="would unpack"):  # the archive lies about its own size
+        check_unpacked(path, 10**12, 10**12)
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_an_idx_header_without_its_images_is_refused_by_size(ending, tmp_path):
+    write_idx(tmp_path / f"train-labels-idx1-ubyte{ending}", np.arange(10))
+    path = tmp_path / f"train-images-idx3-ubyte{ending}"
+    content = bytes([0, 0, 8, 3]) + struct.pack(">3I", 10**7, 28, 28)
+    path.write_bytes(gzip.compress(content) if ending else content)
+    with pytest.raises(ConfigError, match=r"bytes where its header says|would unpack") as error:
+        describe("idx", "train", data_dir=str(tmp_path))
+    assert str(path) in one_line(error)
+
+
+@pytest.mark.parametrize("spelt", [("Train", "val", "Test"), ("training", "valid", "testing")])
+def test_npz_files_by_other_spellings(spelt, tmp_path):
+    for number, name in enumerate(spelt):
+        np.savez(tmp_path / f"{name}.npz", images=images(5 + number, 4, 4))
+    assert [describe("npz", s, data_dir=str(tmp_path)).num_examples for s in SPLITS] == [5, 6, 7]
 
 
 def test_damaged_npz(tmp_path):

@@ -215,6 +215,87 @@ def test_splits_by_other_names(split_folder):
     assert described.num_examples == len(contents["validation"])
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("Train", "val", "Test"),
+        ("training", "valid", "testing"),
+        ("mine/train", "mine/validation", "mine/test"),
+    ],
+)
+def test_usual_spellings_are_taken_for_what_they_are(names, tmp_path):
+    for number, name in enumerate(names):
+        for i in range(number + 1):
+            save(tmp_path / name / "cat" / f"{i}.png", random_image(i, 4, 4))
+    for number, split in enumerate(("train", "validation", "test")):
+        described, _ = load_folder(tmp_path, split, image_size=4)
+        assert (described.num_examples, described.num_classes) == (number + 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("cat/train", "cat/test", "dog/train", "dog/test"), "would be pooled and split by a seed"),
+        (("train2017", "val2017"), "config.data.splits.train=train2017"),
+        (("train", "val_images", "test"), "config.data.splits.validation=val_images"),
+        (("train", "val", "valid", "test"), "val and valid"),
+        (("a/train", "a/test", "b/train", "b/test"), "like train;"),
+    ],
+)
+def test_what_looks_like_splits_without_being_taken_so_is_refused(names, message, tmp_path):
+    for name in names:
+        save(tmp_path / name / "0.png", random_image(0, 4, 4))
+    with pytest.raises(ConfigError) as error:
+        describe("folder", "train", data_dir=str(tmp_path), options=Options(image_size=4))
+    assert message in one_line(error)
+
+
+def test_one_name_that_resembles_a_split_may_be_a_class(tmp_path):
+    for name in ("crash_test_dummy", "car"):
+        for i in range(10):
+            save(tmp_path / name / f"{i}.png", random_image(i, 4, 4))
+    assert load_folder(tmp_path, "train", image_size=4)[0].num_classes == 2
+
+
+def test_files_that_are_no_images_to_be_read(split_folder, capsys):
+    root, _ = split_folder
+    save(root / "train" / "cat" / "a.tga", random_image(0))
+    os.mkfifo(root / "test" / "dog" / "z\x1b[31m.png")  # the last one: found by the fingerprint
+    os.mkfifo(root / "validation" / "cat" / "-first.png")
+    (root / "train" / "cat" / "b.jp2").write_bytes(b"")
+    describe("folder", "train", data_dir=str(root), options=Options(image_size=4))
+    [line] = capsys.readouterr().out.splitlines()
+    assert "1 .tga, 1 .jp2" in line
+    with pytest.raises(ConfigError, match="no regular file") as error:
+        describe("folder", "test", data_dir=str(root), options=Options(image_size=4)).fingerprint()
+    assert str(error.value).isprintable()
+    with pytest.raises(ConfigError, match="no regular file"):
+        describe("folder", "validation", data_dir=str(root), options=Options(image_size=4))
+
+
+def test_a_name_that_is_not_utf_8_is_shown_escaped(tmp_path):
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / os.fsdecode(b"\xff.png")).write_bytes(b"no image")
+    with pytest.raises(ConfigError) as error:
+        describe("folder", "test", data_dir=str(tmp_path), options=Options(image_size=4))
+    assert "\\udcff.png cannot be read" in str(error.value)
+    str(error.value).encode()
+
+
+@pytest.mark.parametrize("name", ["folder", "npz", "idx"])
+def test_a_path_that_no_file_system_has_is_refused_in_one_line(name):
+    with pytest.raises(ConfigError) as error:
+        describe(name, "train", data_dir="x" * 5000)
+    assert len(one_line(error)) < 600
+
+
+def test_why_there_are_no_classes(split_folder):
+    root, _ = split_folder
+    (root / "test" / "dog").rename(root / "test" / "cow")
+    described = describe("folder", "train", data_dir=str(root), options=Options(image_size=4))
+    assert described.unlabelled == f"{root / 'train'} has no class cow"
+
+
 def as_set(images) -> set:
     return {image.tobytes() for image in images}
 
