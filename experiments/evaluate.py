@@ -72,7 +72,7 @@ def evaluate(config: ConfigDict, workdir: epath.PathLike, checked: bool = False)
         if name != "quality":
             result[name] = ESTIMATES[name](config, subject)
     if "quality" in config.evaluate.also:
-        result["quality"] = quality.of_samples(sampled)
+        result["quality"] = quality.sample_quality(sampled)
     result["seconds"] = round(time.monotonic() - start, 1)
     parts = result["prior"], result["reconstruction"]
     write(run.workdir, curves, run.definition, *parts)

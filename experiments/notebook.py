@@ -20,7 +20,7 @@ from experiments.harness.data import splits
 from experiments.harness.errors import ConfigError
 from experiments.harness.evaluation.full_bound import full_bound, summary
 from experiments.harness.evaluation.subject import subject_of
-from experiments.harness.sampling.draw import Drawer
+from experiments.harness.sampling.draw import Drawer, to_grey_levels
 from experiments.harness.setup import trained
 from experiments.harness.workdir.record import recorded_config
 
@@ -93,7 +93,7 @@ class Run(trained.Run):
             num_timesteps = self.config.sample.num_timesteps
         drawer = Drawer(self.config, self.definition)
         x_0 = drawer(self.params, self.levels(num_timesteps), num_samples).x_0
-        return np.asarray(self.definition.quantization.to_level(x_0), np.uint8)
+        return to_grey_levels(self.definition, x_0)
 
 
 def load(workdir: epath.PathLike, checkpoint: str = "best", **overrides: Any) -> Run:

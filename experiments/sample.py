@@ -1,4 +1,4 @@
-"""Samples of a trained model, and the way from noise to data and from data to noise as pictures."""
+"""Samples of a trained model, and pictures of its reverse and forward processes."""
 
 import json
 
@@ -12,9 +12,9 @@ from diffusion.forward import diffuse
 from diffusion.samplers.base import Samples
 from experiments.harness import checks, devices, memory
 from experiments.harness.data import splits
-from experiments.harness.pictures.images import grid, save_png, strip
+from experiments.harness.pictures.images import grid, save_png
 from experiments.harness.sampling import edits, quality, sampler, sweep
-from experiments.harness.sampling.draw import Drawer, to_bytes
+from experiments.harness.sampling.draw import Drawer, save_strip, to_bytes, to_grey_levels
 from experiments.harness.seeds import stream
 from experiments.harness.setup.definition import ModelDefinition, define_model
 from experiments.harness.setup.trained import load
@@ -29,24 +29,24 @@ EXTRAS = {
     "guidance": edits.guidance,
     "sweep": sweep.sweep,
 }
-"""What `sample.also` can name: each takes a `Run` and writes to samples/."""
+"""The extras that `sample.also` can name. Each takes a `Run` and writes to samples/."""
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Samples from what the work directory holds."""
+    """Samples from the model of a work directory."""
     sample(config, workdir)
     print(f"{config.sample.num_samples} samples are in {epath.Path(workdir) / 'samples'}")
 
 
 def sample(config: ConfigDict, workdir: epath.PathLike, checked: bool = False) -> np.ndarray:
-    """Draws samples from the EMA weights and writes them to the work directory's samples/.
+    """Draws samples with the EMA weights and writes them to samples/ in the work directory.
 
-    Writes samples.png and samples.npz (all of them), reverse.png (x_t and x̂_0 on the way down)
-    and forward.png (test images on the way up), and what `sample.also` names. Sample i depends on
-    (seed, i) alone.
+    Writes samples.png and samples.npz (all samples), reverse.png (x_t and x̂_0 of the reverse
+    process), forward.png (noisy test images), and the extras in `sample.also`. Sample i depends on
+    (seed, i) only.
 
     Args:
-      config: `sample` says how many and how.
+      config: the config; `sample` has the number of samples and the sampler.
       workdir: holds the checkpoints.
       checked: whether the config has passed `check`.
 
@@ -58,30 +58,29 @@ def sample(config: ConfigDict, workdir: epath.PathLike, checked: bool = False) -
     """
     if not checked:
         check(config)
-    run = load(config, workdir, config.sample.checkpoint)
-    run = run.with_variance(config.sample.variance)
+    run = load(config, workdir, config.sample.checkpoint).with_variance(config.sample.variance)
     for num_timesteps in sampler.needed_levels(config, run.definition):
-        run.levels(num_timesteps)  # raises, where some are missing
-    definition, of = run.definition, config.sample
-    levels = run.levels(of.num_timesteps)
-    record = strip_levels(levels.num_timesteps, of.strip_columns)
+        run.levels(num_timesteps)  # raises now if some are missing
+    definition, settings, n = run.definition, config.sample, config.sample.num_samples
+    levels = run.levels(settings.num_timesteps)
+    record = strip_levels(levels.num_timesteps, settings.strip_columns)
     drawer = Drawer(config, definition)
-    parts = drawer(run.params, levels, of.num_samples, record, of.strip_rows)
-    samples = np.asarray(definition.quantization.to_level(parts.x_0), np.uint8)
+    drawn = drawer(run.params, levels, n, record, settings.strip_rows)
+    samples = to_grey_levels(definition, drawn.x_0)
     directory = run.workdir / "samples"
     directory.mkdir(parents=True, exist_ok=True)
-    save_png(directory / "samples.png", grid(to_bytes(definition, parts.x_0)))
-    _save_reverse_strip(directory / "reverse.png", definition, parts, record, of.strip_rows)
+    save_png(directory / "samples.png", grid(to_bytes(definition, drawn.x_0)))
+    _save_reverse_strip(directory / "reverse.png", definition, drawn, record)
     _save_forward_strip(directory / "forward.png", config, definition)
-    for name in of.also:
+    for name in settings.also:
         EXTRAS[name](run)
-    labels = drawer.given(np.arange(of.num_samples)).labels
-    # Last, and whole: with it the samples are finished.
+    labels = drawer.inputs(np.arange(n)).labels
+    # This file is written last: if it exists, the samples are complete.
     write_npz(
         directory / "samples.npz",
         samples=samples,
-        x_0=parts.x_0,
-        evaluations=parts.evaluations,
+        x_0=drawn.x_0,
+        evaluations=drawn.evaluations,
         **({} if labels is None else {"labels": labels}),
         step=run.step,
         seed=config.seed,
@@ -116,30 +115,25 @@ def check_fit(config: ConfigDict, definition: ModelDefinition) -> None:
 
 
 def strip_levels(num_timesteps: int, columns: int) -> tuple[int, ...]:
-    """Levels from T down to 1 to show, evenly spaced and without repeats."""
+    """The levels of a strip: from T down to 1, evenly spaced, without repeats."""
     return tuple(
         int(t) for t in sorted(set(np.linspace(1, num_timesteps, columns).round()), reverse=True)
     )
 
 
 def _save_reverse_strip(
-    path: epath.Path,
-    definition: ModelDefinition,
-    parts: Samples,
-    record: tuple[int, ...],
-    rows: int,
+    path: epath.Path, definition: ModelDefinition, samples: Samples, record: tuple[int, ...]
 ) -> None:
-    """For each sample a row of x_t, and under it a row of the x̂_0 seen from there."""
-    x_0 = parts.x_0[:rows]
-    frames = np.stack([*parts.x_t, x_0]), np.stack([*parts.x_0_hat, x_0])
+    """Draws for each sample a row of x_t, and below it a row of the x̂_0 predicted from x_t."""
+    x_0 = samples.x_0[: samples.x_t.shape[1]]
+    frames = np.stack([*samples.x_t, x_0]), np.stack([*samples.x_0_hat, x_0])
     both = np.stack(frames, axis=2)  # [k, n, 2, ...]
     both = both.reshape(len(both), -1, *both.shape[3:])
-    captions = [f"t = {t}" for t in record] + ["sample"]
-    save_png(path, strip(to_bytes(definition, both), captions))
+    save_strip(path, definition, both, [f"t = {t}" for t in record] + ["sample"])
 
 
 def _save_forward_strip(path: epath.Path, config: ConfigDict, definition: ModelDefinition) -> None:
-    """Test images and their x_t, all along one line of noise."""
+    """Draws test images and their x_t, with the same noise ε at all t."""
     rows = config.sample.strip_rows
     images = splits.load_data(config, "test", splits.first(rows)).images
     x_0 = definition.quantization.to_data(images)
@@ -149,5 +143,4 @@ def _save_forward_strip(path: epath.Path, config: ConfigDict, definition: ModelD
     for t in times:
         log_snr = definition.levels.step(jnp.full(len(x_0), t)).log_snr
         frames.append(diffuse(x_0, log_snr, eps))
-    captions = ["data"] + [f"t = {t}" for t in times]
-    save_png(path, strip(to_bytes(definition, np.stack(frames)), captions))
+    save_strip(path, definition, np.stack(frames), ["data"] + [f"t = {t}" for t in times])

@@ -219,7 +219,7 @@ def test_one_program_serves_any_levels_and_any_recording(model):
     config = tiny.config()
     definition = define_model(config)
     drawer = Drawer(config, definition)
-    run, traces = drawer._advance_of, []
+    run, traces = drawer._run_stretch, []
     drawer._advance = jax.jit(lambda *args: traces.append(1) or run(*args))
     made = {}
     for num_timesteps, record in ((8, ()), (8, (8, 3, 1)), (3, ()), (40, ()), (40, (17, 40, 1))):

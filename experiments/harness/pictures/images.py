@@ -1,4 +1,4 @@
-"""Pictures of images and of the bound: arrays in, PNG files out, by one process of several."""
+"""Images as PNG files. Of several processes only the first one writes."""
 
 import io
 import math
@@ -9,26 +9,26 @@ from etils import epath
 
 from experiments.harness.processes import distributed
 
-_TILE = 64  # pixels: a default scale brings small images up to about this
+_TILE = 64  # pixels: the default scale enlarges small images to about this size
 _SEPARATOR = 96
 _CAPTION_HEIGHT = 18
 _CAPTION_FONT = 12
 
 
 def grid(images: np.ndarray, columns: int | None = None, scale: int | None = None) -> np.ndarray:
-    """Lays images out in rows, a line of one pixel between them.
+    """Arranges images in rows, separated by lines of one pixel.
 
     Args:
       images: uint8 [n, h, w, c], n ≥ 1, c = 1 (grey) or 3 (RGB).
-      columns: images in a row; by default about as many as there are rows.
-      scale: each pixel becomes scale × scale pixels; by default as many as bring an image to
-        about 64 pixels.
+      columns: images in a row; by default about the number of rows.
+      scale: each pixel becomes scale × scale pixels; by default an image becomes about 64 pixels
+        wide.
 
     Returns:
       uint8 [rows · (h · scale + 1) − 1, columns · (w · scale + 1) − 1, c].
 
     Raises:
-      ValueError: `images` is not as above.
+      ValueError: if `images` has another shape or type.
     """
     images = np.asarray(images)
     if images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] not in (1, 3):
@@ -54,28 +54,28 @@ def grid(images: np.ndarray, columns: int | None = None, scale: int | None = Non
 def strip(
     images: np.ndarray, captions: Sequence[str] | None = None, scale: int | None = None
 ) -> np.ndarray:
-    """Trajectories side by side: a row for each example, a column for each moment.
+    """Trajectories as a table: a row for each example, a column for each frame.
 
     Args:
-      images: uint8 [k, n, h, w, c], k moments of n examples.
-      captions: k short texts to stand above the columns, such as "t = 500".
+      images: uint8 [k, n, h, w, c], k frames of n examples.
+      captions: k short texts above the columns, such as "t = 500".
       scale: as for `grid`.
 
     Returns:
-      uint8 [height, width, c], as `grid` lays it out, below the captions if there are any.
+      uint8 [height, width, c].
 
     Raises:
-      ValueError: `images` is not as above, or there are not k captions.
+      ValueError: if `images` has another shape, or the number of captions is not k.
     """
     images = np.asarray(images)
     if images.ndim != 5:
         raise ValueError(f"images is {images.shape}: it must be [k, n, h, w, c]")
-    moments = images.shape[0]
-    table = grid(np.concatenate(images.swapaxes(0, 1)), moments, scale)
+    num_frames = images.shape[0]
+    table = grid(np.concatenate(images.swapaxes(0, 1)), num_frames, scale)
     if captions is None:
         return table
-    if len(captions) != moments:
-        raise ValueError(f"captions has {len(captions)} texts: it must have {moments}, as images")
+    if len(captions) != num_frames:
+        raise ValueError(f"captions has {len(captions)} texts: it must have {num_frames}")
     return np.concatenate([_captions(captions, table.shape[1], table.shape[2]), table])
 
 
@@ -110,6 +110,7 @@ def _captions(captions: Sequence[str], width: int, channels: int) -> np.ndarray:
 
 
 def write_image(path: epath.PathLike, buffer: io.BytesIO) -> None:
+    """Writes the bytes of an image file, in the first process only."""
     if not distributed.is_first():
         return
     path = epath.Path(path)

@@ -1,4 +1,4 @@
-"""Plots of an evaluation's results, written as PNG files."""
+"""Plots of measurements, as PNG files."""
 
 import io
 import itertools
@@ -11,8 +11,8 @@ from etils import epath
 from experiments.harness.pictures.images import write_image
 
 _BLUE, _ORANGE = "#3465a4", "#ce5c00"
-_LOG_RANGE = 30.0  # a curve that spans more than this factor gets a logarithmic axis
-_POINTS_SHOWN = 30  # a curve of at most this many points shows each of them
+_LOG_RANGE = 30.0  # a curve with a larger ratio of its extremes has a logarithmic axis
+_POINTS_SHOWN = 30  # a curve with at most this number of points shows each of them
 
 
 def plot_kl_per_timestep(
@@ -24,10 +24,10 @@ def plot_kl_per_timestep(
     reconstruction: float,
     kl_se: np.ndarray | None = None,
 ) -> None:
-    """Draws where the bound's bits are: by timestep, and as a density over log-SNR.
+    """Draws the bound's KLs by timestep, and as a density over log-SNR.
 
-    In the second panel the area under the curve is the diffusion term, whatever T and schedule, so
-    runs that differ in either can be compared.
+    In the second panel the area under the curve is the diffusion term for any T and schedule, so
+    that runs with different ones can be compared.
 
     Args:
       path: PNG file to write.
@@ -39,7 +39,7 @@ def plot_kl_per_timestep(
       kl_se: [T − 1], standard error of each mean, drawn as a band of ± 2.
 
     Raises:
-      ValueError: the lengths do not fit each other, or `log_snr` rises.
+      ValueError: if the lengths do not fit each other, or `log_snr` rises.
     """
     kl, log_snr = np.asarray(kl, np.float64), np.asarray(log_snr, np.float64)
     _require_length("log_snr", log_snr, len(kl) + 1)
@@ -48,7 +48,7 @@ def plot_kl_per_timestep(
     gaps = log_snr[:-1] - log_snr[1:]
     if (gaps < 0).any():
         raise ValueError("log_snr rises with t somewhere: it must fall")
-    # A step without a gap adds no noise, costs no bits and has no width.
+    # A step without a gap adds no noise and has no KL.
     density = np.divide(kl, gaps, out=np.zeros_like(kl), where=gaps > 0)
     t = np.arange(2, len(kl) + 2)
     figure, (by_step, by_noise) = _figure(2)
@@ -59,7 +59,7 @@ def plot_kl_per_timestep(
         by_step.set_ylim(bottom=0)
     _count_timesteps(by_step, len(log_snr))
     by_step.set(ylabel="KL at t (bits/dim)", title="KL per timestep")
-    # Each KL is spread evenly over the noise levels that its step spans.
+    # Each KL is spread evenly over the log-SNRs of its step.
     by_noise.stairs(density[::-1], log_snr[::-1], color=_BLUE, fill=True, alpha=0.25)
     by_noise.stairs(density[::-1], log_snr[::-1], color=_BLUE, linewidth=1.0, baseline=None)
     by_noise.set_ylim(bottom=0)
@@ -79,20 +79,20 @@ def plot_kl_per_timestep(
 def plot_rate_distortion(
     path: epath.PathLike, *, kl: np.ndarray, prior: float, rmse: np.ndarray, max_value: int
 ) -> None:
-    """Draws progressive coding: what x_0 looks like after ever more of its bits.
+    """Draws rate and distortion of progressive coding, as in Ho et al. (2020), Figure 5.
 
-    To know x_t costs the prior and the KLs at T, T − 1, …, t + 1; the best guess at x_0 is then
-    x̂_0(x_t). As in Ho et al. (2020), Figure 5.
+    The rate at t is the prior plus the KLs at T, T − 1, …, t + 1: the cost of transmitting x_t. The
+    distortion is the error of x̂_0(x_t).
 
     Args:
       path: PNG file to write.
       kl: [T − 1], KL for t = 2..T, in bits/dim.
       prior: bits/dim.
-      rmse: [T], root mean square error of x̂_0(x_t) for t = 1..T, on the data's own scale.
-      max_value: largest value on that scale: 255 for bytes, 16 for digits.
+      rmse: [T], root mean square error of x̂_0(x_t) for t = 1..T, in grey levels.
+      max_value: the largest grey level: 255 for bytes, 16 for digits.
 
     Raises:
-      ValueError: the lengths do not fit each other.
+      ValueError: if the lengths do not fit each other.
     """
     kl, rmse = np.asarray(kl, np.float64), np.asarray(rmse, np.float64)
     _require_length("rmse", rmse, len(kl) + 1)
@@ -119,28 +119,28 @@ def plot_rate_distortion(
 
 
 def plot_costs(path: epath.PathLike, costs: dict[str, dict[str, float]], goal: float) -> None:
-    """Draws what estimators cost, as bars on a logarithmic axis, a panel for each subject.
+    """Draws the costs of estimators as bars on a logarithmic axis, a panel for each model.
 
     Args:
       path: PNG file to write.
-      costs: by subject and estimator, network evaluations for the error; zero is not drawn.
-      goal: the error, in bits/dim.
+      costs: network evaluations by model and estimator; zero is not drawn.
+      goal: the error in bits/dim that is reached with these evaluations.
     """
     from matplotlib.figure import Figure
 
     height = 1.0 + 0.3 * max(map(len, costs.values()))
     figure = Figure(figsize=(6.4 * len(costs), height), layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, len(costs)))
-    for panel, (subject, of) in zip(axes, costs.items(), strict=True):
-        names = [name for name, cost in of.items() if cost > 0][::-1]
-        values = [of[name] for name in names]
+    for panel, (title, by_estimator) in zip(axes, costs.items(), strict=True):
+        names = [name for name, cost in by_estimator.items() if cost > 0][::-1]
+        values = [by_estimator[name] for name in names]
         panel.barh(names, values, color=_BLUE, alpha=0.7, height=0.65)
         panel.set_xscale("log")
         panel.set_xlim(min(values) / 3, max(values) * 8)
         panel.tick_params(labelsize=9)
         for place, value in enumerate(values):
             panel.text(value * 1.15, place, f"{value:.1e}", va="center", fontsize=8)
-        panel.set_title(subject, fontsize=10)
+        panel.set_title(title, fontsize=10)
         panel.set_xlabel(f"evaluations for ± {goal} bits/dim", fontsize=9)
         panel.spines[["top", "right"]].set_visible(False)
     _save(path, figure)
@@ -149,12 +149,12 @@ def plot_costs(path: epath.PathLike, costs: dict[str, dict[str, float]], goal: f
 def plot_bits_over_timesteps(
     path: epath.PathLike, bits: dict[str, dict[int, float]], reference: str
 ) -> None:
-    """Draws bits/dim over T, a line for each name; and what each has more than a reference.
+    """Draws bits/dim over T with a line for each name, and the differences from a reference.
 
     Args:
       path: PNG file to write.
       bits: by name and T, in bits/dim.
-      reference: the name that the others are compared with.
+      reference: the name with which the others are compared.
     """
     figure, (absolute, relative) = _figure(2)
     for (name, by_timesteps), marker in zip(bits.items(), itertools.cycle("os^Dv"), strict=False):
@@ -177,7 +177,7 @@ def plot_bits_over_timesteps(
 
 
 def plot_quality(path: epath.PathLike, entries: Sequence[Mapping[str, Any]]) -> None:
-    """Draws the distances of samples from data over network evaluations, a line for each sampler.
+    """Draws distances of samples from data over network evaluations, with a line for each sampler.
 
     Args:
       path: PNG file to write.
@@ -199,12 +199,12 @@ def plot_quality(path: epath.PathLike, entries: Sequence[Mapping[str, Any]]) -> 
         axes.axhline(value, color=_ORANGE, linewidth=1.2, label=label)
         axes.set_prop_cycle(styles)
         markers = itertools.cycle("os^Dv<>pXP*h")
-        for (sampler, of), marker in zip(by_sampler.items(), markers, strict=False):
-            of = sorted(of, key=lambda entry: entry["evaluations"])
+        for (sampler, points), marker in zip(by_sampler.items(), markers, strict=False):
+            points = sorted(points, key=lambda entry: entry["evaluations"])
             axes.errorbar(
-                [entry["evaluations"] for entry in of],
-                [entry[name] for entry in of],
-                [2 * entry[f"{name}_mc_se"] for entry in of],
+                [entry["evaluations"] for entry in points],
+                [entry[name] for entry in points],
+                [2 * entry[f"{name}_mc_se"] for entry in points],
                 label=sampler,
                 marker=marker,
                 markersize=4,
@@ -213,7 +213,7 @@ def plot_quality(path: epath.PathLike, entries: Sequence[Mapping[str, Any]]) -> 
         axes.set_xscale("log")
         if name == "frechet":
             axes.set_yscale("log")
-        else:  # unbiased, and so negative at times
+        else:  # unbiased, and so sometimes negative
             axes.set_yscale("symlog", linthresh=max(value, error))
         axes.set(xlabel="network evaluations a sample", ylabel=title)
     panels[1].legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
@@ -221,7 +221,7 @@ def plot_quality(path: epath.PathLike, entries: Sequence[Mapping[str, Any]]) -> 
 
 
 def _figure(panels: int) -> tuple[Any, Any]:
-    # Without pyplot, whose backends and open figures belong to the notebook that may call this.
+    # Without pyplot, whose state belongs to a notebook that may call this.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.6 * panels, 3.6), layout="constrained")

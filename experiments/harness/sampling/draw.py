@@ -1,6 +1,5 @@
-"""Samples in batches: one compiled program a sampler, whatever the levels and what is recorded."""
+"""Draws samples in batches. A sampler is compiled once, for any levels and recorded frames."""
 
-import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -8,9 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from diffusion.forward import Noise, example_noise
 from diffusion.samplers import base
@@ -18,22 +17,23 @@ from diffusion.samplers.base import Samples, State
 from diffusion.samplers.guidance import evaluations_at
 from diffusion.schedules import Levels, Step
 from experiments.harness import devices
-from experiments.harness.data import order
+from experiments.harness.data.order import padded_batches
 from experiments.harness.errors import RunError
+from experiments.harness.pictures.images import save_png, strip
 from experiments.harness.processes.progress import progress
-from experiments.harness.sampling.sampler import Given, build_sampler, guidance_interval
+from experiments.harness.sampling.sampler import Inputs, build_sampler, guidance_interval
 from experiments.harness.seeds import stream
 from experiments.harness.setup.definition import ModelDefinition
 
-START = 2**31 - 1  # the number of the noise that is x_T: one and the same at any T
-STRETCH = 16  # levels that are stepped through between two looks at the progress bar
+START = 2**31 - 1  # the number of the noise that is x_T, the same at any T
+STRETCH = 16  # largest number of levels between two updates of the progress bar
 
 
 class Stretch(NamedTuple):
-    """Some levels on the way down, filled up with repeats of the last.
+    """Successive levels of the reverse process, padded with repeats of the last.
 
     Attributes:
-      t: the levels.
+      t: the levels, falling.
       log_snr: λ_t.
       gap: λ_{t−1} − λ_t.
     """
@@ -51,23 +51,23 @@ def make_noise(config: ConfigDict, definition: ModelDefinition, index: Int[Array
 class Drawer:
     """Draws samples with a config's sampler.
 
-    Compiled on first use, once: the number of levels, their spacing and what is recorded are
+    Compiled once, on first use: the number of levels, their spacing and the recorded levels are
     arguments. Memory does not grow with the number of steps.
     """
 
     def __init__(self, config: ConfigDict, definition: ModelDefinition):
         self.config, self.definition = config, definition
         mesh = devices.mesh()
-        self._everywhere, self._split = devices.replicated(mesh), devices.split_batch(mesh)
-        whole, split = self._everywhere, self._split
-        self._begin = jax.jit(self._begin_of, in_shardings=(whole, split), out_shardings=split)
+        whole, split = devices.replicated(mesh), devices.split_batch(mesh)
+        self._whole, self._split = whole, split
+        self._begin = jax.jit(self._first_state, in_shardings=(whole, split), out_shardings=split)
         self._advance = jax.jit(
-            self._advance_of,
+            self._run_stretch,
             in_shardings=(whole, split, whole, whole, whole, split),
             out_shardings=split,
             donate_argnums=1,
         )
-        self._evaluations = jax.jit(self._evaluations_of)
+        self._evaluations = jax.jit(self._count_evaluations)
 
     def __call__(
         self,
@@ -76,126 +76,133 @@ class Drawer:
         n: int,
         record: Sequence[int] = (),
         rows: int = 0,
-        give: Callable[[np.ndarray], Given] | None = None,
+        make_inputs: Callable[[np.ndarray], Inputs] | None = None,
     ) -> Samples:
-        """Samples 0 … n − 1, in batches of `sample.batch_size`, as host arrays.
+        """Draws samples 0 … n − 1 in batches of `sample.batch_size`.
 
         Args:
           params: the networks' parameters.
-          levels: what to step through.
-          n: how many samples.
-          record: levels whose x_t and x̂_0 are kept, in the order asked for.
-          rows: of so many samples, the first ones.
-          give: what a batch is made from, by index; by default noise, and `given`'s labels.
+          levels: the levels to step through.
+          n: the number of samples.
+          record: levels whose x_t and x̂_0 are returned, in this order.
+          rows: the number of samples of which they are returned, the first ones.
+          make_inputs: sample numbers [b] -> the inputs of a batch; None for `inputs`.
+
+        Returns:
+          Host arrays.
 
         Raises:
           RunError: if a sample is not finite.
-          ValueError: if a level to record is not one of 1 … T, or named twice.
+          ValueError: if a level to record is not in 1 … T, or is repeated.
         """
-        give = give or self.given
-        params = devices.place(params, self._everywhere)
-        rows = min(rows, n)
-        parts, ways, seen = [], [], 0
+        make_inputs = make_inputs or self.inputs
+        params = devices.place(params, self._whole)
+        x_0, evaluations, x_t, x_0_hat = [], [], [], []
         with progress(n, "sample", "img", delay=2, leave=False, unit_scale=True) as bar:
-            for index, mask in order.padded_batches(n, self.config.sample.batch_size):
-                count = int(mask.sum())
-                shown = max(0, min(count, rows - seen))
-                tell, seen = functools.partial(_tell, bar, count), seen + count
-                kept = record if shown or seen == count else ()  # the first says the shape
-                made = self._batch(params, levels, give(index), kept, shown, tell)
-                self._require_finite(made.x_0[mask])
-                parts.append((made.x_0[mask], made.evaluations[mask]))
-                if kept:
-                    ways.append((made.x_t, made.x_0_hat))
-        x_0, evaluations = (np.concatenate(of) for of in zip(*parts, strict=True))
-        none = np.zeros((0, rows, *x_0.shape[1:]), x_0.dtype)
-        way = [np.concatenate(of, axis=1) for of in zip(*ways, strict=True)] or [none, none]
-        return Samples(x_0, *way, self._guided(levels, evaluations))
+            for index, mask in padded_batches(n, self.config.sample.batch_size):
+                recorded, count = int((mask & (index < rows)).sum()), int(mask.sum())
+                batch = self._batch(
+                    params,
+                    levels,
+                    make_inputs(index),
+                    record if recorded else (),
+                    recorded,
+                    lambda share, count=count: bar.update(count * share),
+                )
+                self._require_finite(batch.x_0[mask])
+                x_0.append(batch.x_0[mask])
+                evaluations.append(batch.evaluations[mask])
+                if recorded:
+                    x_t.append(batch.x_t)
+                    x_0_hat.append(batch.x_0_hat)
+        x_0 = np.concatenate(x_0)
+        nothing = np.zeros((len(record), 0, *x_0.shape[1:]), x_0.dtype)
+        frames = (np.concatenate([nothing, *parts], axis=1) for parts in (x_t, x_0_hat))
+        return Samples(x_0, *frames, self._with_guidance(levels, np.concatenate(evaluations)))
 
-    def given(self, index: np.ndarray) -> Given:
-        """Noise, and the labels of `sample.labels` in turn, by default every class."""
+    def inputs(self, index: np.ndarray) -> Inputs:
+        """Noise, and for a class-conditional model the classes of `sample.labels` in turn."""
         if not self.definition.num_classes:
-            return Given(index)
+            return Inputs(index)
         labels = np.array(self.config.sample.labels or range(self.definition.num_classes), np.int32)
-        return Given(index, labels[index % len(labels)])
+        return Inputs(index, labels[index % len(labels)])
 
     def _batch(
         self,
         params: Any,
         levels: Levels,
-        given: Given,
+        inputs: Inputs,
         record: Sequence[int],
         rows: int,
-        tell: Callable[[float], Any],
+        report: Callable[[float], Any],
     ) -> Samples:
-        """One batch, the way of its first rows; tells the share of it that each stretch was."""
+        """One batch. After each stretch `report` is called with its share of the levels."""
         last = levels.num_timesteps
-        given = devices.place(given, self._split)
-        state = self._begin(params, given)
+        inputs = devices.place(inputs, self._split)
+        state = self._begin(params, inputs)
         x_t, x_0_hat = {}, {}
         for top, bottom in stretches(last, record):
             if top in record:
                 x_t[top] = devices.gather(state.x[:rows])
             stretch, count = _cut(levels, top, bottom), np.int32(top - bottom)
-            state = self._advance(params, state, stretch, count, np.int32(last), given)
+            state = self._advance(params, state, stretch, count, np.int32(last), inputs)
             if top in record:
                 x_0_hat[top] = devices.gather(state.x_0_hat[:rows])
             jax.block_until_ready(state.x)
-            tell((top - bottom) / last)
+            report((top - bottom) / last)
         x_0 = devices.gather(state.x)
-        none = np.zeros((0, *x_0.shape), x_0.dtype)
+        nothing = np.zeros((0, rows, *x_0.shape[1:]), x_0.dtype)
         return Samples(
             x_0,
-            np.stack([x_t[t] for t in record]) if record else none,
-            np.stack([x_0_hat[t] for t in record]) if record else none,
-            devices.gather(self._evaluations(params, state, np.int32(last), given)),
+            np.stack([x_t[t] for t in record]) if record else nothing,
+            np.stack([x_0_hat[t] for t in record]) if record else nothing,
+            devices.gather(self._evaluations(params, state, np.int32(last), inputs)),
         )
 
     def _require_finite(self, x_0: np.ndarray) -> None:
         bad = int((~np.isfinite(x_0.reshape(len(x_0), -1)).all(axis=1)).sum())
         if bad:
-            of, name = self.config.sample, self.config.sample.sampler
-            options = f" with {of[name].to_dict()}" if name in of else ""
+            settings, name = self.config.sample, self.config.sample.sampler
+            options = f" with {settings[name].to_dict()}" if name in settings else ""
             raise RunError(
                 f"{bad} of {len(x_0)} samples are not finite: config.sample.sampler = {name!r}"
                 f"{options} did not converge; allow it more steps, or make each smaller"
             )
 
-    def _begin_of(self, params: Any, given: Given) -> State:
-        noise = make_noise(self.config, self.definition, given.index)
-        sampler = build_sampler(self.config, self.definition, params, given)
-        return base.start(sampler, noise(jnp.full(given.index.shape, START)))
+    def _first_state(self, params: Any, inputs: Inputs) -> State:
+        noise = make_noise(self.config, self.definition, inputs.index)
+        sampler = build_sampler(self.config, self.definition, params, inputs)
+        return base.start(sampler, noise(jnp.full(inputs.index.shape, START)))
 
-    def _advance_of(
+    def _run_stretch(
         self,
         params: Any,
         state: State,
         stretch: Stretch,
         count: Int[Array, ""],
         last: Int[Array, ""],
-        given: Given,
+        inputs: Inputs,
     ) -> State:
-        noise = make_noise(self.config, self.definition, given.index)
-        sampler = build_sampler(self.config, self.definition, params, given)
+        noise = make_noise(self.config, self.definition, inputs.index)
+        sampler = build_sampler(self.config, self.definition, params, inputs)
 
         def one(i, state):
-            t, *step = (jnp.full(given.index.shape, of[i]) for of in stretch)
+            t, *step = (jnp.full(inputs.index.shape, values[i]) for values in stretch)
             return base.advance(sampler, state, t, Step(*step), noise, last)
 
         return jax.lax.fori_loop(0, count, one, state)
 
-    def _evaluations_of(
-        self, params: Any, state: State, last: Int[Array, ""], given: Given
+    def _count_evaluations(
+        self, params: Any, state: State, last: Int[Array, ""], inputs: Inputs
     ) -> Int[Array, "b"]:
-        sampler = build_sampler(self.config, self.definition, params, given)
-        found = jnp.asarray(sampler.evaluations(state.history, last), jnp.int32)
-        return jnp.broadcast_to(found, given.index.shape)
+        sampler = build_sampler(self.config, self.definition, params, inputs)
+        evaluations = jnp.asarray(sampler.evaluations(state.history, last), jnp.int32)
+        return jnp.broadcast_to(evaluations, inputs.index.shape)
 
-    def _guided(self, levels: Levels, evaluations: np.ndarray) -> np.ndarray:
-        """Evaluations where those of a guided level count twice.
+    def _with_guidance(self, levels: Levels, evaluations: np.ndarray) -> np.ndarray:
+        """Counts the evaluations of a guided level twice.
 
-        With an interval that cuts the levels they are those of a sampler that spends as many on
-        each level.
+        If only some levels are guided, this assumes the same number of evaluations for each level.
         """
         if not self.definition.num_classes:
             return evaluations
@@ -205,31 +212,41 @@ class Drawer:
 
 
 def stretches(last: int, record: Sequence[int]) -> list[tuple[int, int]]:
-    """(top, bottom) of runs of levels from T to 0, cut where a level is recorded.
+    """(top, bottom) of stretches of levels from T down to 0, at most STRETCH long.
 
-    The step from a recorded level is a run of its own, so that its x̂_0 can be seen.
+    The step from a recorded level is a stretch of its own, so that its x̂_0 can be read.
 
     Raises:
-      ValueError: if a level to record is not one of 1 … T, or named twice.
+      ValueError: if a level to record is not in 1 … T, or is repeated.
     """
     base.check_record(record, last)
     cuts = {0, last, *record, *(t - 1 for t in record), *range(last, 0, -STRETCH)}
     return list(itertools.pairwise(sorted(cuts, reverse=True)))
 
 
-def _tell(bar: tqdm, count: int, share: float) -> None:
-    """So much of the way of so many samples."""
-    bar.update(count * share)
-
-
 def _cut(levels: Levels, top: int, bottom: int) -> Stretch:
-    """The levels top … bottom + 1, in a stretch of the length that all have."""
+    """The levels top … bottom + 1, padded to STRETCH."""
     t = np.maximum(top - np.arange(STRETCH), bottom + 1)
     return Stretch(np.int32(t), np.float32(levels.log_snr[t]), np.float32(levels.gap[t]))
 
 
+def to_grey_levels(definition: ModelDefinition, x_0: Float[np.ndarray, "*b h w c"]) -> np.ndarray:
+    """Samples in data units as uint8 grey levels, each value rounded to the nearest."""
+    return np.asarray(definition.quantization.to_level(x_0), np.uint8)
+
+
 def to_bytes(definition: ModelDefinition, x: np.ndarray) -> np.ndarray:
-    """Data values as bytes for a picture: [−1, 1] to [0, 255], clipped; one channel or three."""
+    """Data in [−1, 1] as bytes for a picture, clipped; one channel or three."""
     x = x if x.shape[-1] in (1, 3) else x[..., :1]
     ends = definition.quantization.values[-1]
     return np.clip(np.round((np.asarray(x) / ends + 1) * 127.5), 0, 255).astype(np.uint8)
+
+
+def save_strip(
+    path: epath.Path,
+    definition: ModelDefinition,
+    frames: Float[np.ndarray, "k n h w c"],
+    captions: Sequence[str],
+) -> None:
+    """Writes a PNG file with a row for each of n examples and a column for each of k frames."""
+    save_png(path, strip(to_bytes(definition, frames), captions))

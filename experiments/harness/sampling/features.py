@@ -1,7 +1,7 @@
-"""What sample quality is measured in: functions from images to feature vectors.
+"""Features for sample quality: functions from images to feature vectors.
 
-To add one, write a function (config, directory) -> Features and list it in `FEATURES`. It may keep
-what it needs in the directory, as the classifier keeps its weights.
+To add one, write a function (config, directory) -> Features and list it in `FEATURES`. It may save
+files in the directory, as the classifier saves its weights.
 """
 
 import functools
@@ -33,12 +33,12 @@ class Features(NamedTuple):
     """A feature function.
 
     Attributes:
-      name: tells these features from others, their weights included.
-      of: uint8 [n, h, w, c] of one size -> float32 [n, f], on the device.
+      name: identifies the features, including their weights.
+      function: uint8 [n, h, w, c] -> float32 [n, f], on the device.
     """
 
     name: str
-    of: Callable[[UInt8[Array, "n h w c"]], Float[Array, "n f"]]
+    function: Callable[[UInt8[Array, "n h w c"]], Float[Array, "n f"]]
 
 
 def pixels(config: ConfigDict, directory: epath.Path) -> Features:
@@ -51,8 +51,8 @@ def pixels(config: ConfigDict, directory: epath.Path) -> Features:
 def classifier(config: ConfigDict, directory: epath.Path) -> Features:
     """The last hidden layer of a small classifier, trained on the training split on first use.
 
-    Scaled to a variance of one there, on the average over features: the kernel distance depends on
-    the scale.
+    Scaled there to a variance of one, averaged over features, because the kernel distance depends
+    on the scale.
 
     Raises:
       ConfigError: if the set has no labels.
@@ -67,8 +67,8 @@ def classifier(config: ConfigDict, directory: epath.Path) -> Features:
     network = Classifier(source.num_classes)
     highest = source.num_levels - 1
     shapes = jax.tree.map(jnp.shape, _initial(network, images, highest, seed=0))
-    told = fingerprint(images, labels, config.quality.classifier.to_dict(), shapes)
-    path = directory / f"classifier_{told}.npz"
+    digest = fingerprint(images, labels, config.quality.classifier.to_dict(), shapes)
+    path = directory / f"classifier_{digest}.npz"
 
     def parse(saved):
         flat = {tuple(name.split("/")): saved[name] for name in saved}
@@ -80,25 +80,25 @@ def classifier(config: ConfigDict, directory: epath.Path) -> Features:
         params, scale = saved
     else:
         params = _train(network, images, labels, highest, config.quality.classifier)
-        found = jax.jit(network.apply)({"params": params}, _scaled(images, highest))[1]
-        scale = np.sqrt(np.asarray(found, np.float64).var(axis=0).mean())
+        hidden = jax.jit(network.apply)({"params": params}, _scaled(images, highest))[1]
+        scale = np.sqrt(np.asarray(hidden, np.float64).var(axis=0).mean())
         flat = flatten_dict({"params": jax.device_get(params), "scale": scale})
         directory.mkdir(parents=True, exist_ok=True)
         write_npz(path, **{"/".join(name): value for name, value in flat.items()})
 
     @jax.jit
-    def of(images):
+    def features(images):
         return network.apply({"params": params}, _scaled(images, highest))[1] / jnp.float32(scale)
 
-    return Features(f"classifier {told}", of)
+    return Features(f"classifier {digest}", features)
 
 
 FEATURES: dict[str, Callable[[ConfigDict, epath.Path], Features]] = {
     "classifier": classifier,
     "pixels": pixels,
 }
-OF_DATA = {"digits": "classifier"}
-"""Which features a set has unless told otherwise; pixels for all others."""
+DEFAULTS = {"digits": "classifier"}
+"""The features of a data set if `quality.features` is empty; pixels for all others."""
 
 
 def choose(config: ConfigDict, directory: epath.Path) -> Features:
@@ -108,7 +108,7 @@ def choose(config: ConfigDict, directory: epath.Path) -> Features:
 
 def name_of(config: ConfigDict) -> str:
     """The name in FEATURES."""
-    return config.quality.features or OF_DATA.get(config.data.name, "pixels")
+    return config.quality.features or DEFAULTS.get(config.data.name, "pixels")
 
 
 def feature_batches(
@@ -116,7 +116,7 @@ def feature_batches(
 ) -> Iterator[Float[np.ndarray, "_ f"]]:
     """The features of every image exactly once, as float64 host arrays [≤ BATCH, f]."""
     n = len(images)
-    return batch_results(lambda index: features.of(images[index]), n, min(BATCH, n))
+    return batch_results(lambda index: features.function(images[index]), n, min(BATCH, n))
 
 
 def _scaled(images: Array, highest: int) -> Array:
@@ -130,11 +130,11 @@ def _initial(network: Classifier, images: np.ndarray, highest: int, seed: int) -
 
 
 def _train(
-    network: Classifier, images: np.ndarray, labels: np.ndarray, highest: int, of: ConfigDict
+    network: Classifier, images: np.ndarray, labels: np.ndarray, highest: int, settings: ConfigDict
 ) -> Any:
     """Parameters after Adam on the cross-entropy, images shifted by up to a pixel each way."""
-    optimizer = optax.adam(optax.cosine_decay_schedule(of.learning_rate, of.num_steps))
-    params = _initial(network, images, highest, of.seed)
+    optimizer = optax.adam(optax.cosine_decay_schedule(settings.learning_rate, settings.num_steps))
+    params = _initial(network, images, highest, settings.seed)
     padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
     height, width = images.shape[1:3]
 
@@ -147,11 +147,11 @@ def _train(
         updates, opt_state = optimizer.update(jax.grad(loss)(params), opt_state)
         return optax.apply_updates(params, updates), opt_state
 
-    opt_state, rng = optimizer.init(params), np.random.default_rng(of.seed)
-    steps = range(of.num_steps)
-    with progress(of.num_steps, "train classifier", "step", delay=2, leave=False) as bar:
+    opt_state, rng = optimizer.init(params), np.random.default_rng(settings.seed)
+    steps = range(settings.num_steps)
+    with progress(settings.num_steps, "train classifier", "step", delay=2, leave=False) as bar:
         for number in steps:
-            index = order.batch_indices(of.seed, number, len(images), of.batch_size)
+            index = order.batch_indices(settings.seed, number, len(images), settings.batch_size)
             top, left = rng.integers(0, 3, 2)
             batch = padded[index, top : top + height, left : left + width]
             params, opt_state = step(params, opt_state, batch, labels[index])

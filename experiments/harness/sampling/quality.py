@@ -1,4 +1,4 @@
-"""How close samples are to the data: distances between features, with their standard errors."""
+"""Sample quality: distances of samples from the data in a feature space, with standard errors."""
 
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from diffusion.statistics.sample_quality import (
 )
 from experiments.harness.data import splits
 from experiments.harness.errors import ConfigError
-from experiments.harness.sampling.draw import Drawer
+from experiments.harness.sampling.draw import Drawer, to_grey_levels
 from experiments.harness.sampling.features import (
     Features,
     choose,
@@ -31,12 +31,12 @@ DIRECTORY = "quality"  # in the work directory: the classifier, and the statisti
 
 
 class Reference(NamedTuple):
-    """What samples are held against.
+    """The data with which samples are compared.
 
     Attributes:
       features: the feature function.
-      moments: of every image of the split.
-      some: features of the first `quality.max_pairs` images of it.
+      moments: of the features of every image of the split.
+      some: the features of at most `quality.max_pairs` of its images.
     """
 
     features: Features
@@ -47,16 +47,16 @@ class Reference(NamedTuple):
 class Quality(NamedTuple):
     """The distances of a set of samples from the data, in the units of the features.
 
-    The errors are over the samples drawn, with the data fixed.
+    The standard errors are over the samples, with the data fixed.
 
     Attributes:
-      num_samples: how many were drawn.
+      num_samples: the number of samples.
       frechet: the Fréchet distance, biased upwards at small numbers of samples.
       frechet_mc_se: its standard error.
       kernel: the kernel distance, unbiased.
       kernel_mc_se: its standard error.
-      precision: share of the samples that look like data.
-      recall: share of the data that samples look like.
+      precision: share of the samples that lie near data.
+      recall: share of the data that lie near samples.
     """
 
     num_samples: int
@@ -69,7 +69,7 @@ class Quality(NamedTuple):
 
 
 def reference(config: ConfigDict, workdir: epath.PathLike) -> Reference:
-    """The features and statistics of `quality.split`, worked out once for a work directory."""
+    """The features of `quality.split` and their statistics, computed once for a work directory."""
     directory = epath.Path(workdir) / DIRECTORY
     features = choose(config, directory)
     images = splits.load_data(config, config.quality.split).images
@@ -92,18 +92,16 @@ def _parse(saved: dict[str, np.ndarray]) -> tuple[Moments, np.ndarray]:
     ), require_shape("some", saved["some"], (num_kept, num_features))
 
 
-def quality(
-    config: ConfigDict, images: UInt8[np.ndarray, "n h w c"], against: Reference
-) -> Quality:
-    """The quality of samples, as grey levels: every one of them counts once."""
-    moments, some = _measure(against.features, images, config.quality.max_pairs)
-    kernel = kernel_distance(against.some, some)
-    # Of all samples where the error is worked out from some of them.
-    frechet_se = frechet_mc_se(against.moments, some) * np.sqrt(len(some) / len(images))
-    shares = precision_recall(against.some, some, config.quality.neighbors)
+def quality(config: ConfigDict, images: UInt8[np.ndarray, "n h w c"], data: Reference) -> Quality:
+    """The quality of samples, given as grey levels; each counts once."""
+    moments, some = _measure(data.features, images, config.quality.max_pairs)
+    kernel = kernel_distance(data.some, some)
+    # The error is computed from some of the samples, and scaled to the number of all.
+    frechet_se = frechet_mc_se(data.moments, some) * np.sqrt(len(some) / len(images))
+    shares = precision_recall(data.some, some, config.quality.neighbors)
     return Quality(
         num_samples=len(images),
-        frechet=frechet_distance(against.moments, moments),
+        frechet=frechet_distance(data.moments, moments),
         frechet_mc_se=float(frechet_se),
         kernel=kernel.mean,
         kernel_mc_se=kernel.mc_se,
@@ -112,27 +110,27 @@ def quality(
     )
 
 
-def of_samples(run: Run) -> dict[str, Any]:
+def sample_quality(run: Run) -> dict[str, Any]:
     """The quality of `quality.num_samples` samples by the config's sampler."""
     config = run.config
-    against = reference(config, run.workdir)
+    data = reference(config, run.workdir)
     levels = run.levels(config.sample.num_timesteps)
-    made = Drawer(config, run.definition)(run.params, levels, config.quality.num_samples)
-    images = np.asarray(run.definition.quantization.to_level(made.x_0), np.uint8)
+    samples = Drawer(config, run.definition)(run.params, levels, config.quality.num_samples)
+    images = to_grey_levels(run.definition, samples.x_0)
     return {
-        **quality(config, images, against)._asdict(),
-        "features": against.features.name,
+        **quality(config, images, data)._asdict(),
+        "features": data.features.name,
         "split": config.quality.split,
         "sampler": config.sample.sampler,
         "num_timesteps": levels.num_timesteps,
-        "network_evaluations": int(made.evaluations.sum()),
+        "network_evaluations": int(samples.evaluations.sum()),
     }
 
 
 def _measure(
     features: Features, images: np.ndarray, limit: int
 ) -> tuple[Moments, Float[np.ndarray, "n f"]]:
-    """Moments over all images, and the features of some that stand for them."""
+    """Moments over all images, and the features of a representative subset of at most `limit`."""
     moments, some, seen = None, [], 0
     chosen = np.zeros(len(images), bool)
     chosen[splits.some(limit)(len(images))] = True
@@ -158,12 +156,13 @@ def check(config: ConfigDict) -> None:
         )
 
 
-def line(of: dict[str, Any]) -> str:
-    """A quality for people."""
+def line(result: dict[str, Any]) -> str:
+    """The result of `sample_quality` for people."""
     return (
-        f"Fréchet distance {of['frechet']:.4f} ± {of['frechet_mc_se']:.4f}, "
-        f"kernel distance {of['kernel']:.5f} ± {of['kernel_mc_se']:.5f}, "
-        f"precision {of['precision']:.3f}, recall {of['recall']:.3f} "
-        f"({of['num_samples']} samples by {of['sampler']} at {of['num_timesteps']} levels, "
-        f"{of['network_evaluations']:,} network evaluations; {of['features']}, {of['split']})"
+        f"Fréchet distance {result['frechet']:.4f} ± {result['frechet_mc_se']:.4f}, "
+        f"kernel distance {result['kernel']:.5f} ± {result['kernel_mc_se']:.5f}, "
+        f"precision {result['precision']:.3f}, recall {result['recall']:.3f} "
+        f"({result['num_samples']} samples by {result['sampler']} at {result['num_timesteps']} "
+        f"levels, {result['network_evaluations']:,} network evaluations; {result['features']}, "
+        f"{result['split']})"
     )

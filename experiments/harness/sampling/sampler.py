@@ -1,4 +1,4 @@
-"""What the settings of `sample` mean: a sampler, its levels, and which of them cannot work."""
+"""From the settings of `sample` to a sampler and the levels that it needs."""
 
 from typing import Any, NamedTuple
 
@@ -16,36 +16,37 @@ from experiments.harness.setup.definition import ModelDefinition
 from experiments.harness.setup.trained import make_levels
 
 
-class Given(NamedTuple):
-    """What a batch of samples is made from, row by row.
+class Inputs(NamedTuple):
+    """The inputs of a batch of samples, row by row.
 
     Attributes:
-      index: which sample each row is; its noise is a function of (seed, index).
-      labels: their classes; None without.
-      known: images in data units, of which a part is kept; None without.
-      mask: the part that is kept.
+      index: the number of each sample; its noise is a function of (seed, index).
+      labels: classes; None without.
+      image: images in data units, of which a part is kept; None without.
+      mask: True where the image is kept.
     """
 
     index: Int[Array, "b"]
     labels: Int[Array, "b"] | None = None
-    known: Float[Array, "b *d"] | None = None
+    image: Float[Array, "b *d"] | None = None
     mask: Bool[Array, "b *d"] | None = None
 
 
 def build_sampler(
-    config: ConfigDict, definition: ModelDefinition, params: Any, given: Given
+    config: ConfigDict, definition: ModelDefinition, params: Any, inputs: Inputs
 ) -> Sampler:
-    """The config's sampler: guided where it is asked for, corrected, and held to what is known."""
-    of, model = config.sample, definition.model(params, given.labels)
+    """The config's sampler, with its guidance, treatment of x̂_0, corrector and inpainting."""
+    settings, model = config.sample, definition.model(params, inputs.labels)
     if definition.num_classes:
-        scale, rescale = of.guidance.scale, of.guidance.rescale
+        scale, rescale = settings.guidance.scale, settings.guidance.rescale
         model = classifier_free(model, scale, guidance_interval(config), rescale)
-    model = treated(model, of.x_0_treatment)
-    sampler = SAMPLERS[of.sampler](model, **of.get(of.sampler, {}))
-    if of.corrector.num_steps:
-        sampler = corrected(sampler, model, **of.corrector)
-    if given.known is not None:
-        sampler = inpainted(sampler, given.known, given.mask, of.inpaint.num_resamplings)
+    model = treated(model, settings.x_0_treatment)
+    sampler = SAMPLERS[settings.sampler](model, **settings.get(settings.sampler, {}))
+    if settings.corrector.num_steps:
+        sampler = corrected(sampler, model, **settings.corrector)
+    if inputs.image is not None:
+        num_resamplings = settings.inpaint.num_resamplings
+        sampler = inpainted(sampler, inputs.image, inputs.mask, num_resamplings)
     return sampler
 
 
@@ -55,19 +56,17 @@ def guidance_interval(config: ConfigDict) -> tuple[float, float]:
 
 
 def needed_levels(config: ConfigDict, definition: ModelDefinition) -> list[int]:
-    """The numbers of levels that samples and what `sample.also` names step through."""
-    of = config.sample
-    needed = [of.num_timesteps]
-    needed += [
-        of[name].num_timesteps for name in ("inpaint", "interpolate", "encode") if name in of.also
-    ]
-    if "sweep" in of.also:
-        needed += of.sweep.num_timesteps
+    """The numbers of levels that samples, and the extras in `sample.also`, step through."""
+    settings, edits = config.sample, ("inpaint", "interpolate", "encode")
+    needed = [settings.num_timesteps]
+    needed += [settings[name].num_timesteps for name in edits if name in settings.also]
+    if "sweep" in settings.also:
+        needed += settings.sweep.num_timesteps
     return sorted({int(n) or definition.levels.num_timesteps for n in needed})
 
 
 def check(config: ConfigDict, definition: ModelDefinition) -> None:
-    """Raises ConfigError for levels that the schedule does not have, or labels that are none."""
+    """Raises ConfigError if the schedule has no such levels, or the data no such classes."""
     if config.sample.spacing != "bound_optimal":
         for num_timesteps in needed_levels(config, definition):
             make_levels(config, definition, num_timesteps, "", 0)

@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -11,11 +10,10 @@ from diffusion.samplers.base import Samples
 from diffusion.samplers.registry import SAMPLERS
 from diffusion.schedules import Levels
 from experiments.harness.data import splits
-from experiments.harness.pictures import images as images
-from experiments.harness.pictures import plots
+from experiments.harness.pictures import images, plots
 from experiments.harness.pictures.images import save_png
 from experiments.harness.sampling import quality as qualities
-from experiments.harness.sampling.draw import Drawer, to_bytes
+from experiments.harness.sampling.draw import Drawer, to_bytes, to_grey_levels
 from experiments.harness.sampling.quality import Quality, Reference, reference
 from experiments.harness.setup.trained import Run
 from experiments.harness.workdir import provenance
@@ -29,9 +27,9 @@ class Entry(NamedTuple):
 
     Attributes:
       sampler: its name.
-      num_timesteps: the levels that it stepped through.
-      evaluations: of the network, a sample on the average.
-      quality: what was measured.
+      num_timesteps: the number of levels.
+      evaluations: network evaluations per sample, the mean.
+      quality: the quality of the samples.
     """
 
     sampler: str
@@ -40,31 +38,30 @@ class Entry(NamedTuple):
     quality: Quality
 
     def to_dict(self) -> dict[str, Any]:
-        """For a file."""
-        told = self._asdict()
-        del told["quality"]
-        return told | self.quality._asdict()
+        """For a file: one flat dictionary."""
+        entry = self._asdict()
+        return {name: entry[name] for name in self._fields[:-1]} | self.quality._asdict()
 
     @classmethod
-    def from_dict(cls, told: dict[str, Any]) -> "Entry":
+    def from_dict(cls, entry: dict[str, Any]) -> "Entry":
         """From a file."""
-        of = Quality(**{name: told[name] for name in Quality._fields})
-        return cls(told["sampler"], told["num_timesteps"], told["evaluations"], of)
+        quality = Quality(*(entry[name] for name in Quality._fields))
+        return cls(*(entry[name] for name in cls._fields[:-1]), quality)
 
 
 def sweep(run: Run) -> list[Entry]:
-    """Draws with every sampler at every number of steps, and with ancestral sampling at all T.
+    """Samples with every sampler at every number of steps, and with ancestral sampling at all T.
 
-    All start from the same x_T. An entry is kept in samples/sweep.json as soon as it is measured,
-    so that an interrupted sweep goes on where it was. sweep.md and sweep.png lie beside it,
-    and a grid of samples of each entry in sweep/.
+    All start from the same x_T. Each entry is saved in samples/sweep.json when it is measured, so
+    that an interrupted sweep resumes. Also written: sweep.md, sweep.png, and a grid of samples of
+    each entry in sweep/.
 
     Returns:
       The entries, in the order asked for; the reference first.
     """
     config = run.config
-    against = reference(config, run.workdir)
-    path, identity = run.workdir / provenance.SWEEP, _identity(run, against)
+    data = reference(config, run.workdir)
+    path, identity = run.workdir / provenance.SWEEP, _identity(run, data)
     saved = _saved(path, identity)
     entries, drawers = [], {}
     for name, num_timesteps in _plan(run):
@@ -72,9 +69,9 @@ def sweep(run: Run) -> list[Entry]:
         key, grid = f"{name} {num_timesteps}", _grid_path(run, name, num_timesteps)
         if key not in saved or not grid.exists():
             levels = _levels(run, name, num_timesteps)
-            made = drawer(run.params, levels, config.quality.num_samples)
-            saved[key] = measure(run, against, name, num_timesteps, made)
-            save_png(grid, images.grid(to_bytes(run.definition, made.x_0[:64])))
+            samples = drawer(run.params, levels, config.quality.num_samples)
+            saved[key] = measure(run, data, name, num_timesteps, samples)
+            save_png(grid, images.grid(to_bytes(run.definition, samples.x_0[:64])))
             write_json(path, identity | {"entries": [entry.to_dict() for entry in saved.values()]})
             tqdm.write(_row(saved[key]))
         entries.append(saved[key])
@@ -83,27 +80,27 @@ def sweep(run: Run) -> list[Entry]:
 
 
 def _plan(run: Run) -> list[tuple[str, int]]:
-    """Samplers and numbers of steps; the reference first, and nothing twice."""
-    of = run.config.sample.sweep
-    names = of.samplers or tuple(SAMPLERS)
+    """Samplers and numbers of steps without repeats; the reference comes first."""
+    settings = run.config.sample.sweep
+    names = settings.samplers or tuple(SAMPLERS)
     plan = [(REFERENCE, run.definition.levels.num_timesteps)]
-    plan += [(name, int(steps)) for name in names for steps in of.num_timesteps]
+    plan += [(name, int(steps)) for name in names for steps in settings.num_timesteps]
     return list(dict.fromkeys(plan))
 
 
 def _levels(run: Run, name: str, num_timesteps: int) -> Levels:
-    """By the config's spacing, but for the reference: all of the schedule's own."""
+    """Levels by the config's spacing; for the reference all of the schedule's own."""
     own = run.definition.levels
     if (name, num_timesteps) == (REFERENCE, own.num_timesteps):
         return own
     return run.levels(num_timesteps)
 
 
-def measure(run: Run, against: Reference, name: str, num_timesteps: int, made: Samples) -> Entry:
-    """The entry of some samples."""
-    images = np.asarray(run.definition.quantization.to_level(made.x_0), np.uint8)
-    found = qualities.quality(run.config, images, against)
-    return Entry(name, num_timesteps, float(made.evaluations.mean()), found)
+def measure(run: Run, data: Reference, name: str, num_timesteps: int, samples: Samples) -> Entry:
+    """The entry of some samples, which are compared with the data."""
+    grey_levels = to_grey_levels(run.definition, samples.x_0)
+    quality = qualities.quality(run.config, grey_levels, data)
+    return Entry(name, num_timesteps, float(samples.evaluations.mean()), quality)
 
 
 def _with_sampler(config: ConfigDict, name: str) -> ConfigDict:
@@ -116,12 +113,12 @@ def _grid_path(run: Run, name: str, num_timesteps: int) -> epath.Path:
     return run.workdir / "samples" / "sweep" / f"{name}_{num_timesteps:04d}.png"
 
 
-def _identity(run: Run, against: Reference) -> dict[str, Any]:
-    """What all entries of a file have in common."""
+def _identity(run: Run, data: Reference) -> dict[str, Any]:
+    """What the entries of a file have in common."""
     identity = provenance.identity(
         provenance.SWEEP, run.config, run.step, run.workdir, data=splits.fingerprints(run.config)
     )
-    return identity | {"features": against.features.name}
+    return identity | {"features": data.features.name}
 
 
 def _saved(path: epath.Path, identity: dict[str, Any]) -> dict[str, Entry]:
@@ -138,7 +135,7 @@ def _saved(path: epath.Path, identity: dict[str, Any]) -> dict[str, Entry]:
 
 
 def to_markdown(entries: list[Entry]) -> str:
-    """The table, and what stands above it."""
+    """The table."""
     head = (
         "| sampler | steps | evaluations | Fréchet | kernel × 1000 | precision | recall |\n"
         "| --- | --- | --- | --- | --- | --- | --- |"
@@ -147,12 +144,12 @@ def to_markdown(entries: list[Entry]) -> str:
 
 
 def _row(entry: Entry) -> str:
-    of = entry.quality
+    quality = entry.quality
     return (
         f"| {entry.sampler} | {entry.num_timesteps} | {entry.evaluations:.0f} "
-        f"| {of.frechet:.3f} ± {of.frechet_mc_se:.3f} "
-        f"| {1e3 * of.kernel:.2f} ± {1e3 * of.kernel_mc_se:.2f} "
-        f"| {of.precision:.3f} | {of.recall:.3f} |"
+        f"| {quality.frechet:.3f} ± {quality.frechet_mc_se:.3f} "
+        f"| {1e3 * quality.kernel:.2f} ± {1e3 * quality.kernel_mc_se:.2f} "
+        f"| {quality.precision:.3f} | {quality.recall:.3f} |"
     )
 
 

@@ -1,4 +1,4 @@
-"""The K noise levels whose bound is the lowest for one network, found once and kept in a file."""
+"""The K noise levels with the lowest bound for a network, computed once and saved in a file."""
 
 from typing import Any, NoReturn
 
@@ -23,24 +23,24 @@ def find(
     variance: Variance,
     num_timesteps: tuple[int, ...],
 ) -> dict[int, Levels]:
-    """Of the candidates the levels with the least expected KL in sum, for each number of levels.
+    """The subsets of the candidates with the least expected sum of KLs, by number of levels.
 
-    Both ends are taken, so that the prior is the same for all, and so is the reconstruction unless
-    the decoder's variance is β̃_2, whose part is not counted.
+    Every subset has both ends, so that all have the same prior. They also have the same
+    reconstruction, unless the decoder's variance is β̃_2; the change of that term is neglected.
 
     Args:
       candidates: the levels to choose from.
       log_snr: the levels at which the errors were measured, falling.
-      error: E[(ε − ε̂)²] of every coordinate there; between them its logarithm is linear in λ.
-      variance: Σ_θ; not a learned one.
-      num_timesteps: how many levels to choose.
+      error: E[(ε − ε̂)²] of every coordinate there; its logarithm is interpolated linearly in λ.
+      variance: Σ_θ, which is not learned.
+      num_timesteps: the numbers of levels.
     """
-    at = candidates.log_snr[1:]
-    # An error of zero, at a pixel that is the same in every image, has no logarithm.
+    candidate = candidates.log_snr[1:]
+    # A pixel that is the same in every image has error zero, and that has no logarithm.
     log_error = np.log(np.maximum(error, np.finfo(np.float32).tiny))
-    log_error = np.apply_along_axis(lambda e: np.interp(-at, -log_snr, e), 0, log_error)
-    found = bound_optimal(pair_costs(at, np.exp(log_error), variance), max(num_timesteps))
-    return {n: Levels.from_log_snr(at[found[n]]) for n in num_timesteps}
+    log_error = np.apply_along_axis(lambda e: np.interp(-candidate, -log_snr, e), 0, log_error)
+    chosen = bound_optimal(pair_costs(candidate, np.exp(log_error), variance), max(num_timesteps))
+    return {n: Levels.from_log_snr(candidate[chosen[n]]) for n in num_timesteps}
 
 
 def to_json(optimal: dict[int, Levels]) -> dict[str, list[float]]:
@@ -51,16 +51,16 @@ def to_json(optimal: dict[int, Levels]) -> dict[str, list[float]]:
 def optimal_levels(
     workdir: epath.PathLike, num_timesteps: int, step: int, schedule: Schedule
 ) -> Levels:
-    """The K levels with the lowest bound that --experiment=spacing found here.
+    """The K levels with the lowest bound, as --experiment=spacing has saved them.
 
     Args:
       workdir: holds spacing.json.
       num_timesteps: K.
-      step: the checkpoint's step, whose levels they must be.
-      schedule: whose ends theirs must be.
+      step: the training step of the weights; the levels must belong to it.
+      schedule: the schedule; the levels must have its ends.
 
     Raises:
-      ConfigError: if there are none, or they are of another step, schedule or K.
+      ConfigError: if the file is missing, or belongs to another step, schedule or K.
     """
     path = epath.Path(workdir) / FILE
     remedy = (
@@ -80,14 +80,14 @@ def optimal_levels(
     if str(num_timesteps) not in by_number:
         refuse(f"{path} holds {', '.join(by_number)} levels, and not {num_timesteps}")
     log_snr = by_number[str(num_timesteps)]
-    # A learned schedule's ends come from a network, which rounds.
+    # The ends of a learned schedule come from a network, which rounds.
     if not np.allclose(log_snr[[0, -1]], schedule.knots[[0, -1]], rtol=1e-5):
         refuse(f"{path} is of another schedule, from λ = {log_snr[0]:g} to {log_snr[-1]:g}")
     return Levels.from_log_snr(log_snr)
 
 
 def _parse(recorded: dict[str, Any]) -> tuple[int, dict[str, np.ndarray]]:
-    """The checkpoint's step, and the log-SNRs by number of levels."""
+    """The training step of the weights, and the log-SNRs by number of levels."""
     log_snr = {n: np.array(values) for n, values in recorded["log_snr"].items()}
     return int(recorded["step"]), {
         n: require_shape("log_snr", values, (int(n),)) for n, values in log_snr.items()

@@ -116,7 +116,7 @@ def test_data_are_closer_to_data_than_noise_is(workdir):
 
 def test_pixels_are_grey_levels_as_shares(workdir):
     images = splits.load("digits", "test").images
-    found = features.pixels(config(), epath.Path(workdir)).of(images)
+    found = features.pixels(config(), epath.Path(workdir)).function(images)
     np.testing.assert_allclose(found, images.reshape(len(images), -1) / 16, rtol=1e-6)
 
 
