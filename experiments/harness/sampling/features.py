@@ -73,7 +73,7 @@ def classifier(config: ConfigDict, directory: epath.Path) -> Features:
     def parse(saved):
         flat = {tuple(name.split("/")): saved[name] for name in saved}
         scale, params = require_shape("scale", flat["scale",], ()), unflatten_dict(flat)["params"]
-        jax.tree.map(functools.partial(require_shape, "a parameter"), params, shapes["params"])
+        jax.tree.map(functools.partial(require_shape, "a parameter"), params, shapes)
         return params, scale
 
     if (saved := read(path, parse)) is not None:
