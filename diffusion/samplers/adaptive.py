@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from diffusion.flow.ode import Adaptive, import_diffrax, integrate, velocity
 from diffusion.model import DiffusionModel
+from diffusion.reverse import Reverse
 from diffusion.samplers.base import Sampler, is_last
 
 
@@ -32,9 +33,15 @@ def adaptive(
     solver = Adaptive(tolerance, tolerance, max_steps, method)
     reverse = model.reverse
 
+    def predict(x_t, log_snr, condition=None):
+        return reverse.given(condition).predict("x_0", x_t, log_snr)
+
+    # ε̂ is computed from x̂_0 in every parameterisation, as in the other samplers.
+    through_x_0 = Reverse(predict, "x_0")
+
     def solve_one(x_t, log_snr, gap, condition):
         """x_s and the number of evaluations of one example, all without the batch axis."""
-        reverse_of_one = reverse.given(jax.tree.map(lambda leaf: leaf[None], condition))
+        reverse_of_one = through_x_0.given(jax.tree.map(lambda leaf: leaf[None], condition))
 
         def vector_field(time, x):
             log_snr_here = log_snr + jnp.asarray(time, x.dtype) * gap

@@ -159,7 +159,7 @@ def test_costs_of_what_has_none_are_an_error():
     log_snr, error = np.array([1.0, 0.0]), np.ones((2, 3))
     with pytest.raises(ValueError, match="learned"):
         spacing.pair_costs(log_snr, error, variances.learned_diagonal())
-    with pytest.raises(ValueError, match="fall"):
+    with pytest.raises(ValueError, match="must decrease"):
         spacing.pair_costs(log_snr[::-1], error, variances.beta())
 
 
