@@ -7,7 +7,7 @@ import pytest
 
 from diffusion import forward, reverse, schedules
 from diffusion.exact import distributions
-from diffusion.reverse import PARAMETERIZATIONS, Reverse
+from diffusion.reverse import Reverse
 from diffusion.schedules import Step
 from diffusion.variances import VARIANCES
 from tests.diffusion import oracles
@@ -47,10 +47,6 @@ def problem(low, high, n=64):
     """Random (x_0, ε) at log-SNRs from `low` to `high`."""
     x_0, eps = np.random.default_rng(0).normal(size=(2, n, 3))
     return x_0, eps, np.linspace(low, high, n)
-
-
-def test_registry_has_the_four_parameterisations():
-    assert set(PARAMETERIZATIONS) == set(NAMES)
 
 
 def test_all_sixteen_pairs_convert_and_round_trip(float64):

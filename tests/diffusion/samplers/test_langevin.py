@@ -93,24 +93,6 @@ def test_moves_on_a_mixture_reach_its_moments():
     assert abs(x.var() - MIXTURE_VARIANCE) < 4 * ((x - x.mean()) ** 2).std() / np.sqrt(n) + bias
 
 
-def test_ancestral_step_is_a_flow_step_then_a_langevin_step(float64):
-    """With one noise for both, to first order in β: x + ½β(x + s), then a step with η = β/2."""
-    beta = np.geomspace(1e-4, 1e-2, 9)
-    log_snr, ones = np.full(9, 0.4), np.ones((9, 1))
-    step = Step(log_snr, -np.log1p(-beta * (1 + np.exp(log_snr))))  # β = σ_t² (1 − e^{−gap})
-    model = Reverse(MIXTURE.denoiser, "x_0", "beta")
-
-    @jax.jit
-    def difference(x, z):
-        ancestral = model.step(x, model.predict("x_0", x, log_snr), step).sample(z)
-        flowed = x + 0.5 * beta[:, None] * (x + MIXTURE.score(x, log_snr))
-        score = MIXTURE.score(flowed, log_snr)
-        return ancestral - langevin.langevin_step(flowed, score, beta[:, None] / 2, z)
-
-    left = np.abs(np.asarray(difference(1.3 * ones, -0.7 * ones)))[:, 0]
-    assert np.polyfit(np.log(beta), np.log(left), 1)[0] == pytest.approx(2, abs=0.05)
-
-
 @pytest.mark.parametrize("log_snr", [-15.0, 0.0, 15.0])
 def test_a_move_has_the_signal_to_noise_ratio_asked_for(log_snr):
     """‖η s‖/‖√(2η) z‖ is r where ε̂ and z are of unit size, whatever the level."""

@@ -83,14 +83,6 @@ def normal_samples(batch, record=(), treatment="none", scale=1.0, num_timesteps=
 draw = functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))(normal_samples)
 
 
-def test_random_samples_have_the_recursions_moments():
-    n = 5000
-    x_0 = np.asarray(draw(n).x_0, np.float64)
-    mean, spread = recursion(schedules.cosine(100).levels(12), "beta_tilde")[-1]
-    assert abs(x_0.mean() - mean) < 4 * np.sqrt(spread / n)
-    assert abs(x_0.var() - spread) < 4 * spread * np.sqrt(2 / n)
-
-
 def test_a_sample_does_not_depend_on_its_batch():
     np.testing.assert_allclose(draw(3).x_0, draw(7).x_0[:3], rtol=1e-6)
     np.testing.assert_allclose(draw(1).x_0, draw(7).x_0[:1], rtol=1e-6)
