@@ -118,7 +118,7 @@ def define_model(config: ConfigDict) -> ModelDefinition:
     variance = pick(VARIANCES, config.model.variance, "config.model.variance")()
     source = describe_data(config, "train")
     if config.model.class_conditional and not source.num_classes:
-        raise ConfigError(unlabelled_message(config, "train"))
+        raise ConfigError(unlabelled_message(config, "train", source.unlabelled))
     num_classes = source.num_classes if config.model.class_conditional else 0
     quantization = Quantization(source.num_levels, config.decoder.scaling)
     schedule, levels, noise_schedule = _schedule(config)

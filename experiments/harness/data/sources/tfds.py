@@ -133,12 +133,20 @@ def _builder(name: str, data_dir: Directory, others: Iterable[str]) -> Any:
     """tensorflow-datasets' description of a set, which may not be on disk."""
     import tensorflow_datasets as tfds
 
+    setting = f"config.data.name = {name!r}"
+    if "=" in name or re.match(r"\w+:[A-Za-z_]", name):
+        raise ConfigError(
+            f"{setting} has arguments or a namespace; only the own sets of tensorflow-datasets can "
+            "be used, as name[/config][:version]"
+        )
     try:
         return tfds.builder(name, data_dir=data_dir)
-    except (ValueError, AssertionError) as error:
-        setting = f"config.data.name = {name!r}"
+    except Exception as error:  # its readers of damaged files raise various ones
         known = tfds.list_builders(with_community_datasets=False)
         base = re.split("[/:]", name)[0]
+        if base in known and (base == name or not isinstance(error, ValueError | AssertionError)):
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(f"{setting} is damaged, prepare it again ({reason})") from error
         if base in known:
             configs = [f"{base}/{config}" for config in tfds.builder_cls(base).builder_configs]
             choices = configs or [f"{base}:{tfds.builder_cls(base).VERSION}"]
@@ -187,10 +195,10 @@ def _examples(data_source: Any, name: str) -> Iterator[Mapping[str, Any]]:
 
 @contextmanager
 def _damage_explained(name: str) -> Iterator[None]:
-    """Turns array_record's error at a damaged file into a ConfigError."""
+    """Turns the errors of array_record and Pillow at a damaged file into a ConfigError."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         raise ConfigError(
             f"config.data.name = {name!r}: a file is missing or damaged, prepare the set again: "
             f"{error}"

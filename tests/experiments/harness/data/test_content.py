@@ -12,6 +12,7 @@ from experiments.harness.data.sources import content
 from experiments.harness.errors import ConfigError
 from experiments.harness.workdir import provenance, record
 from tests.experiments import tiny
+from tests.mock_cifar10 import mock_tfds, write_cifar10
 
 
 def write(path, seed, size=1000):
@@ -100,3 +101,37 @@ def test_a_run_without_a_fingerprint_adopts_one_and_says_so(tmp_path, capsys):
     [line] = capsys.readouterr().out.splitlines()
     assert "has no fingerprint" in line
     assert record._recorded_data(tmp_path) == data
+
+
+def test_prepared_records_have_the_fingerprint_of_their_files(tmp_path):
+    fingerprints = []
+    for seed in (0, 0, 1):
+        images = np.random.default_rng(seed).integers(0, 256, (3, 32, 32, 3), np.uint8)
+        place = tmp_path / str(len(fingerprints))
+        write_cifar10(place, {"train": (images, np.arange(3))})
+        source = splits.describe("cifar10", "train", data_dir=str(place))
+        fingerprints.append(source.fingerprint())
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+    with mock_tfds(num_examples=5):
+        assert splits.describe("cifar10", "train").fingerprint() == ""
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("dataset_info.json", b""),
+        ("dataset_info.json", b"[]"),
+        ("cifar10-train.array_record-00000-of-00001", b"short"),
+    ],
+)
+def test_damaged_prepared_records_are_refused(file, content, tmp_path):
+    place = write_cifar10(tmp_path, {"train": (np.zeros((3, 32, 32, 3), np.uint8), np.arange(3))})
+    (place / file).write_bytes(content)
+    with pytest.raises(ConfigError, match="damaged"):
+        splits.load("cifar10", "train", data_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["huggingface:mnist", "cifar10/a=1"])
+def test_only_own_sets_of_tensorflow_datasets_are_looked_up(name):
+    with pytest.raises(ConfigError, match="arguments or a namespace"):
+        splits.describe(name, "train")
