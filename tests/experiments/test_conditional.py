@@ -300,6 +300,6 @@ def test_an_example_whose_label_is_missing_is_named(monkeypatch):
     monkeypatch.setitem(splits.DATASETS, "hidden", without_labels(np.int32([3] * 999 + [-1])))
     config = conditional(data__name="hidden")
     define_model(config)
-    message = r"config\.model\.class_conditional = True: .* of hidden, test, .*the one at 999 has -1.* use False"
+    message = r"class_conditional = True: .* of hidden, test, .*the one at 999 has -1.* use False"
     with pytest.raises(ConfigError, match=message):
         splits.load_data(config, "test")
