@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from experiments.harness import checks, devices, memory
 from experiments.harness.data import splits
@@ -14,11 +15,12 @@ from experiments.harness.evaluation.curves import Curves, allocated_curves, full
 from experiments.harness.evaluation.estimates import ESTIMATES, allocate, allocated_summary
 from experiments.harness.evaluation.full_bound import full_bound, summary
 from experiments.harness.evaluation.subject import Subject, subject_of
+from experiments.harness.processes import distributed
 from experiments.harness.sampling import quality, sampler
 from experiments.harness.setup import trained
 from experiments.harness.setup.definition import ModelDefinition, check_levels, define_model
-from experiments.harness.workdir import provenance
-from experiments.harness.workdir.files import append_jsonl, write_json
+from experiments.harness.workdir import provenance, record, sessions
+from experiments.harness.workdir.files import append_jsonl, replace, write_json
 
 RESULT_FILE = provenance.EVALUATION
 
@@ -33,8 +35,10 @@ def evaluate(config: ConfigDict, workdir: epath.PathLike, checked: bool = False)
 
     With the full sum over t, or to the Monte-Carlo error `evaluate.target`. Every example counts
     once, with a noise that is a function of (seed, example, t): beyond rounding the numbers depend
-    neither on the batch size nor on the devices. Writes evaluation.json, a line of
-    evaluations.jsonl, evaluation.npz with the arrays, and two plots.
+    neither on the batch size nor on the devices. Writes a line of
+    evaluations.jsonl, and files in evaluations/: KEY.json, KEY.npz with the arrays, and two plots,
+    where KEY is a fingerprint of what the result depends on. The work directory's evaluation.json,
+    evaluation.npz and plots are copies of those of the main job's settings.
 
     Args:
       config: its model, schedule and decoder are measured; `evaluate` says on what.
@@ -73,12 +77,35 @@ def evaluate(config: ConfigDict, workdir: epath.PathLike, checked: bool = False)
             result[name] = ESTIMATES[name](config, subject)
     if "quality" in config.evaluate.also:
         result["quality"] = quality.sample_quality(sampled)
+    result["environment"] = sessions.environment(run.params)
     result["seconds"] = round(time.monotonic() - start, 1)
     parts = result["prior"], result["reconstruction"]
-    write(run.workdir, curves, run.definition, *parts)
+    stem = stem_of(run.workdir, result)
+    write(stem, curves, run.definition, *parts)
+    write_json(f"{stem}.json", result)
     append_jsonl(run.workdir / "evaluations.jsonl", result)
-    write_json(run.workdir / RESULT_FILE, result)
+    recorded = record.recorded_config(workdir)
+    if recorded is None or not provenance.differences(RESULT_FILE, recorded, config):
+        _copy_to_main(run.workdir, stem)
+    else:
+        tqdm.write(f"kept in {stem}.json; {RESULT_FILE} is of the main job's settings")
     return result
+
+
+def stem_of(workdir: epath.PathLike, result: dict[str, Any]) -> epath.Path:
+    """The path of a result's files up to their endings: each distinct evaluation has its own."""
+    directory = epath.Path(workdir) / record.EVALUATIONS
+    directory.mkdir(exist_ok=True)
+    key = provenance.fingerprint(*(result[part] for part in ("step", "settings", "files")))
+    return directory / key
+
+
+def _copy_to_main(workdir: epath.Path, stem: epath.Path) -> None:
+    """Copies an evaluation's files to the names of the main job's; the result is the last."""
+    if distributed.is_first():
+        for name in ("evaluation.npz", "kl_per_timestep.png", "rate_distortion.png", RESULT_FILE):
+            ending = name.removeprefix("evaluation") if "evaluation" in name else f"_{name}"
+            replace(workdir / name, epath.Path(f"{stem}{ending}").read_bytes())
 
 
 def _measure(config: ConfigDict, subject: Subject) -> tuple[dict[str, Any], Curves]:

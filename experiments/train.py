@@ -32,7 +32,7 @@ from experiments.harness.training.state import (
     first_state,
     make_setup,
 )
-from experiments.harness.workdir import lock, record
+from experiments.harness.workdir import lock, record, sessions
 from experiments.harness.workdir.checkpoints import Checkpoints, is_new
 from experiments.harness.workdir.metrics import MetricsLog
 
@@ -88,7 +88,10 @@ def train(config: ConfigDict, workdir: epath.PathLike, checked: bool = False) ->
         if step >= config.train.num_steps and not tasks_pending:
             return state
         # The pending tasks of a step write its log lines again.
-        with MetricsLog(workdir, step - tasks_pending if step else None) as log:
+        with (
+            MetricsLog(workdir, step - tasks_pending if step else None) as log,
+            sessions.recorded(workdir, step, state.params),
+        ):
             tasks = scheduled_tasks(setup, workdir, checkpoints, log)
             return Trainer(setup, workdir, checkpoints, tasks).run(state, tasks_pending)
 

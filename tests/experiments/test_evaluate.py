@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments.evaluate import evaluate, result_line
+from experiments.evaluate import evaluate, result_line, stem_of
 from experiments.harness.data import splits
 from experiments.harness.data.sources.source import Source
 from experiments.harness.errors import ConfigError
@@ -30,7 +30,7 @@ def strict_json(text):
 
 
 def without_clock(result):
-    return {name: value for name, value in result.items() if name != "seconds"}
+    return {name: value for name, value in result.items() if name not in ("seconds", "environment")}
 
 
 @pytest.mark.parametrize("variance", ["beta_tilde", "beta"])
@@ -243,10 +243,24 @@ def test_a_checkpoint_can_be_measured_otherwise_than_it_was_trained(tmp_path):
     assert tiny.files(workdir) == before
 
 
-def test_the_validation_split_can_be_measured(tmp_path):
-    config = tiny.config(evaluate__split="validation")
-    result = evaluate(config, tiny.untrained(tmp_path, config))
-    assert (result["split"], result["num_examples"]) == ("validation", 350)
+def test_an_evaluation_with_other_settings_leaves_the_main_jobs(tmp_path, capsys):
+    workdir = tiny.untrained(tmp_path, tiny.config())
+    record.record(tiny.config(), workdir)
+    main = evaluate(tiny.config(), workdir)
+    other = evaluate(tiny.config(evaluate__split="validation"), workdir)
+    assert (other["split"], other["num_examples"]) == ("validation", 350)
+    assert json.loads((workdir / "evaluation.json").read_text()) == main
+    stems = {result["split"]: stem_of(workdir, result) for result in (main, other)}
+    assert len(list((workdir / "evaluations").glob("*.json"))) == 2
+    assert f"{stems['validation']}.json" in capsys.readouterr().out
+    for result in (main, other):
+        stem = stems[result["split"]]
+        assert json.loads(stem.with_suffix(".json").read_text()) == result
+        with np.load(stem.with_suffix(".npz")) as arrays:
+            assert len(arrays["bits_per_dim_per_example"]) == result["num_examples"]
+    record.forget_results(workdir)
+    assert not (workdir / "evaluations").exists()
+    assert not (workdir / "evaluation.json").exists()
 
 
 def test_what_cannot_be_evaluated_is_named_and_nothing_is_written(tmp_path):

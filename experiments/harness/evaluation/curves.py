@@ -58,16 +58,16 @@ def allocated_curves(allocated: Allocated, levels: Levels, num_dims: int) -> Cur
 
 
 def write(
-    workdir: epath.Path,
+    stem: epath.Path,
     curves: Curves,
     definition: ModelDefinition,
     prior: float,
     reconstruction: float,
 ) -> None:
-    """Writes evaluation.npz, kl_per_timestep.png and rate_distortion.png.
+    """Writes STEM.npz, STEM_kl_per_timestep.png and STEM_rate_distortion.png.
 
     Args:
-      workdir: the work directory.
+      stem: the path of the files up to their endings.
       curves: the curves.
       definition: the model that they belong to.
       prior: the bound's prior in bits/dim.
@@ -87,9 +87,9 @@ def write(
     }
     if curves.kl_se is not None:
         arrays["kl_se"] = curves.kl_se
-    write_npz(workdir / "evaluation.npz", **arrays)
+    write_npz(f"{stem}.npz", **arrays)
     plots.plot_kl_per_timestep(
-        workdir / "kl_per_timestep.png",
+        f"{stem}_kl_per_timestep.png",
         kl=curves.kl,
         kl_se=curves.kl_se,
         log_snr=log_snr,
@@ -97,7 +97,7 @@ def write(
         reconstruction=reconstruction,
     )
     plots.plot_rate_distortion(
-        workdir / "rate_distortion.png",
+        f"{stem}_rate_distortion.png",
         kl=curves.kl,
         prior=prior,
         rmse=rmse,

@@ -12,7 +12,7 @@ from experiments.harness import devices
 from experiments.harness.data.feed import Feed
 from experiments.harness.errors import ConfigError, RunError
 from experiments.harness.processes import signals
-from experiments.harness.processes.progress import progress
+from experiments.harness.processes.progress import progress, start_after
 from experiments.harness.processes.signals import Interrupted
 from experiments.harness.training import diagnosis
 from experiments.harness.training.speed import Profile, Timing, count_flops
@@ -116,9 +116,9 @@ class Trainer:
         self.clock.flops = count_flops(traced.jaxpr) / self.steps_per_call
         self.profile.before(0, state)
         state = self.train_step(state, *batch)
-        self.bar.set_postfix_str("")
-        self.bar.update(self.steps_per_call)
         jax.block_until_ready(state.step)
+        self.bar.set_postfix_str("", refresh=False)
+        start_after(self.bar, self.steps_per_call)
         self.feed.read_waited()
         self.clock.start()
         return state

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from experiments.harness.errors import ConfigError
+from experiments.harness.processes import distributed
 from experiments.harness.workdir.checkpoints import check_path, is_new
 from experiments.harness.workdir.files import append_jsonl, read, write_json
 from experiments.harness.workdir.provenance import (
@@ -23,6 +24,7 @@ from experiments.harness.workdir.provenance import (
 CONFIG_FILE = "config.json"
 CHANGES_FILE = "config_changes.jsonl"
 DATA_FILE = "data.json"
+EVALUATIONS = "evaluations"  # the directory of all evaluations of the run
 
 
 class DataSummary(NamedTuple):
@@ -177,6 +179,9 @@ def forget_results(workdir: epath.PathLike) -> None:
     """Removes the results of an earlier run in this directory."""
     for name in FILES_OF_A_RUN:
         (epath.Path(workdir) / name).unlink(missing_ok=True)
+    evaluations = epath.Path(workdir) / EVALUATIONS
+    if distributed.is_first() and evaluations.exists():
+        evaluations.rmtree()
 
 
 def check_network(config: ConfigDict, workdir: epath.PathLike) -> None:

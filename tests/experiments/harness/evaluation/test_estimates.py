@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import variance
-from experiments.evaluate import evaluate, result_line
+from experiments.evaluate import evaluate, result_line, stem_of
 from experiments.harness.errors import ConfigError
 from experiments.harness.setup.definition import define_model
 from experiments.harness.setup.params import init_params
@@ -82,7 +82,7 @@ def test_further_estimates_agree_with_the_bound(trained, full):
     assert of_k["network_evaluations"] == 447 * 2 * 3 * 8
     assert found["ode"]["failed_solves"] == 0
     assert np.isfinite(found["ode"]["bits_per_dim"])
-    kept = json.loads((trained / "evaluation.json").read_text())
+    kept = json.loads(stem_of(trained, found).with_suffix(".json").read_text())
     lines = result_line(kept).splitlines()
     assert len(lines) == 4
     for name, line in zip(("continuous", "k_sample", "ode"), lines[1:], strict=True):
@@ -110,8 +110,8 @@ def test_what_no_error_is_known_of_is_told_as_unknown(trained):
         evaluate__ode__probes=1,
         evaluate__ode__method="heun",
     )
-    evaluate(config, trained)
-    kept = json.loads((trained / "evaluation.json").read_text())
+    stem = stem_of(trained, evaluate(config, trained))
+    kept = json.loads(stem.with_suffix(".json").read_text())
     assert kept["ode"]["trace_se"] is None
     assert "trace ± unknown" in result_line(kept)
 
@@ -144,7 +144,7 @@ def test_a_new_run_forgets_what_was_measured_of_another(tmp_path):
     config = tiny.config(**SHORT)
     train(config, tmp_path)
     evaluate(tiny.config(evaluate__variance="analytic_isotropic", **SHORT), tmp_path)
-    measured = [tmp_path / "evaluation.json", tmp_path / "eps_errors.npz"]
+    measured = [tmp_path / "evaluations", tmp_path / "eps_errors.npz"]
     assert all(path.exists() for path in measured)
     train(config, tmp_path)  # finished: nothing is touched
     assert all(path.exists() for path in measured)
