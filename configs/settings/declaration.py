@@ -122,7 +122,7 @@ class Name:
         if value in settings or is_group:
             return None
         hint = suggestion(str(value), settings)
-        return f" that is no setting{hint and f'; did you mean {hint}?'}"
+        return f" is no setting{hint and f'; did you mean {hint}?'}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +150,7 @@ class Tuple:
         for entry in value:
             problem = self.element.problem(entry)
             if problem:
-                return f" has the entry {shown(entry)}{problem}"
+                return f": entry {shown(entry)}{problem}"
         if self.distinct and len(set(value)) < len(value):
             return _must_be(self)
         return None

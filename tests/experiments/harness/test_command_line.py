@@ -94,7 +94,7 @@ MISTAKES = {
     "--config.train.warmup_steps=1501": ("config.train.warmup_steps = 1501", "num_steps = 1500"),
     "--config.model.unet.channel_multipliers=2": ("channel_multipliers=2; it must be a tuple",),
     "--config.model.unet.fourier_exponents=3": ("fourier_exponents=3; it must be a tuple",),
-    "--config.model.unet.channel_multipliers=(1.5,)": ("has the entry 1.5; it must be a whole",),
+    "--config.model.unet.channel_multipliers=(1.5,)": ("(1.5,): entry 1.5; it must be a whole",),
     "--config.model.unet.channels=400000": ("config.model.unet.channels = 400000; it must be",),
     "--config.model.unet.channels=65536": ("config.model.unet.channels = 65536 needs", "GiB"),
     "--config.schedule.num_timesteps=100000000000000": ("num_timesteps = 100000000000000; it",),
