@@ -53,7 +53,7 @@ class Bound(NamedTuple):
 def prior_kl(x_0: Float[Array, "b *d"], log_snr: Float[Array, "b"]) -> Float[Array, "b"]:
     """KL(q(x_T | x_0) ‖ N(0, I)), the last term of (13.26), from λ_T.
 
-    The lecture prints q(x_1 | x_0) and q(x_T | x_0) here: docs/lecture.md, 13.21.
+    The lecture prints it between q(x_1 | x_0) and q(x_T | x_0), a slip: docs/lecture.md, 13.21.
     """
     alpha_bar = jax.nn.sigmoid(jnp.asarray(log_snr))
     from_variance = -alpha_bar - jax.nn.log_sigmoid(-jnp.asarray(log_snr))

@@ -44,7 +44,7 @@ class Step(NamedTuple):
 
     @property
     def c(self) -> Float[Array, "*b"]:
-        """1 − SNR_t/SNR_s = β_t/(1 − ᾱ_t): the weight of x_0 in the posterior mean, over α_s."""
+        """1 − SNR_t/SNR_s = β_t/(1 − ᾱ_t): the posterior mean's weight of x_0, divided by α_s."""
         return -jnp.expm1(-self.gap)
 
     @property
@@ -160,9 +160,8 @@ class Schedule(NamedTuple):
     def levels(self, num_timesteps: int) -> Levels:
         """T levels at equally spaced times, including both ends; at T = 1 the noisiest one.
 
-        If there are at most as many levels as knots, each level is the nearest knot: a subset of
-        the levels of a β table, on which a network was trained. With as many levels as knots the
-        levels are the table itself.
+        If T is at most the number of knots, levels are rounded to knots, so that a network trained
+        on a β table sees only levels of that table. If T equals that number, they are the table.
 
         Raises:
           ValueError: if T < 1.

@@ -1,9 +1,10 @@
 """Σ_θ, the variance of the reverse step: fixed, learned, or computed from measured errors.
 
-The KL depends on Σ_θ through r = log(Σ_θ/β̃). Given x_t the optimal Σ_θ for a mean S_θ is
-β̃ + E‖μ̃ − S_θ‖²/d = β̃ (1 + expm1(gap) e), where e = E[(ε − ε̂)²] is the mean squared error of a
-coordinate at that noise level. The error does not depend on the level that the step goes to, so a
-Σ_θ computed from errors applies to any number of timesteps and any schedule.
+The KL depends on Σ_θ through r = log(Σ_θ/β̃). If p_θ has the mean S_θ and q(x_s | x_t, x_0)
+has the mean μ̃, the optimal Σ_θ is β̃ + E‖μ̃ − S_θ‖²/d = β̃ (1 + expm1(gap) e), where
+e = E[(ε − ε̂)²] is the mean squared error of a coordinate at that noise level. The error does not
+depend on the level that the step goes to, so a Σ_θ computed from errors applies to any number of
+timesteps and any schedule.
 """
 
 from collections.abc import Callable
@@ -21,10 +22,10 @@ Extra = Float[Array, "b *d"] | None
 
 
 class Variance(NamedTuple):
-    """A choice of Σ_θ. Both functions take a `Step` and `Extra` that broadcast to each other.
+    """A choice of Σ_θ. Both functions take (step, extra), whose shapes broadcast.
 
     Attributes:
-      value: -> Σ_θ; at s = 0 it is the variance of x_0 given x_t.
+      value: -> Σ_θ; finite at s = 0 too, where the gap is infinite.
       log_ratio: -> r = log(Σ_θ/β̃) for s ≥ 1, computed without cancellation.
       is_learned: whether both functions need the `Extra`.
     """

@@ -73,6 +73,11 @@ class Run(NamedTuple):
             return self
         available = analytic.available_variances(self.config)
         if name not in available:
+            if name in VARIANCES:
+                raise ConfigError(
+                    f"variance = {name!r} is learned, and this network was not trained with it; "
+                    f"use {', '.join(available)}"
+                )
             raise ConfigError(f"variance = {name!r}{unknown(name, available)}")
         if name in VARIANCES:
             variance = VARIANCES[name]()

@@ -84,16 +84,16 @@ def count_flops(jaxpr: Any) -> float:
     """
     total = 0.0
     for equation in jaxpr.eqns:
-        settings, output = equation.params, equation.outvars[0].aval
+        settings = equation.params
         if equation.primitive.name == "dot_general":
             (summed_axes, _), _ = settings["dimension_numbers"]
             summed = math.prod(equation.invars[0].aval.shape[axis] for axis in summed_axes)
-            total += 2 * output.size * summed
+            total += 2 * equation.outvars[0].aval.size * summed
         elif equation.primitive.name == "conv_general_dilated":
             kernel, axes = equation.invars[1].aval, settings["dimension_numbers"].rhs_spec
             # Dilation fills the input with zeros, which need no operations.
             summed = kernel.size / kernel.shape[axes[0]] / math.prod(settings["lhs_dilation"])
-            total += 2 * output.size * summed
+            total += 2 * equation.outvars[0].aval.size * summed
         leaves = jax.tree.leaves(list(settings.values()), is_leaf=lambda x: hasattr(x, "eqns"))
         inner = sum(count_flops(leaf) for leaf in leaves if hasattr(leaf, "eqns"))
         total += settings.get("length", 1) * inner  # a scan's number of iterations

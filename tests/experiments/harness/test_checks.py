@@ -97,7 +97,7 @@ def test_a_whole_number_is_a_float_and_not_the_reverse():
         ("model.unet.fourier_exponents", 3, "it must be a tuple; each entry a whole number"),
         ("model.unet.channel_multipliers", (1.5,), ": entry 1.5; it must be a whole number"),
         ("sample.labels", ("one",), ": entry 'one'; it must be a whole number"),
-        ("schedule.betas.betas", (0.1, math.nan), ": entry nan; it must be a finite number"),
+        ("schedule.betas.betas", (0.1, math.nan), ": entry nan; it must be a number in (0, 1)"),
         ("train.allow_changes", ("seeed",), "entry 'seeed' is no setting; did you mean seed?"),
         ("data.channels", 7, "is unknown; known: 1, 3"),
         ("data.image_size", -8, "it must be a whole number in [0, 16384]"),

@@ -258,7 +258,7 @@ def test_every_evaluation_is_counted():
 
 
 def test_a_term_that_is_not_finite_ends_it():
-    broken = MODEL._replace(mean=np.float32([0.0, np.nan, 0.0]))
+    broken = MODEL._replace(means=np.float32([[0.0, np.nan, 0.0]]))
     estimator = make(num_timesteps=10, denoiser=broken.denoiser)
     with pytest.raises(RunError, match="not finite"):
         allocated_bound(estimator, 0.01, 0, 4)

@@ -130,7 +130,8 @@ def test_a_network_is_measured_without_the_schedule_learned_beside_it(tmp_path):
     """The same weights on a straight line, where the schedule has not moved from it yet."""
     learned = tiny.config(
         schedule__name="learned",
-        schedule__learned={"max": 8.0, "min": -5.0},
+        schedule__learned__max=8.0,
+        schedule__learned__min=-5.0,
         train__time="continuous",
     )
     definition = define_model(learned)
