@@ -62,7 +62,8 @@ class Run(trained.Run):
     """A trained run that can be measured and sampled; see `trained.Run` for its other parts."""
 
     def __repr__(self) -> str:
-        return f"Run({str(self.workdir)!r}, step {self.step}, T = {self.definition.levels.num_timesteps})"
+        num_timesteps = self.definition.levels.num_timesteps
+        return f"Run({str(self.workdir)!r}, step {self.step}, T = {num_timesteps})"
 
     def bound(self, split: str = "test", num_examples: int | None = None) -> MeasuredBound:
         """The bound (13.26) with the full sum over t.

@@ -325,9 +325,9 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path, capsys, monkeypatch):
 
 
 def test_an_experiment_cannot_change_its_config(tmp_path, capsys):
-    config = tiny.config()
+    config = tiny.config(seed=-1)
     with config.unlocked():
-        run(capsys, "train", config, None)
+        run(capsys, "train", config, tmp_path)
         assert config.is_locked
 
 
