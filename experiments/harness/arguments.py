@@ -24,7 +24,7 @@ _ROOT = Path(__file__).parents[2]
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """Parses the flags, after choosing a config where none is named; a mistake ends the program."""
+    """Parses the flags. Chooses a config if --config is missing; exits at a wrong flag."""
     if {"--helpconfig", "-helpconfig"} & set(argv):
         print(listing.table(SETTINGS))
         raise SystemExit(0)
