@@ -11,7 +11,7 @@ from experiments.harness import checks
 from experiments.harness.data import splits
 from experiments.harness.processes import distributed
 from experiments.harness.setup.definition import define_model
-from experiments.harness.workdir import provenance
+from experiments.harness.workdir import dependences, provenance
 from experiments.harness.workdir.checkpoints import Checkpoints
 from experiments.harness.workdir.files import read
 
@@ -51,7 +51,7 @@ def _evaluation(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any] |
         return None
     step = _step(workdir, config.evaluate.checkpoint)
     wanted = provenance.identity(
-        provenance.EVALUATION, config, step, workdir, data=splits.fingerprints(config)
+        dependences.EVALUATION, config, step, workdir, data=splits.fingerprints(config)
     )
     return recorded if provenance.is_same(recorded, wanted) else None
 
@@ -62,12 +62,12 @@ def _is_sampled(config: ConfigDict, workdir: epath.PathLike) -> bool:
     def parse(saved):
         return dict(json.loads(str(saved["identity"])))
 
-    recorded = read(epath.Path(workdir) / provenance.SAMPLES, parse)
+    recorded = read(epath.Path(workdir) / dependences.SAMPLES, parse)
     if recorded is None:
         return False
     step = _step(workdir, config.sample.checkpoint)
     wanted = provenance.identity(
-        provenance.SAMPLES, config, step, workdir, data=splits.fingerprints(config)
+        dependences.SAMPLES, config, step, workdir, data=splits.fingerprints(config)
     )
     return provenance.is_same(recorded, wanted)
 
@@ -75,4 +75,4 @@ def _is_sampled(config: ConfigDict, workdir: epath.PathLike) -> bool:
 def _step(workdir: epath.PathLike, which: str) -> int:
     """The step of the best or the latest checkpoint."""
     with Checkpoints(workdir, read_only=True) as checkpoints:
-        return distributed.of_first(checkpoints.choose(which))
+        return distributed.broadcast_first(checkpoints.choose(which))

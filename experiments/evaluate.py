@@ -19,10 +19,10 @@ from experiments.harness.processes import distributed
 from experiments.harness.sampling import quality, sampler
 from experiments.harness.setup import trained
 from experiments.harness.setup.definition import ModelDefinition, check_levels, define_model
-from experiments.harness.workdir import provenance, record, sessions
+from experiments.harness.workdir import dependences, provenance, record, sessions
 from experiments.harness.workdir.files import append_jsonl, replace, write_json
 
-RESULT_FILE = provenance.EVALUATION
+RESULT_FILE = dependences.EVALUATION
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:

@@ -19,8 +19,8 @@ from experiments.harness.seeds import stream
 from experiments.harness.setup.definition import ModelDefinition, define_model
 from experiments.harness.setup.trained import load
 from experiments.harness.workdir import provenance
+from experiments.harness.workdir.dependences import SAMPLES
 from experiments.harness.workdir.files import write_npz
-from experiments.harness.workdir.provenance import SAMPLES
 
 EXTRAS = {
     "inpaint": edits.inpaint,

@@ -16,7 +16,7 @@ from experiments.harness.evaluation.paired import Choice, Entry
 from experiments.harness.evaluation.subject import subject_of
 from experiments.harness.setup import optimal_steps, trained
 from experiments.harness.setup.trained import Run
-from experiments.harness.workdir import provenance
+from experiments.harness.workdir import dependences, provenance
 from experiments.harness.workdir.files import write_json
 
 REFERENCE = "uniform"  # what the others are compared with
@@ -54,7 +54,7 @@ def spacing(config: ConfigDict, workdir: epath.PathLike) -> list[Entry]:
         "split": config.spacing.split,
         "checkpoint": config.spacing.checkpoint,
         **provenance.identity(
-            provenance.OPTIMAL_LEVELS, config, run.step, data=splits.fingerprints(config)
+            dependences.OPTIMAL_LEVELS, config, run.step, data=splits.fingerprints(config)
         ),
         "seed": config.seed,
         "variance": config.spacing.variance or config.model.variance,

@@ -40,19 +40,19 @@ def run(
     except Interrupted as interrupted:
         status = _fail(interrupted, interrupted.status)
         # Where all processes leave together they do so in order.
-        return status if interrupted.by_all else distributed.leave_alone(status)
+        return status if interrupted.by_all else distributed.exit_without_waiting(status)
     except KeyboardInterrupt:
         message = "interrupted; the same command goes on from the last checkpoint"
-        return distributed.leave_alone(_fail(message, status=130))
+        return distributed.exit_without_waiting(_fail(message, status=130))
     except ConfigError as error:
-        return distributed.leave_alone(_fail(error, status=2))
+        return distributed.exit_without_waiting(_fail(error, status=2))
     except RunError as error:
-        return distributed.leave_alone(_fail(error, status=1))
+        return distributed.exit_without_waiting(_fail(error, status=1))
     except OSError as error:
         if error.errno not in _NO_SPACE:
             _end_others()
             raise
-        return distributed.leave_alone(
+        return distributed.exit_without_waiting(
             _fail(
                 f"workdir={workdir} cannot be written ({error.strerror}); every complete "
                 "checkpoint is intact; make room, and the same command goes on",
@@ -79,21 +79,21 @@ def _run(
         distributed.require_one_process(f"--experiment={experiment}")
     if not workdir:
         raise ConfigError("--workdir is missing; name a directory, as in --workdir=runs/digits")
-    with signals.listening(), _told_once():
+    with signals.listening(), _first_prints():
         module.run(config.lock(), workdir)
     return 0
 
 
 def _end_others() -> None:
-    """As `devices.leave_alone`, of an error that is nobody's but ours: with its traceback."""
+    """Ends all processes, if there are several, after an unexpected error with its traceback."""
     if distributed.is_one_of_several():
         traceback.print_exc()
-        distributed.leave_alone(1)
+        distributed.exit_without_waiting(1)
 
 
 @contextmanager
-def _told_once() -> Iterator[None]:
-    """In the body only the first of several processes prints; errors are everyone's."""
+def _first_prints() -> Iterator[None]:
+    """In the body only the first of several processes prints results; all print errors."""
     if distributed.is_first():
         yield
         return

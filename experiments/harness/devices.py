@@ -21,7 +21,7 @@ AXES = ("data", "fsdp")
 SMALL = 1024  # arrays of fewer elements are replicated
 
 
-class Agreed:
+class LargestOfProcesses:
     """The largest of all processes' numbers, which all of them get at the same call.
 
     The result is that of an earlier call, so that no call waits for the devices.

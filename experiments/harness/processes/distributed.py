@@ -62,7 +62,7 @@ def is_one_of_several() -> bool:
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
-def of_first(number: int) -> int:
+def broadcast_first(number: int) -> int:
     """The first process's number, in all processes."""
     if jax.process_count() == 1:
         return number
@@ -75,8 +75,8 @@ def wait_for_all(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def leave_alone(status: int) -> int:
-    """Returns the status; but one of several processes exits here, and so ends the others.
+def exit_without_waiting(status: int) -> int:
+    """Exits at once if several processes run, which ends the others; else returns the status.
 
     An orderly exit would wait for the others, and they may wait for this process.
     """
@@ -93,7 +93,7 @@ def end_all(message: str) -> None:
     """Prints an error and ends all processes, if there are several; else does nothing."""
     if is_one_of_several():
         print(f"error: {message}", file=sys.stderr)
-        leave_alone(1)
+        exit_without_waiting(1)
 
 
 def in_any(flag: bool) -> bool:

@@ -16,7 +16,7 @@ from experiments.harness.sampling import quality as qualities
 from experiments.harness.sampling.draw import Drawer, to_bytes, to_grey_levels
 from experiments.harness.sampling.quality import Quality, Reference, reference
 from experiments.harness.setup.trained import Run
-from experiments.harness.workdir import provenance
+from experiments.harness.workdir import dependences, provenance
 from experiments.harness.workdir.files import read, write_json
 
 REFERENCE = "ancestral"  # the model's own sampler, at all of the schedule's levels
@@ -61,7 +61,7 @@ def sweep(run: Run) -> list[Entry]:
     """
     config = run.config
     data = reference(config, run.workdir)
-    path, identity = run.workdir / provenance.SWEEP, _identity(run, data)
+    path, identity = run.workdir / dependences.SWEEP, _identity(run, data)
     saved = _saved(path, identity)
     entries, drawers = [], {}
     for name, num_timesteps in _plan(run):
@@ -116,7 +116,7 @@ def _grid_path(run: Run, name: str, num_timesteps: int) -> epath.Path:
 def _identity(run: Run, data: Reference) -> dict[str, Any]:
     """What the entries of a file have in common."""
     identity = provenance.identity(
-        provenance.SWEEP, run.config, run.step, run.workdir, data=splits.fingerprints(run.config)
+        dependences.SWEEP, run.config, run.step, run.workdir, data=splits.fingerprints(run.config)
     )
     return identity | {"features": data.features.name}
 

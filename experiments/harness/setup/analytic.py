@@ -21,10 +21,10 @@ from experiments.harness.data.splits import Examples
 from experiments.harness.processes.progress import progress
 from experiments.harness.seeds import stream
 from experiments.harness.setup.definition import ModelDefinition
-from experiments.harness.workdir import provenance
+from experiments.harness.workdir import dependences
 
 ANALYTIC = ("analytic_isotropic", "analytic_diagonal")
-ERRORS_FILE = provenance.MEASURED_ERRORS
+ERRORS_FILE = dependences.MEASURED_ERRORS
 _DRAW = 2**30  # keeps these noises apart from all others of their stream
 
 

@@ -10,8 +10,8 @@ from diffusion.schedules import Levels, Schedule
 from diffusion.spacing import bound_optimal, pair_costs
 from diffusion.variances import Variance
 from experiments.harness.errors import ConfigError
+from experiments.harness.workdir.dependences import OPTIMAL_LEVELS
 from experiments.harness.workdir.files import read, require_shape
-from experiments.harness.workdir.provenance import OPTIMAL_LEVELS
 
 FILE = OPTIMAL_LEVELS
 

@@ -157,7 +157,7 @@ def load_ema(
 
         if jax.process_count() > 1:  # the processes must agree, so the first one chooses
             chosen = checkpoints.choose(which) if distributed.is_first() else None
-            step = distributed.of_first(-1 if chosen is None else chosen)
+            step = distributed.broadcast_first(-1 if chosen is None else chosen)
             restored = None if step < 0 else read(step)
         else:
             restored = _first_good(checkpoints, which, read)

@@ -63,7 +63,7 @@ class Trainer:
         self.steps_per_call = setup.config.train.steps_per_dispatch
         self.feed, self.clock = Feed(setup.config, setup.mesh), Clock()
         self.profile = Profile(setup.config, workdir)
-        self.largest_signal = devices.Agreed(setup.mesh)
+        self.largest_signal = devices.LargestOfProcesses(setup.mesh)
 
     def run(self, state: TrainState, tasks_pending: bool = False) -> TrainState:
         """Trains from the state's step to the last one.

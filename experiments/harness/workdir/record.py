@@ -12,14 +12,9 @@ from tqdm import tqdm
 from experiments.harness.errors import ConfigError
 from experiments.harness.processes import distributed
 from experiments.harness.workdir.checkpoints import check_path, is_new
+from experiments.harness.workdir.dependences import FILES_OF_A_RUN, NETWORK, RUN, is_named
 from experiments.harness.workdir.files import append_jsonl, read, write_json
-from experiments.harness.workdir.provenance import (
-    FILES_OF_A_RUN,
-    NETWORK,
-    RUN,
-    differences,
-    is_named,
-)
+from experiments.harness.workdir.provenance import differences
 
 CONFIG_FILE = "config.json"
 CHANGES_FILE = "config_changes.jsonl"

@@ -10,7 +10,7 @@ from PIL import Image
 from experiments.harness.data import splits
 from experiments.harness.data.sources import content
 from experiments.harness.errors import ConfigError
-from experiments.harness.workdir import provenance, record
+from experiments.harness.workdir import dependences, provenance, record
 from tests.experiments import tiny
 from tests.mock_cifar10 import mock_tfds, write_cifar10
 
@@ -69,7 +69,7 @@ def test_a_replaced_split_is_noticed_and_a_copy_is_not(name, write, tmp_path, mo
 
     def evaluation(place):
         data = splits.fingerprints(config_of(place))
-        return provenance.identity(provenance.EVALUATION, config_of(place), 3, data=data)
+        return provenance.identity(dependences.EVALUATION, config_of(place), 3, data=data)
 
     def check_resumption(place):
         source = splits.describe_data(config_of(place), "train")

@@ -35,7 +35,9 @@ def test_processes_with_other_images_are_refused(monkeypatch):
     source = splits.describe_data(tiny.config(), "train")
     require_same_data(source)
     told = []
-    monkeypatch.setattr(distributed, "of_first", lambda number: told.append(number) or told[0])
+    monkeypatch.setattr(
+        distributed, "broadcast_first", lambda number: told.append(number) or told[0]
+    )
     require_same_data(source)
     for other in (source._replace(num_examples=999), source._replace(fingerprint=lambda: "1")):
         with pytest.raises(ConfigError, match=r"do not all have the same ones; give each"):

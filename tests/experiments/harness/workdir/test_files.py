@@ -11,7 +11,7 @@ from experiments.harness.sampling import quality
 from experiments.harness.setup import trained
 from experiments.harness.setup.definition import define_model
 from experiments.harness.setup.optimal_steps import optimal_levels
-from experiments.harness.workdir import files, provenance, record
+from experiments.harness.workdir import dependences, files, provenance, record
 from tests.experiments import tiny
 
 DAMAGES = {
@@ -55,9 +55,9 @@ def errors(workdir, **changes):
     config = tiny.config()
     step = trained.load(config, workdir).step
     data = splits.fingerprints(config)
-    identity = json.dumps(provenance.identity(provenance.MEASURED_ERRORS, config, step, data=data))
+    identity = json.dumps(provenance.identity(dependences.MEASURED_ERRORS, config, step, data=data))
     arrays = {"log_snr": np.array([1.0, 0.0]), "error": np.ones((2, 8, 8, 1))}
-    files.write_npz(workdir / provenance.MEASURED_ERRORS, **arrays | changes, identity=identity)
+    files.write_npz(workdir / dependences.MEASURED_ERRORS, **arrays | changes, identity=identity)
 
 
 def measured(workdir, monkeypatch):
@@ -70,7 +70,7 @@ def measured(workdir, monkeypatch):
 def test_damaged_errors_are_measured_anew(workdir, damage, monkeypatch):
     errors(workdir)
     assert measured(workdir, monkeypatch) == [1.0, 0.0]
-    damage(workdir / provenance.MEASURED_ERRORS)
+    damage(workdir / dependences.MEASURED_ERRORS)
     assert measured(workdir, monkeypatch) == ANEW
 
 
@@ -90,14 +90,14 @@ def test_errors_of_a_wrong_shape_are_measured_anew(changes, workdir, monkeypatch
 
 
 def test_damaged_levels_are_a_line_that_says_how_to_find_them(workdir, damage):
-    path = workdir / provenance.OPTIMAL_LEVELS
+    path = workdir / dependences.OPTIMAL_LEVELS
     schedule = define_model(tiny.config()).schedule
     files.write_json(path, {"step": 0, "log_snr": {"3": [1.0, 0.0, -1.0]}})
     damage(path)
     with pytest.raises(ConfigError, match=r"spacing.json.*--experiment=spacing") as error:
         optimal_levels(workdir, 3, 0, schedule)
     assert "\n" not in str(error.value)
-    assert provenance._FINGERPRINTS[provenance.OPTIMAL_LEVELS](path) is None
+    assert provenance._FINGERPRINTS[dependences.OPTIMAL_LEVELS](path) is None
 
 
 def test_damaged_records_are_a_line(workdir, damage):

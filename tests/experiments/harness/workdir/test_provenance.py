@@ -5,8 +5,8 @@ import json
 import pytest
 
 from configs import base
-from experiments.harness.workdir import provenance
-from experiments.harness.workdir.provenance import (
+from experiments.harness.workdir import dependences, provenance
+from experiments.harness.workdir.dependences import (
     EVALUATION,
     GROUPS,
     MEASURED_ERRORS,
@@ -25,20 +25,22 @@ def identity(*arguments, data=lambda split: f"the files of {split}"):
     return provenance.identity(*arguments, data=data)
 
 
-def entries(dependences):
+def entries(row):
     """All that a result can depend on, under any condition."""
-    for entry in dependences:
-        yield from entries(entry.dependences) if isinstance(entry, provenance.When) else (entry,)
+    for entry in row:
+        yield from entries(entry.dependences) if isinstance(entry, dependences.When) else (entry,)
 
 
 def test_every_setting_is_in_one_group():
     """A new setting fails here until it is classified."""
     for name in FLAT:
-        owners = [key for key, names in GROUPS.items() if provenance.is_named(name, names)]
-        assert len(owners) == 1, f"{name} is in {owners or 'no group'}: see provenance.GROUPS"
+        owners = [key for key, names in GROUPS.items() if dependences.is_named(name, names)]
+        assert len(owners) == 1, f"{name} is in {owners or 'no group'}: see dependences.GROUPS"
     for names in GROUPS.values():
         for name in names:
-            assert any(provenance.is_named(setting, (name,)) for setting in FLAT), f"{name} is gone"
+            assert any(dependences.is_named(setting, (name,)) for setting in FLAT), (
+                f"{name} is gone"
+            )
             # A new setting of a section must be classified; an option of one choice need not.
             assert name.count(".") == 2 or name.endswith("splits.") or not name.endswith(".")
 
@@ -62,9 +64,9 @@ def test_a_condition_reads_settings_that_the_result_depends_on(result):
 
     settings = Recorder(FLAT)
     settings.read = set()
-    groups = set(provenance._active(RESULTS[result], settings))
+    groups = set(dependences.active(RESULTS[result], settings))
     exceptions = {"model.variance"} if result == NETWORK else set()
-    assert {provenance.group(name) for name in settings.read - exceptions} <= groups
+    assert {dependences.group(name) for name in settings.read - exceptions} <= groups
 
 
 @pytest.mark.parametrize(
@@ -141,7 +143,7 @@ def test_a_condition_reads_settings_that_the_result_depends_on(result):
 )
 def test_what_matters_to_a_result(result, overrides, matter, do_not):
     settings = provenance.flatten(tiny.config(**overrides).to_dict())
-    names = provenance.depends(result, settings)
+    names = dependences.depends(result, settings)
     assert set(matter.split()) <= names
     assert not set(do_not.split()) & names
 
@@ -222,7 +224,7 @@ def test_a_setting_of_another_version_does_not_count():
 def test_an_unknown_setting_counts_for_every_result():
     """As of a network that a notebook registers."""
     settings = FLAT | {"model.mine.width": 5}
-    assert all("model.mine.width" in provenance.depends(result, settings) for result in RESULTS)
+    assert all("model.mine.width" in dependences.depends(result, settings) for result in RESULTS)
 
 
 def test_bound_optimal_levels_are_part_of_what_was_sampled(tmp_path):
@@ -230,10 +232,10 @@ def test_bound_optimal_levels_are_part_of_what_was_sampled(tmp_path):
     seen = []
     for levels in ({"2": [3.0, -3.0]}, {"2": [3.0, -4.0]}):
         text = json.dumps({"log_snr": levels, "entries": len(seen)})
-        (tmp_path / provenance.OPTIMAL_LEVELS).write_text(text)
+        (tmp_path / dependences.OPTIMAL_LEVELS).write_text(text)
         seen.append(identity(SAMPLES, config, 3, tmp_path))
     assert not provenance.is_same(*seen)
-    (tmp_path / provenance.OPTIMAL_LEVELS).write_text(json.dumps({"log_snr": levels}))
+    (tmp_path / dependences.OPTIMAL_LEVELS).write_text(json.dumps({"log_snr": levels}))
     assert provenance.is_same(seen[1], identity(SAMPLES, config, 3, tmp_path))
 
 
@@ -309,4 +311,4 @@ def test_results_of_the_version_before_are_known(result, overrides, changes):
 
 
 def test_a_new_training_run_removes_all_results_of_a_run():
-    assert {name for name in RESULTS if "." in name} == set(provenance.FILES_OF_A_RUN)
+    assert {name for name in RESULTS if "." in name} == set(dependences.FILES_OF_A_RUN)
