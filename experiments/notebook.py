@@ -22,7 +22,7 @@ from experiments.harness.evaluation.full_bound import full_bound, summary
 from experiments.harness.evaluation.subject import subject_of
 from experiments.harness.sampling.draw import Drawer, to_grey_levels
 from experiments.harness.setup import trained
-from experiments.harness.workdir.record import recorded_config
+from experiments.harness.workdir.record import open_run, recorded_config
 
 
 class MeasuredBound(NamedTuple):
@@ -113,8 +113,9 @@ def load(workdir: epath.PathLike, checkpoint: str = "best", **overrides: Any) ->
     """
     if recorded_config(workdir) is None:
         raise ConfigError(f"workdir={workdir} holds no config.json; train first")
-    config: ConfigDict = recorded.get_config(str(workdir))
+    open_run(workdir)
     try:
+        config: ConfigDict = recorded.get_config(str(workdir))
         config.update_from_flattened_dict(overrides)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(" ".join(str(error).split())) from error

@@ -95,8 +95,8 @@ class Choice:
         """All permitted values."""
         choices = []
         for entry in self.entries:
-            module, colon, registry = str(entry).partition(":")
-            choices += getattr(importlib.import_module(module), registry) if colon else [entry]
+            names = registry(entry)
+            choices += [entry] if names is None else names
         return choices
 
     def describe(self) -> str:
@@ -222,6 +222,25 @@ def problems(config: Mapping[str, Any], group: Group, prefix: str = "") -> Itera
         else:
             hint = suggestion(name, group.members)
             yield f"{full} is no setting{hint and f'; did you mean config.{prefix}{hint}?'}"
+
+
+def undeclared(config: Mapping[str, Any], group: Group, prefix: str = "") -> Iterator[str]:
+    """The full names of settings and groups that no declaration has.
+
+    The options of a registered choice are left out, as in `problems`, which has the same arguments.
+    """
+    for name, value in config.items():
+        member = group.members.get(name)
+        if isinstance(member, Group) and hasattr(value, "items"):
+            yield from undeclared(value, member, f"{prefix}{name}.")
+        elif member is None and name not in _choices(group):
+            yield prefix + name
+
+
+def registry(entry: str | int) -> Any:
+    """The registry that "package.module:REGISTRY" names; None for any other entry of a choice."""
+    module, colon, name = str(entry).partition(":")
+    return getattr(importlib.import_module(module), name) if colon else None
 
 
 def value_of(config: Any, name: str) -> Any:

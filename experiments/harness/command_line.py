@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from experiments.harness.errors import ConfigError, RunError
 from experiments.harness.processes import distributed, signals
 from experiments.harness.processes.signals import Interrupted
+from experiments.harness.workdir import record
 
 TOGETHER = ("all", "train", "evaluate", "sample")  # that several processes can run together
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -80,6 +81,7 @@ def _run(
     if not workdir:
         raise ConfigError("--workdir is missing; name a directory, as in --workdir=runs/digits")
     with signals.listening(), _first_prints():
+        record.open_run(workdir)
         module.run(config.lock(), workdir)
     return 0
 

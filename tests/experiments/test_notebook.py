@@ -57,3 +57,9 @@ def test_what_cannot_be_loaded_is_named(finished, tmp_path):
         load(finished.workdir, **{"model.parameterization": "eps"})
     with pytest.raises(ConfigError, match="'tset'"):
         load(finished.workdir).bound("tset")
+    copied = tiny.copy(finished.workdir, tmp_path)
+    settings = json.loads((copied / "config.json").read_text())
+    settings["train"]["lr"] = 0.1
+    (copied / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match=r"it has train\.lr = 0\.1, unknown to this one;"):
+        load(copied)

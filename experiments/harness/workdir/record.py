@@ -9,12 +9,15 @@ from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from configs.base import SETTINGS
+from configs.settings.declaration import shown, undeclared
 from experiments.harness.errors import ConfigError
 from experiments.harness.processes import distributed
+from experiments.harness.workdir import parts
 from experiments.harness.workdir.checkpoints import check_path, is_new
 from experiments.harness.workdir.dependences import FILES_OF_A_RUN, NETWORK, RUN, is_named
 from experiments.harness.workdir.files import append_jsonl, read, write_json
-from experiments.harness.workdir.provenance import differences
+from experiments.harness.workdir.provenance import differences, flatten
 
 CONFIG_FILE = "config.json"
 CHANGES_FILE = "config_changes.jsonl"
@@ -40,7 +43,7 @@ def check(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Raises ConfigError if the directory can't be used, or holds a run with another config."""
     directory = epath.Path(workdir)
     check_path(workdir)
-    try:
+    with _readable(workdir):
         existing = [p for p in (directory, *directory.parents) if p.exists()]
         if existing and not existing[0].is_dir():
             raise ConfigError(
@@ -48,10 +51,6 @@ def check(config: ConfigDict, workdir: epath.PathLike) -> None:
                 "one can be made"
             )
         recorded = recorded_config(directory)
-    except OSError as error:
-        raise ConfigError(f"workdir={workdir} cannot be read: {error.strerror}") from error
-    except ImportError as error:  # a bucket without the package for it
-        raise ConfigError(f"workdir={workdir}: {error}") from error
     # A run without a checkpoint starts anew, with any settings.
     if recorded is not None and not is_new(workdir):
         allowed = tuple(config.train.allow_changes)
@@ -64,6 +63,44 @@ def check(config: ConfigDict, workdir: epath.PathLike) -> None:
                 f"workdir={workdir} holds a run of another config: {'; '.join(changes)}; "
                 "use the same settings to resume it, or another workdir"
             )
+
+
+def open_run(workdir: epath.PathLike) -> None:
+    """Registers the parts of a run, and compares its settings with those of this version.
+
+    Call it before the run's config is used. A directory without a run is left as it is. Settings
+    that an earlier version did not have are reported, and have their defaults.
+
+    Raises:
+      ConfigError: if a part cannot be registered, or config.json has a setting of another version.
+    """
+    with _readable(workdir):
+        parts.register(workdir)
+        recorded = recorded_config(workdir)
+    if recorded is None:
+        return
+    settings, path = flatten(recorded), epath.Path(workdir) / CONFIG_FILE
+    unknown = list(undeclared(recorded, SETTINGS))
+    missing = [name for name, _ in SETTINGS.flat() if name not in settings]
+    lacks = f"lacks {_some(missing)}" if missing else ""
+    if unknown:
+        values = [f"{n} = {shown(settings[n])}" if n in settings else n for n in unknown]
+        raise ConfigError(
+            f"{path} is of another version: it has {_some(values)}, unknown to this one"
+            f"{lacks and f', and {lacks}'}; rename or remove what is unknown in this file, or use "
+            "the version that wrote it (its commit is in sessions.jsonl)"
+        )
+    if missing:
+        tqdm.write(
+            f"{path} is of an earlier version: it {lacks}; defaults are used, unless "
+            "--config.NAME=VALUE sets others"
+        )
+
+
+def _some(names: list[str]) -> str:
+    """The first names of a list, and the number of the others."""
+    more = [f"{len(names) - 4} more"] if len(names) > 5 else []
+    return ", ".join([*names[: 4 if more else 5], *more])
 
 
 def check_data(config: ConfigDict, workdir: epath.PathLike, data: DataSummary) -> None:
@@ -138,7 +175,7 @@ def make(workdir: epath.PathLike) -> None:
 
 
 def record(config: ConfigDict, workdir: epath.PathLike, step: int | None = None) -> None:
-    """Writes config.json, and the changes that affect the training to config_changes.jsonl.
+    """Writes config.json and parts.json, and appends what changed to config_changes.jsonl.
 
     Args:
       config: the present config.
@@ -156,7 +193,19 @@ def record(config: ConfigDict, workdir: epath.PathLike, step: int | None = None)
         elif recorded is not None and (changes := differences(RUN, recorded, config)):
             line = {"step": step, "changes": list(changes.values())}
             append_jsonl(epath.Path(workdir) / CHANGES_FILE, line)
+        parts.record(config, workdir)
         write_json(epath.Path(workdir) / CONFIG_FILE, config.to_dict())
+
+
+@contextmanager
+def _readable(workdir: epath.PathLike) -> Iterator[None]:
+    """Turns an error of reading into a ConfigError."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"workdir={workdir} cannot be read: {error.strerror}") from error
+    except ImportError as error:  # a bucket without the package for it
+        raise ConfigError(f"workdir={workdir}: {error}") from error
 
 
 @contextmanager
