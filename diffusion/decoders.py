@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from diffusion.gaussian import Gaussian, expand, sum_per_example
-from diffusion.schedules import Array, Levels, alpha, sigma
+from diffusion.schedules import Array, Levels, Numbers, alpha, known_values, sigma
 
 
 class Quantization(NamedTuple):
@@ -46,6 +46,25 @@ class Quantization(NamedTuple):
         level = jnp.round(x / self.spacing + (self.num_levels - 1) / 2)
         return jnp.clip(level, 0, self.num_levels - 1).astype(jnp.int32)
 
+    def check(self, x: Float[Array, "*b"]) -> None:
+        """Refuses data that are not on the grey levels; a traced array passes unchecked.
+
+        Raises:
+          ValueError: if a value is a hundredth of the spacing, or more, from its nearest level.
+        """
+        values = known_values(x)
+        if values is None:
+            return
+        level = np.nan_to_num(np.round(values / self.spacing + (self.num_levels - 1) / 2))
+        nearest = self.values[np.clip(level, 0, self.num_levels - 1).astype(int)]
+        is_off = ~(np.abs(values - nearest) < 0.01 * self.spacing)
+        if is_off.any():
+            raise ValueError(
+                f"x_0 has the value {values[is_off][0]:g}, which is no grey level: the decoder's "
+                f"{self.num_levels} levels are {self.values[0]:g}, {self.values[1]:g} … "
+                f"{self.values[-1]:g}; convert images with Quantization.to_data"
+            )
+
 
 SCALINGS = ("endpoints", "midpoints")
 
@@ -74,38 +93,69 @@ def discretized_gaussian_log_prob(
     return jnp.where(level == 0, first, jnp.where(is_last, last, inside))
 
 
+_TAIL = -10.0  # below it log Φ and its gradient come from a series
+
+
 def _log_ndtr(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
-    """log Φ(x): JAX's function, except at x < −10, where its gradient is 0/0."""
-    tail = x < -10
-    x_tail = jnp.where(tail, x, -10.0)
-    series = 1.0  # Φ(x) = φ(x)/|x| (1 − 1/x² + 3/x⁴ − …)
-    for odd in range(15, 0, -2):
-        series = 1 - odd * series / x_tail**2
-    in_tail = -0.5 * x_tail**2 - 0.5 * np.log(2 * np.pi) - jnp.log(-x_tail) + jnp.log(series)
-    return jnp.where(tail, in_tail, jax.scipy.special.log_ndtr(jnp.where(tail, 0.0, x)))
+    """log Φ(x): JAX's function, except in the lower tail, where its gradient is 0/0."""
+    x_tail = jnp.minimum(x, _TAIL)
+    in_tail = -0.5 * x_tail**2 + _log_mills_ratio(x_tail)
+    return jnp.where(x < _TAIL, in_tail, jax.scipy.special.log_ndtr(jnp.where(x < _TAIL, 0.0, x)))
+
+
+def _log_mills_ratio(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    """log Φ(x) + x²/2 for x ≤ −10, by a series that is accurate to rounding in float64."""
+    series, inverse = 1.0, 1 / x**2  # Φ(x) = φ(x)/|x| (1 − 1/x² + 3/x⁴ − …)
+    for odd in range(31, 0, -2):
+        series = 1 - odd * inverse * series
+    return jnp.log(series) - jnp.log(-x) - 0.5 * np.log(2 * np.pi)
 
 
 def _log_interval(centre: Float[Array, "*b"], half: Float[Array, "*b"]) -> Float[Array, "*b"]:
-    """log(Φ(centre + half) − Φ(centre − half)) for half > 0."""
+    """log(Φ(centre + half) − Φ(centre − half)) for half > 0.
+
+    In a narrow bin whose density hardly changes the difference cancels, and Gauss-Legendre nodes
+    are exact to rounding. Elsewhere Φ at the two edges differs by a factor of e² or more, or the
+    bin is wide.
+    """
     centre = jnp.abs(centre)  # by symmetry; Φ of negative numbers is accurate
-    narrow = half < 0.25
-    wide_half = jnp.where(narrow, 1.0, half)
-    upper = _log_ndtr(wide_half - centre)
-    lower = _log_ndtr(-wide_half - centre)
-    difference = upper + jax.nn.log1mexp(upper - lower)
-    # In a narrow bin the difference cancels; eight Gauss-Legendre nodes are exact to rounding.
-    nodes, weights = np.polynomial.legendre.leggauss(8)
-    narrow_half = jnp.where(narrow, half, 0.1)
-    points = centre[..., None] + narrow_half[..., None] * nodes.astype(np.float32)
+    is_flat = (half < 0.25) & (centre * half < 1)
+    return jnp.where(
+        is_flat,
+        _log_flat_interval(jnp.where(is_flat, centre, 0.0), jnp.where(is_flat, half, 0.1)),
+        _log_steep_interval(centre, jnp.where(is_flat, 1.0, half)),
+    )
+
+
+def _log_flat_interval(centre: Float[Array, "*b"], half: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    """`_log_interval` for half < 1/4 and |centre| · half < 1, where eight nodes err by 1e-17."""
+    nodes, weights = (
+        jnp.asarray(constants, centre.dtype) for constants in np.polynomial.legendre.leggauss(8)
+    )
+    points = centre[..., None] + half[..., None] * nodes
     log_density = -0.5 * points**2 - 0.5 * np.log(2 * np.pi)
-    quadrature = jax.nn.logsumexp(log_density, axis=-1, b=weights.astype(np.float32))
-    return jnp.where(narrow, quadrature + jnp.log(narrow_half), difference)
+    return jax.nn.logsumexp(log_density, axis=-1, b=weights) + jnp.log(half)
+
+
+def _log_steep_interval(centre: Float[Array, "*b"], half: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    """`_log_interval` where Φ of the two edges does not cancel; centre ≥ 0."""
+    upper, lower = half - centre, -half - centre
+    log_upper = _log_ndtr(upper)
+    # In the tail the squares of the edges, which float32 rounds, are subtracted on paper.
+    in_tail = upper < _TAIL
+    tail_ratio = (
+        2 * centre * half
+        + _log_mills_ratio(jnp.minimum(upper, _TAIL))
+        - _log_mills_ratio(jnp.where(in_tail, lower, _TAIL))
+    )
+    log_ratio = jnp.where(in_tail, tail_ratio, log_upper - _log_ndtr(lower))
+    return log_upper + jax.nn.log1mexp(log_ratio)
 
 
 def categorical_log_prob(
     x_0: Float[Array, "b *d"],
     x_1: Float[Array, "b *d"],
-    log_snr: Float[Array, "b"],
+    log_snr: Numbers,
     quantization: Quantization,
 ) -> Float[Array, "b *d"]:
     """log p(x_0 | x_1) with p ∝ q(x_1 | x_0) over the K values. Kingma et al. (2021), 3.3."""
@@ -120,13 +170,17 @@ def categorical_log_prob(
 def discretized_gaussian(quantization: Quantization, variance: str = "beta_tilde") -> Decoder:
     """DDPM's decoder: N(x̂_0, σ_1²) integrated over the bin of each pixel.
 
+    σ_1² is fixed, also where Σ_θ is learned. Nichol and Dhariwal (2021) use the learned Σ_θ at
+    t = 1 too; here the network's `extra` has no gradient from that term.
+
     Args:
-      quantization: the grey levels.
+      quantization: the grey levels; data that are not traced must lie on them.
       variance: σ_1²: "beta" is β_1; "beta_tilde" is β̃_2, because β̃_1 is zero, or β_1 at T = 1.
     """
 
     def log_prob(x_0, x_1, x_0_hat, levels):
         del x_1
+        quantization.check(x_0)
         std = jnp.sqrt(first_variance(levels, variance))
         return sum_per_example(discretized_gaussian_log_prob(x_0, x_0_hat, std, quantization))
 
@@ -143,21 +197,33 @@ def first_variance(levels: Levels, variance: str) -> Float[Array, "1"]:
     return step.beta if t == 1 else step.posterior_variance
 
 
-def gaussian(variance: float) -> Decoder:
-    """For continuous data: p(x_0 | x_1) = N(x̂_0, variance) as a density."""
+def gaussian(variance: float | None = None) -> Decoder:
+    """For continuous data: p(x_0 | x_1) = N(x̂_0, variance) as a density.
+
+    Args:
+      variance: the best one is the mean squared error of x̂_0 per coordinate, e^{−λ_1} E[(ε − ε̂)²].
+        By default it is e^{−λ_1}: that of a density of x_0 which is flat over σ_1/α_1, where x̂_0
+        is x_1/α_1. Another choice by a factor f costs ½ (log f + 1/f − 1) nats per coordinate.
+    """
 
     def log_prob(x_0, x_1, x_0_hat, levels):
-        del x_1, levels
-        return Gaussian(x_0_hat, jnp.full((1,) * jnp.ndim(x_0), variance)).log_prob(x_0)
+        del x_1
+        value = jnp.exp(-levels.log_snr[1]) if variance is None else variance
+        return Gaussian(x_0_hat, jnp.full((1,) * jnp.ndim(x_0), value)).log_prob(x_0)
 
     return log_prob
 
 
 def categorical(quantization: Quantization) -> Decoder:
-    """VDM's decoder: a softmax over the K values that depends on x_1 only."""
+    """VDM's decoder: a softmax over the K values that depends on x_1 only.
+
+    Args:
+      quantization: the grey levels; data that are not traced must lie on them.
+    """
 
     def log_prob(x_0, x_1, x_0_hat, levels):
         del x_0_hat
+        quantization.check(x_0)
         log_snr = jnp.full(jnp.shape(x_1)[0], levels.log_snr[1])
         return sum_per_example(categorical_log_prob(x_0, x_1, log_snr, quantization))
 

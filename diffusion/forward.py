@@ -1,7 +1,7 @@
 """q, the forward process: it turns data into noise and has no parameters.
 
-Functions take noise levels as log-SNRs or a `Step`, one per example. Noise is an argument, so that
-quadrature and Monte Carlo run the same code.
+Functions take noise levels as log-SNRs or a `Step`, one per example or one for all. Noise is an
+argument, so that quadrature and Monte Carlo run the same code.
 """
 
 from collections.abc import Callable
@@ -11,24 +11,24 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int, Key
 
 from diffusion.gaussian import Gaussian, expand
-from diffusion.schedules import Array, Levels, Step, alpha, sigma
+from diffusion.schedules import Array, Levels, Numbers, Step, alpha, floats, sigma
 
 Noise = Callable[[Int[Array, "b"]], Float[Array, "b *d"]]
 """t -> standard normal noise, with one timestep per example; a pure function."""
 
 
-def marginal(x_0: Float[Array, "b *d"], log_snr: Float[Array, "b"]) -> Gaussian:
+def marginal(x_0: Float[Array, "b *d"], log_snr: Numbers) -> Gaussian:
     """q(x_t | x_0) = N(√ᾱ_t x_0, (1 − ᾱ_t) I).
 
     Lecture 13, Fact 1 (13.14).
     """
     return Gaussian(
-        expand(alpha(log_snr), x_0) * x_0, expand(jax.nn.sigmoid(-jnp.asarray(log_snr)), x_0)
+        expand(alpha(log_snr), x_0) * x_0, expand(jax.nn.sigmoid(-floats(log_snr)), x_0)
     )
 
 
 def diffuse(
-    x_0: Float[Array, "b *d"], log_snr: Float[Array, "b"], eps: Float[Array, "b *d"]
+    x_0: Float[Array, "b *d"], log_snr: Numbers, eps: Float[Array, "b *d"]
 ) -> Float[Array, "b *d"]:
     """x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε: a sample of the marginal with the noise ε."""
     return expand(alpha(log_snr), x_0) * x_0 + expand(sigma(log_snr), x_0) * eps

@@ -5,12 +5,15 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Float, Shaped
 
-from diffusion.schedules import Array
+from diffusion.schedules import Array, Numbers
 
 
-def expand(per_example: Shaped[Array, "b"], like: Float[Array, "b *d"]) -> Shaped[Array, "b ..."]:
+def expand(
+    per_example: Shaped[Array, "b"] | Numbers, like: Float[Array, "b *d"]
+) -> Shaped[Array, "..."]:
     """Reshapes one number per example to [b, 1, …, 1], to broadcast against `like`."""
-    return jnp.reshape(per_example, jnp.shape(per_example) + (1,) * (jnp.ndim(like) - 1))
+    per_example = jnp.asarray(per_example)
+    return jnp.reshape(per_example, per_example.shape + (1,) * (jnp.ndim(like) - 1))
 
 
 def sum_per_example(values: Float[Array, "b *d"]) -> Float[Array, "b"]:

@@ -13,17 +13,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from diffusion.schedules import Array
+from diffusion.schedules import Array, Numbers, floats
 
 ScheduleFn = Callable[[Float[Array, "b"]], Float[Array, "b"]]
 """Times in [0, 1] -> log-SNRs, elementwise."""
 
 
 def value_and_slope(
-    schedule_fn: ScheduleFn, time: Float[Array, "b"]
+    schedule_fn: ScheduleFn, time: Numbers
 ) -> tuple[Float[Array, "b"], Float[Array, "b"]]:
     """λ and dλ/du at times u; the slope is negative."""
-    time = jnp.asarray(time)
+    time = floats(time)
     return jax.jvp(schedule_fn, (time,), (jnp.ones_like(time),))
 
 

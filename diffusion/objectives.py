@@ -11,14 +11,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from diffusion.bound import continuous_rate, kl_from_error, prior_kl, reconstruction
 from diffusion.forward import diffuse
 from diffusion.gaussian import expand, sum_per_example
 from diffusion.model import DiffusionModel
 from diffusion.reverse import Outputs, convert
-from diffusion.schedules import Array, Step
+from diffusion.schedules import Array, Numbers, Step, floats
 
 
 class Loss(NamedTuple):
@@ -52,7 +52,7 @@ def vlb() -> Objective:
 
 
 def _discrete_vlb(
-    model: DiffusionModel, x_0: Float[Array, "b *d"], eps: Float[Array, "b *d"], t: Int[Array, "b"]
+    model: DiffusionModel, x_0: Float[Array, "b *d"], eps: Float[Array, "b *d"], t: Numbers
 ) -> Loss:
     """T times the term at t, and the prior."""
     log_snr = model.levels.step(t).log_snr
@@ -65,13 +65,14 @@ def _vlb_from_outputs(
     model: DiffusionModel,
     x_0: Float[Array, "b *d"],
     eps: Float[Array, "b *d"],
-    t: Int[Array, "b"],
+    t: Numbers,
 ) -> Loss:
     """The bound as a loss, from the denoiser's outputs at x_t.
 
     The term is T times the KL for t ≥ 2 and T times the reconstruction at t = 1: its mean over
     uniform t is the bound without the prior.
     """
+    t = jnp.asarray(t)
     reverse, levels, step = model.reverse, model.levels, model.levels.step(t)
     x_t = diffuse(x_0, step.log_snr, eps)
     prediction, extra = outputs
@@ -90,15 +91,15 @@ def _continuous_vlb(
     model: DiffusionModel,
     x_0: Float[Array, "b *d"],
     eps: Float[Array, "b *d"],
-    log_snr: Float[Array, "b"],
-    slope: Float[Array, "b"],
+    log_snr: Numbers,
+    slope: Numbers,
 ) -> Loss:
     """The KL per unit of time, and both ends. A decoder that needs x̂_0 costs a second evaluation.
 
     The reconstruction uses the same ε as the rate, which leaves the mean of their sum unbiased.
     """
     rate = continuous_rate(model.reverse, x_0, eps, log_snr, slope).kl
-    last = jnp.full_like(log_snr, model.levels.log_snr[-1])
+    last = jnp.full_like(floats(log_snr), model.levels.log_snr[-1])
     ends = prior_kl(x_0, last) + reconstruction(model, x_0, eps)
     return Loss(_bits_per_dim(rate, x_0), _bits_per_dim(ends, x_0))
 
@@ -117,7 +118,7 @@ def weighted(weight: Callable[[Float[Array, "b"]], Float[Array, "b"]]) -> Object
     def at(model, x_0, eps, log_snr):
         error = model.reverse.squared_eps_error(x_0, eps, log_snr)
         mean = error.mean(axis=tuple(range(1, error.ndim)))
-        return Loss(weight(log_snr) * mean, jnp.zeros_like(mean))
+        return Loss(weight(floats(log_snr)) * mean, jnp.zeros_like(mean))
 
     def discrete(model, x_0, eps, t):
         return at(model, x_0, eps, model.levels.step(t).log_snr)
@@ -159,7 +160,7 @@ def sigmoid(bias: float = 2.0) -> Objective:
     def discrete(model, x_0, eps, t):
         step = model.levels.step(t)
         error = sum_per_example(model.reverse.squared_eps_error(x_0, eps, step.log_snr))
-        gap = jnp.where(t == 1, 0.0, step.gap)
+        gap = jnp.where(jnp.asarray(t) == 1, 0.0, step.gap)
         rate = 0.5 * model.levels.num_timesteps * jnp.expm1(gap) * error
         return weigh(rate, step.log_snr, x_0)
 
@@ -168,7 +169,8 @@ def sigmoid(bias: float = 2.0) -> Objective:
         return weigh(rate, log_snr, x_0)
 
     def weigh(rate, log_snr, x_0):
-        return Loss(_bits_per_dim(jax.nn.sigmoid(bias - log_snr) * rate, x_0), jnp.zeros_like(rate))
+        weight = jax.nn.sigmoid(bias - floats(log_snr))
+        return Loss(_bits_per_dim(weight * rate, x_0), jnp.zeros_like(rate))
 
     return Objective(discrete, continuous)
 
@@ -176,8 +178,9 @@ def sigmoid(bias: float = 2.0) -> Objective:
 def hybrid(vlb_weight: float = 0.001) -> Objective:
     """L_simple trains the mean; the bound, times a small weight, trains a learned Σ_θ only.
 
-    Nichol and Dhariwal (2021), equation 16, with the bound in bits/dim. There is no loss in
-    continuous time, where the bound does not depend on Σ_θ.
+    Nichol and Dhariwal (2021), equation 16, with the bound in bits/dim, except at t = 1: their
+    decoder has the learned Σ_θ, ours a fixed variance, so t = 1 does not train Σ_θ. There is no
+    loss in continuous time, where the bound does not depend on Σ_θ.
     """
 
     def discrete(model, x_0, eps, t):

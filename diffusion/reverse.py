@@ -13,7 +13,7 @@ from jaxtyping import Float, PyTree
 
 from diffusion.forward import diffuse, posterior
 from diffusion.gaussian import Gaussian, expand
-from diffusion.schedules import Array, Step, alpha, sigma
+from diffusion.schedules import Array, Numbers, Step, alpha, floats, sigma
 from diffusion.variances import VARIANCES, Variance
 
 
@@ -72,7 +72,7 @@ PARAMETERIZATIONS: dict[str, Parameterization] = {
 def convert(
     prediction: Float[Array, "b *d"],
     x_t: Float[Array, "b *d"],
-    log_snr: Float[Array, "b"],
+    log_snr: Numbers,
     source: str,
     target: str,
 ) -> Float[Array, "b *d"]:
@@ -123,12 +123,13 @@ class Reverse(NamedTuple):
         """p_θ(x_s | x_t, condition); None removes the condition."""
         return self._replace(condition=condition)
 
-    def outputs(self, x_t: Float[Array, "b *d"], log_snr: Float[Array, "b"]) -> Outputs:
+    def outputs(self, x_t: Float[Array, "b *d"], log_snr: Numbers) -> Outputs:
         """Calls the denoiser and splits its output into the prediction and the extra.
 
         Raises:
           ValueError: if Σ_θ is learned and the denoiser has no extra output.
         """
+        log_snr = jnp.broadcast_to(floats(log_snr), jnp.shape(x_t)[:1])
         both = self.denoiser(x_t, log_snr, self.condition)
         if both.shape[-1] == 2 * jnp.shape(x_t)[-1]:
             return Outputs(*jnp.split(both, 2, axis=-1))
@@ -140,7 +141,7 @@ class Reverse(NamedTuple):
         return Outputs(both, None)
 
     def predict(
-        self, target: str, x_t: Float[Array, "b *d"], log_snr: Float[Array, "b"]
+        self, target: str, x_t: Float[Array, "b *d"], log_snr: Numbers
     ) -> Float[Array, "b *d"]:
         """The denoiser's prediction, converted to `target`: eps, x_0, v or score."""
         prediction = self.outputs(x_t, log_snr).prediction
@@ -151,16 +152,16 @@ class Reverse(NamedTuple):
         prediction: Float[Array, "b *d"],
         x_0: Float[Array, "b *d"],
         eps: Float[Array, "b *d"],
-        log_snr: Float[Array, "b"],
+        log_snr: Numbers,
     ) -> Float[Array, "b *d"]:
         """ε − ε̂ for a prediction at x_t = α x_0 + σ ε, accurate at high and at low log-SNR."""
         a, s = expand(alpha(log_snr), x_0), expand(sigma(log_snr), x_0)
         rule = PARAMETERIZATIONS[self.parameterization]
         target = rule.from_pair(x_0, eps, a, s)
-        return expand(rule.eps_error_factor(jnp.asarray(log_snr)), x_0) * (target - prediction)
+        return expand(rule.eps_error_factor(floats(log_snr)), x_0) * (target - prediction)
 
     def squared_eps_error(
-        self, x_0: Float[Array, "b *d"], eps: Float[Array, "b *d"], log_snr: Float[Array, "b"]
+        self, x_0: Float[Array, "b *d"], eps: Float[Array, "b *d"], log_snr: Numbers
     ) -> Float[Array, "b *d"]:
         """(ε − ε̂)² at x_t = α x_0 + σ ε, per coordinate."""
         prediction = self.outputs(diffuse(x_0, log_snr, eps), log_snr).prediction

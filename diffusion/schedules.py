@@ -6,28 +6,45 @@ in float32 at any number of timesteps. Schedules are float64 on the host; `Level
 """
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import ArrayLike, Float, Real
 
 Array = jax.Array | np.ndarray
+Numbers = Real[ArrayLike, "..."] | Sequence
+"""Log-SNRs, times or timesteps: one for all examples, or an array or list with one for each."""
 
 
-def alpha(log_snr: Float[Array, "*b"]) -> Float[Array, "*b"]:
+def floats(x: Numbers) -> Float[Array, "..."]:
+    """Numbers as an array of floats on the device; an array of floats keeps its precision."""
+    x = jnp.asarray(x)
+    return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(float)
+
+
+def known_values(x: Numbers) -> np.ndarray | None:
+    """The values of an array, to be checked on the host; None while JAX traces it."""
+    try:
+        return np.asarray(x)
+    except jax.errors.TracerArrayConversionError:
+        return None
+
+
+def alpha(log_snr: Numbers) -> Float[Array, "..."]:
     """√ᾱ at a log-SNR: the factor of x_0 in x_t. One at λ = +∞."""
-    return jnp.exp(0.5 * jax.nn.log_sigmoid(log_snr))
+    return jnp.exp(0.5 * jax.nn.log_sigmoid(floats(log_snr)))
 
 
-def sigma(log_snr: Float[Array, "*b"]) -> Float[Array, "*b"]:
+def sigma(log_snr: Numbers) -> Float[Array, "..."]:
     """√(1 − ᾱ) at a log-SNR: the factor of ε in x_t. Value and gradient are zero at λ = +∞."""
-    return jnp.exp(0.5 * jax.nn.log_sigmoid(-log_snr))
+    return jnp.exp(0.5 * jax.nn.log_sigmoid(-floats(log_snr)))
 
 
 class Step(NamedTuple):
-    """A pair of noise levels s < t for each example.
+    """A pair of noise levels s < t for each example, as arrays of floats.
 
     Attributes:
       log_snr: λ_t, the noisier level.
@@ -70,6 +87,8 @@ class Step(NamedTuple):
 class Levels(NamedTuple):
     """T noisy levels above level 0, the data; float64 on the host, indexed by t = 0 … T.
 
+    As an argument of a function that JAX traces it is on the device, in the default float type.
+
     Attributes:
       log_snr: λ_t, decreasing from λ_0 = +∞.
       gap: λ_{t−1} − λ_t, computed in float64; +∞ at t = 1, and a meaningless +∞ at t = 0.
@@ -102,29 +121,54 @@ class Levels(NamedTuple):
         """T: the number of noisy levels."""
         return len(self.log_snr) - 1
 
-    def step(self, t: Int[Array, "*b"]) -> Step:
-        """The step from t to t − 1, for t = 1 … T, in the default float type on the device."""
+    def step(self, t: Numbers) -> Step:
+        """The step from t to t − 1, for t = 1 … T, in the default float type on the device.
+
+        Raises:
+          ValueError: if a t is out of range, unless JAX traces it.
+        """
+        self.check(t)
+        t = jnp.asarray(t)
         return Step(jnp.asarray(self.log_snr, float)[t], jnp.asarray(self.gap, float)[t])
 
+    def check(self, t: Numbers, first: int = 1) -> None:
+        """Raises ValueError if a t is not in first … T; a traced t passes unchecked."""
+        values = known_values(t)
+        if values is None:
+            return
+        is_wrong = (values < first) | (values > self.num_timesteps)
+        if is_wrong.any():
+            raise ValueError(
+                f"t = {values[is_wrong][0]}; it must lie in {first} … {self.num_timesteps}"
+            )
+
     @property
-    def alpha_bar(self) -> Float[np.ndarray, "levels"]:
+    def alpha_bar(self) -> Float[Array, "levels"]:
         """ᾱ_t for t = 0 … T; ᾱ_0 = 1."""
-        return np.exp(-np.logaddexp(0.0, -self.log_snr))
+        return self._numpy.exp(-self._numpy.logaddexp(0.0, -self.log_snr))
 
     @property
-    def sigma2(self) -> Float[np.ndarray, "levels"]:
+    def sigma2(self) -> Float[Array, "levels"]:
         """σ_t² = 1 − ᾱ_t for t = 0 … T, without cancellation."""
-        return np.exp(-np.logaddexp(0.0, self.log_snr))
+        return self._numpy.exp(-self._numpy.logaddexp(0.0, self.log_snr))
 
     @property
-    def beta(self) -> Float[np.ndarray, "levels"]:
+    def beta(self) -> Float[Array, "levels"]:
         """β_t = 1 − ᾱ_t/ᾱ_{t−1} = σ_t² c for t = 1 … T; zero at t = 0, which has no step."""
-        return self.sigma2 * np.concatenate([[0.0], -np.expm1(-self.gap[1:])])
+        return self.sigma2 * self._after_zero(-self._numpy.expm1(-self.gap[1:]))
 
     @property
-    def posterior_variance(self) -> Float[np.ndarray, "levels"]:
+    def posterior_variance(self) -> Float[Array, "levels"]:
         """β̃_t = β_t (1 − ᾱ_{t−1})/(1 − ᾱ_t) for t = 1 … T (13.20); β̃_1 = 0, and zero at t = 0."""
-        return np.concatenate([[0.0], self.beta[1:] * self.sigma2[:-1] / self.sigma2[1:]])
+        return self._after_zero(self.beta[1:] * self.sigma2[:-1] / self.sigma2[1:])
+
+    @property
+    def _numpy(self) -> ModuleType:
+        """NumPy on the host, `jax.numpy` on the device."""
+        return np if isinstance(self.log_snr, np.ndarray) else jnp
+
+    def _after_zero(self, values: Float[Array, "T"]) -> Float[Array, "levels"]:
+        return self._numpy.concatenate([self._numpy.zeros(1, values.dtype), values])
 
 
 class Schedule(NamedTuple):
@@ -139,12 +183,12 @@ class Schedule(NamedTuple):
 
     knots: Float[np.ndarray, "n"]
 
-    def log_snr(self, time: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    def log_snr(self, time: Numbers) -> Float[Array, "..."]:
         """λ at times in [0, 1]."""
         times = np.linspace(0.0, 1.0, len(self.knots))
-        return jnp.interp(time, jnp.asarray(times, float), jnp.asarray(self.knots, float))
+        return jnp.interp(floats(time), jnp.asarray(times, float), jnp.asarray(self.knots, float))
 
-    def slope(self, time: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    def slope(self, time: Numbers) -> Float[Array, "..."]:
         """dλ/dtime < 0 at times in [0, 1]; at a knot, the slope after it.
 
         Raises:
@@ -154,7 +198,7 @@ class Schedule(NamedTuple):
         if pieces < 1:
             raise ValueError("a schedule of a single level has no continuous time")
         slopes = np.diff(np.asarray(self.knots, np.float64)) * pieces
-        piece = jnp.clip(jnp.floor(jnp.asarray(time) * pieces).astype(int), 0, pieces - 1)
+        piece = jnp.clip(jnp.floor(floats(time) * pieces).astype(int), 0, pieces - 1)
         return jnp.asarray(slopes, float)[piece]
 
     def levels(self, num_timesteps: int) -> Levels:

@@ -58,7 +58,8 @@ def karras(schedule: Schedule, num_timesteps: int, rho: float = 7.0) -> Levels:
     Karras et al. (2022), equation 5.
 
     Raises:
-      ValueError: as for `uniform`; if ρ is not positive, or so small that levels overflow.
+      ValueError: as for `uniform`; if ρ is not positive, or so small that levels overflow or are
+        equal in float32.
     """
     if not rho > 0:
         raise ValueError(f"rho = {rho:g}; it must be positive")
@@ -66,7 +67,16 @@ def karras(schedule: Schedule, num_timesteps: int, rho: float = 7.0) -> Levels:
     # (σ/α)^{1/ρ} = e^{−λ/2ρ}; divided by its value at the cleanest level it is 1 + f expm1(…).
     with np.errstate(over="ignore"):
         growth = np.expm1((first - last) / (2 * rho))
-    return _between_ends(schedule, num_timesteps, lambda f: first - 2 * rho * np.log1p(f * growth))
+    levels = _between_ends(
+        schedule, num_timesteps, lambda f: first - 2 * rho * np.log1p(f * growth)
+    )
+    ties = np.flatnonzero(np.diff(np.float32(levels.log_snr)) == 0)
+    if ties.size:
+        raise ValueError(
+            f"rho = {rho:g} with num_timesteps = {num_timesteps}; levels from t = {ties[0]} on are "
+            "equal in float32: take a larger rho or fewer levels"
+        )
+    return levels
 
 
 def _between_ends(

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from diffusion.schedules import Numbers, floats
+
 HISTORY_LENGTH = 10
 UNIFORM_SHARE = 0.001
 
@@ -34,9 +36,9 @@ def stratified(key: Key[Array, ""], batch_size: int) -> Float[Array, "b"]:
 TIMES: dict[str, Callable[..., Float[Array, "b"]]] = {"uniform": uniform, "stratified": stratified}
 
 
-def to_timestep(time: Float[Array, "b"], num_timesteps: int) -> Int[Array, "b"]:
+def to_timestep(time: Numbers, num_timesteps: int) -> Int[Array, "..."]:
     """t = 1 … T, all equally likely, from a uniform time."""
-    t = 1 + jnp.floor(time * num_timesteps).astype(jnp.int32)
+    t = 1 + jnp.floor(floats(time) * num_timesteps).astype(jnp.int32)
     return jnp.minimum(t, num_timesteps)
 
 

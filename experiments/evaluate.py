@@ -68,6 +68,7 @@ def evaluate(config: ConfigDict, workdir: epath.PathLike, checked: bool = False)
         "checkpoint": config.evaluate.checkpoint,
         "num_timesteps": subject.levels.num_timesteps,
         "seed": config.seed,
+        "uniform_bits_per_dim": float(np.log2(run.definition.quantization.num_levels)),
         **provenance.identity(
             RESULT_FILE, config, run.step, workdir, data=splits.fingerprints(config)
         ),
@@ -157,13 +158,28 @@ def result_line(result: dict[str, Any]) -> str:
     names = ("prior", "diffusion", "reconstruction")
     parts = ", ".join(f"{name} {_show(result[name])}" for name in names)
     detail = f"{parts}), {result['num_examples']} examples, T = {result['num_timesteps']}"
-    lines = [line(result["split"], result, detail)]
+    lines = [line(result["split"], result, detail) + _worse_than_uniform(result)]
     for name, describe in _DETAILS.items():
         if name in result:
             lines.append(line(f"  {name}", result[name], f"{describe(result[name])})"))
     if "quality" in result:
         lines.append(f"  quality {quality.line(result['quality'])}")
     return "\n".join(lines)
+
+
+def _worse_than_uniform(result: dict[str, Any]) -> str:
+    """A remark if the bound or a term exceeds the bits/dim of uniformly distributed pixels."""
+    uniform = result.get("uniform_bits_per_dim", np.inf)  # not in the files of older versions
+    remedies = {
+        "prior": "the last level has too little noise",
+        "diffusion": "the network predicts badly",
+        "reconstruction": "the first level has too much noise, or x̂_0 is bad there",
+        "bits_per_dim": "the terms together",
+    }
+    worse = [f"{name}: {why}" for name, why in remedies.items() if (result[name] or 0) > uniform]
+    if not worse:
+        return ""
+    return f"; warning: worse than the {_show(uniform)} of uniform pixels ({'; '.join(worse)})"
 
 
 _DETAILS: dict[str, Callable[[dict[str, Any]], str]] = {

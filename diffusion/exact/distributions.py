@@ -15,7 +15,7 @@ from jaxtyping import Float, Key, PyTree
 from diffusion.decoders import Decoder
 from diffusion.forward import marginal
 from diffusion.gaussian import expand
-from diffusion.schedules import Array, alpha
+from diffusion.schedules import Array, Numbers, alpha, floats
 
 einsum = functools.partial(jnp.einsum, precision="highest")  # a GPU's default is less precise
 
@@ -51,7 +51,7 @@ class Mixture(NamedTuple):
         return np.einsum("k,kde->de", weights, self.covariances) + between
 
     def denoiser(
-        self, x_t: Float[Array, "b d"], log_snr: Float[Array, "b"], condition: PyTree | None = None
+        self, x_t: Float[Array, "b d"], log_snr: Numbers, condition: PyTree | None = None
     ) -> Float[Array, "b d"]:
         """E[x_0 | x_t] = Σ_k p(k | x_t) [m_k + α C_k (α² C_k + σ² I)⁻¹ (x_t − α m_k)].
 
@@ -61,21 +61,19 @@ class Mixture(NamedTuple):
         axes = self._axes()
         noised = axes.noised(x_t, log_snr)
         weights = noised.posterior()
-        gain = expand(alpha(jnp.asarray(log_snr)), noised.residual) * axes.variances
+        gain = expand(alpha(log_snr), noised.residual) * axes.variances
         shift = axes.to_data(gain / noised.variances * noised.residual)
         means = einsum("bk,kd->bd", weights[..., 0], axes.means)
         return means + jnp.sum(weights * shift, axis=1)
 
-    def score(self, x_t: Float[Array, "b d"], log_snr: Float[Array, "b"]) -> Float[Array, "b d"]:
+    def score(self, x_t: Float[Array, "b d"], log_snr: Numbers) -> Float[Array, "b d"]:
         """∇ log p(x_t) = −Σ_k p(k | x_t) (α² C_k + σ² I)⁻¹ (x_t − α m_k)."""
         axes = self._axes()
         noised = axes.noised(x_t, log_snr)
         pull = axes.to_data(noised.residual / noised.variances)
         return -jnp.sum(noised.posterior() * pull, axis=1)
 
-    def noised_log_prob(
-        self, x_t: Float[Array, "b d"], log_snr: Float[Array, "b"]
-    ) -> Float[Array, "b"]:
+    def noised_log_prob(self, x_t: Float[Array, "b d"], log_snr: Numbers) -> Float[Array, "b"]:
         """The log-density log Σ_k w_k N(x_t; α m_k, α² C_k + σ² I), in nats."""
         return jax.nn.logsumexp(self._axes().noised(x_t, log_snr).log_joint, axis=1)
 
@@ -205,9 +203,9 @@ class _Axes(NamedTuple):
         """The axes of each component to data coordinates."""
         return x if self.basis is None else einsum("bkd,ked->bke", x, self.basis)
 
-    def noised(self, x_t: Float[Array, "b d"], log_snr: Float[Array, "b"]) -> "_Noised":
+    def noised(self, x_t: Float[Array, "b d"], log_snr: Numbers) -> "_Noised":
         """The components of α x_0 + σ ε at x_t."""
-        log_snr = jnp.asarray(log_snr)[:, None, None]
+        log_snr = jnp.reshape(floats(log_snr), (-1, 1, 1))
         signal = alpha(log_snr)
         # The square of x − α m_k, and not ‖x‖² − 2α x·m_k + …, which cancels at a high SNR.
         residual = self.from_data(jnp.asarray(x_t)[:, None] - signal * self.means)

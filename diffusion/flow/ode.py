@@ -9,7 +9,7 @@ from jaxtyping import Float, Int, PyTree
 
 from diffusion.gaussian import expand
 from diffusion.reverse import Reverse
-from diffusion.schedules import Array, sigma
+from diffusion.schedules import Array, Numbers, sigma
 
 
 class Method(NamedTuple):
@@ -106,9 +106,7 @@ class FixedGrid(NamedTuple):
 Solver = Adaptive | FixedGrid
 
 
-def velocity(
-    reverse: Reverse, x_t: Float[Array, "b *d"], log_snr: Float[Array, "b"]
-) -> Float[Array, "b *d"]:
+def velocity(reverse: Reverse, x_t: Float[Array, "b *d"], log_snr: Numbers) -> Float[Array, "b *d"]:
     """dx/dλ = ½ σ (σ x − ε̂), the probability flow with λ as time."""
     s = expand(sigma(log_snr), x_t)
     return 0.5 * s * (s * x_t - reverse.predict("eps", x_t, log_snr))

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from diffusion.gaussian import expand
 from diffusion.model import DiffusionModel
 from diffusion.reverse import PARAMETERIZATIONS, Outputs, convert
-from diffusion.schedules import Array, sigma
+from diffusion.schedules import Array, Numbers, sigma
 
 EVERYWHERE = (-float("inf"), float("inf"))
 """The interval of all log-SNRs."""
@@ -70,8 +70,8 @@ def classifier_free(
 
 
 def evaluations_at(
-    log_snr: Float[Array, "*b"], scale: float, interval: tuple[float, float] = EVERYWHERE
-) -> Int[Array, "*b"]:
+    log_snr: Numbers, scale: float, interval: tuple[float, float] = EVERYWHERE
+) -> Int[Array, "..."]:
     """Network evaluations in one call of a `classifier_free` denoiser: two inside the interval."""
     return 1 + (_is_inside(log_snr, interval) & (scale != 1)).astype(jnp.int32)
 
@@ -100,13 +100,13 @@ def by_log_prob(model: DiffusionModel, log_prob: LogProb, scale: float = 1.0) ->
 
         gradient, (prediction, extra) = jax.grad(total, has_aux=True)(jnp.asarray(x_t))
         # In the coordinates of the prediction: no conversion to ε and back.
-        shift = -scale * sigma(log_snr) / factor(jnp.asarray(log_snr))
+        shift = -scale * sigma(log_snr) / factor(log_snr)
         return Outputs(prediction + expand(shift, x_t) * gradient, extra).joined()
 
     return model._replace(reverse=reverse._replace(denoiser=denoiser))
 
 
-def _is_inside(log_snr: Float[Array, "*b"], interval: tuple[float, float]) -> Bool[Array, "*b"]:
+def _is_inside(log_snr: Numbers, interval: tuple[float, float]) -> Bool[Array, "..."]:
     """Whether a level lies in the closed interval; compared in the denoiser's float type."""
     log_snr = jnp.asarray(log_snr, float)
     return (interval[0] <= log_snr) & (log_snr <= interval[1])

@@ -12,6 +12,7 @@ from diffusion.exact import distributions
 from diffusion.gaussian import Gaussian
 from diffusion.model import DiffusionModel
 from diffusion.reverse import Reverse
+from diffusion.schedules import Step
 from tests.diffusion import oracles, problems
 from tests.diffusion.oracles import needs_long_double
 
@@ -149,6 +150,30 @@ def test_a_million_steps_are_as_exact_as_ten(name, variance):
     assert np.all(np.abs(value / expected.astype(float) - 1) < 2e-5)
     assert np.all(np.isfinite(gradient))
     assert np.all(gradient > 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "log_snr", "least", "most"),
+    [("eps", -20.0, 1e-5, 3e-3), ("score", -20.0, 1e-5, 3e-3), ("x_0", 20.0, 1e-5, 3e-3)]
+    + [("v", log_snr, 0, 2e-6) for log_snr in (-20.0, 20.0)],
+)
+def test_rounding_of_a_tiny_error_is_as_large_as_the_docs_say(name, log_snr, least, most, float64):
+    """The optimum ᾱ x_t/√ᾱ of standard normal data, rounded to float32, against float64."""
+    x_0, eps = np.float32(np.random.default_rng(0).normal(size=(2, 20, 64)))
+
+    def kl(dtype):
+        def denoiser(x_t, level, condition=None):
+            exact = forward.diffuse(np.float64(x_0), np.full(20, log_snr), np.float64(eps))
+            x_0_hat = schedules.alpha(log_snr) * exact
+            exact = reverse.convert(x_0_hat, exact, np.full(20, log_snr), "x_0", name)
+            return exact.astype(dtype)
+
+        step = Step(np.full(20, log_snr, dtype), np.full(20, 4e-5, dtype))
+        return bound.step_terms(Reverse(denoiser, name), dtype(x_0), dtype(eps), step).kl
+
+    rounded, exact = np.asarray(kl(np.float32)), np.asarray(kl(np.float64))
+    assert rounded.dtype == np.float32
+    assert least < np.abs(rounded / exact - 1).max() < most
 
 
 def test_prior_is_the_published_value_and_a_kl(float64):

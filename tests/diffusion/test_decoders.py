@@ -198,6 +198,33 @@ def test_interior_bins_are_differences_of_cdfs_in_value_and_gradient(num_levels)
     assert np.all(np.sign(of_mean[outside]) == np.sign(centre[outside]))
 
 
+def test_bins_are_exact_in_float64(float64):
+    """Also in the far tail of a narrow bin, and with no bias where the density is flat.
+
+    The oracle rounds log Φ, and its difference cancels by 1/half where half · centre is small.
+    """
+    half, centre = (
+        grid.ravel()
+        for grid in np.meshgrid(
+            np.append(np.geomspace(1e-3, 50, 40), 0.2499999),
+            np.concatenate([[0.0], np.geomspace(1e-2, 2e3, 60)]),
+        )
+    )
+    quantization = Quantization(17)
+    std = 0.5 * quantization.spacing / half
+    x_0 = np.full_like(std, quantization.values[8])
+    mean = x_0 - centre * std
+    args = (x_0[:, None], mean[:, None], std[:, None], quantization)
+    actual = np.asarray(decoders.discretized_gaussian_log_prob(*args))[:, 0]
+    expected = log_bin(centre, half)
+    tolerance = 2e-14 * (1 + np.abs(expected)) + 2e-15 / half
+    assert actual.dtype == np.float64
+    assert np.all(np.abs(actual - expected) < tolerance)
+    # The worst of the eight nodes' errors, 7e-6 of it, is at (c, h) ≈ (85, 0.25).
+    value = -float(decoders._log_interval(np.array([85.0]), np.array([0.2499]))[0])
+    assert value == pytest.approx(-log_bin(85.0, 0.2499), rel=1e-13)
+
+
 @pytest.mark.parametrize("num_levels", [2, 256])
 def test_edge_bins_are_open_in_value_and_gradient(num_levels):
     """The last bin is Φ((μ − edge)/σ), whose ∂/∂μ is φ/(σΦ); the first is its mirror image."""
@@ -285,3 +312,46 @@ def test_decoders_take_any_shape_and_treat_pixels_alike(name):
     pixels = decoder(*(np.reshape(x, (-1, 1)) for x in (x_0, x_1, x_0_hat)))
     np.testing.assert_allclose(log_prob, pixels.reshape(3, -1).sum(axis=1), rtol=1e-5)
     assert np.all(np.asarray(log_prob) <= 0)
+
+
+@pytest.mark.parametrize("name", list(decoders.DECODERS))
+def test_data_off_the_grey_levels_are_refused(name):
+    """Nobody scaled the levels 0 … 16; under jit the values are not known, and pass."""
+    quantization, levels = Quantization(17), schedules.linear_log_snr(6.0, -6.0).levels(4)
+    decoder = decoders.DECODERS[name](quantization)
+    x_0 = quantization.values[None, :].astype(np.float32)
+    log_prob = decoder(x_0, x_0, x_0, levels)
+    slightly = x_0 * np.float32(1 + 1e-4)  # a scaling in half precision
+    np.testing.assert_allclose(decoder(slightly, x_0, x_0, levels), log_prob, rtol=1e-2)
+    for wrong in (np.arange(17.0)[None], x_0 + 0.06, x_0 * np.nan, -np.inf + 0 * x_0):
+        with pytest.raises(ValueError, match=r"no grey level: .* 17 levels are -1, -0.875 … 1;"):
+            decoder(wrong, x_0, x_0, levels)
+    traced = jax.jit(lambda x_0: decoder(x_0, x_0, x_0, levels))(8 * x_0 + 8)
+    assert np.isfinite(traced).all()
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 30.0])
+def test_default_variance_of_the_density_is_the_best_for_flat_data(scale, float64):
+    """For x_0 ~ N(0, s²) with the optimal x̂_0 the mean of (x_0 − x̂_0)² is g e^{−λ_1}.
+
+    g = s² SNR/(1 + s² SNR), so the default costs ½ (g − 1 − log g) more than the entropy of
+    x_0 given x_1: of order (s² SNR)^{−2}, where no other constant is as good for all s.
+    """
+    levels = schedules.linear_log_snr(6.0, -6.0).levels(4)
+    snr = np.exp(6.0)
+    eps = oracles.sigma_points(2)  # of (x_0, ε), in which the log-density is quadratic
+    x_0, eps = scale * eps[:, :1], eps[:, 1:]
+    alpha, sigma = schedules.alpha(levels.log_snr[1]), schedules.sigma(levels.log_snr[1])
+    x_1 = alpha * x_0 + sigma * eps
+    x_0_hat = alpha * scale**2 / (alpha**2 * scale**2 + sigma**2) * x_1
+
+    def cost(variance=None):
+        return -float(jnp.mean(decoders.gaussian(variance)(x_0, x_1, x_0_hat, levels)))
+
+    g = scale**2 * snr / (1 + scale**2 * snr)
+    entropy = 0.5 * np.log(2 * np.pi * np.e * g / snr)
+    assert cost() - entropy == pytest.approx(0.5 * (g - 1 - np.log(g)), abs=1e-12)
+    assert cost(g / snr) == pytest.approx(entropy, abs=1e-12)
+    for factor in (0.1, 10.0):
+        excess = cost(factor * g / snr) - entropy
+        assert excess == pytest.approx(0.5 * (np.log(factor) + 1 / factor - 1), abs=1e-12)

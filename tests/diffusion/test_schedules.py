@@ -7,10 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion import schedules
+from diffusion import bound, decoders, forward, objectives, reverse, schedules
+from diffusion.flow import ode
+from diffusion.samplers import guidance
 from diffusion.schedules import Levels, Step
-from tests.diffusion import oracles
+from tests.diffusion import oracles, problems
 from tests.diffusion.oracles import needs_long_double
+
+X_0, EPS = np.float32(np.random.default_rng(5).normal(size=(2, 2, 3)))
 
 
 def linear_betas(n: int) -> np.ndarray:
@@ -273,3 +277,65 @@ def test_gradients_at_the_first_step_are_finite():
         # XLA differentiates a sigmoid as p(1 − p), which rounds near p = 1.
         np.testing.assert_allclose(of_log_snr, expected, rtol=1e-5, atol=oracles.EPS32)
         np.testing.assert_array_equal(of_gap, np.zeros((5, 5)))
+
+
+def test_a_step_starts_from_1_to_T():
+    """NumPy's rules would take −1 for T and t = 0 for a step of gap +∞; a tracer is not checked."""
+    levels = schedules.linear_log_snr(6.0, -6.0).levels(5)
+    for t in (0, -1, 6, [1, 2, 6], np.array([3, 0])):
+        with pytest.raises(ValueError, match=r"t = (0|-1|6); it must lie in 1 … 5"):
+            levels.step(t)
+    model = problems.without_decoder(problems.imperfect(), levels)
+    with pytest.raises(ValueError, match=r"t = 1; it must lie in 2 … 5"):
+        bound.terms_at(model, X_0, np.array([[2, 1], [3, 3]]), problems.constant(EPS))
+    expected = levels.step(np.array([1, 5]))
+    assert [*expected.log_snr] == [6, -6]
+    for same in (levels.step([1, 5]), jax.jit(levels.step)(np.array([1, 5]))):
+        jax.tree.map(np.testing.assert_array_equal, same, expected)
+    assert levels.step(5).log_snr == -6
+
+
+def test_levels_may_be_the_argument_of_a_compiled_function():
+    levels = schedules.linear_beta().levels(20)
+    names = ("alpha_bar", "sigma2", "beta", "posterior_variance")
+
+    @jax.jit
+    def tables(levels):
+        return [getattr(levels, name) for name in names]
+
+    for name, table in zip(names, tables(levels), strict=True):
+        assert isinstance(getattr(levels, name), np.ndarray)
+        # The exponential of a log-SNR that is rounded near ±10.
+        np.testing.assert_allclose(table, getattr(levels, name), rtol=3e-6)
+
+
+MODEL = problems.without_decoder(problems.imperfect())
+OF_LOG_SNR = {
+    "alpha": schedules.alpha,
+    "sigma": schedules.sigma,
+    "marginal": lambda l: forward.marginal(X_0, l).log_prob(EPS),
+    "diffuse": lambda l: forward.diffuse(X_0, l, EPS),
+    "convert": lambda l: reverse.convert(EPS, X_0, l, "v", "score"),
+    "predict": lambda l: MODEL.reverse.predict("eps", X_0, l),
+    "eps_error": lambda l: MODEL.reverse.squared_eps_error(X_0, EPS, l),
+    "prior_kl": lambda l: bound.prior_kl(X_0, l),
+    "continuous_rate": lambda l: bound.continuous_rate(MODEL.reverse, X_0, EPS, l, -3).kl,
+    "categorical": lambda l: decoders.categorical_log_prob(X_0, EPS, l, decoders.Quantization(17)),
+    "denoiser": lambda l: problems.NORMAL.denoiser(X_0, l),
+    "score": lambda l: problems.NORMAL.score(X_0, l),
+    "noised": lambda l: problems.NORMAL.noised_log_prob(X_0, l),
+    "velocity": lambda l: ode.velocity(MODEL.reverse, X_0, l),
+    "inside": lambda l: guidance.evaluations_at(l, 3.0, (1.0, 4.0)),
+    "loss": lambda l: objectives.sigmoid().continuous(MODEL, X_0, EPS, l, -3).term,
+}
+
+
+@pytest.mark.parametrize("name", list(OF_LOG_SNR))
+def test_a_log_snr_is_whatever_numpy_takes(name):
+    """A list, whole numbers, float64, and one number for all examples."""
+    function = OF_LOG_SNR[name]
+    expected = function(np.array([2.0, 2.0], np.float32))
+    for same in ([2, 2], [2.0, 2.0], np.array([2, 2]), np.array([2.0, 2.0]), jnp.array([2, 2])):
+        np.testing.assert_array_equal(function(same), expected)
+    for one in (2, 2.0, np.float32(2), np.array(2), jnp.array(2.0)):
+        np.testing.assert_allclose(*np.broadcast_arrays(function(one), expected), rtol=1e-6)

@@ -99,6 +99,14 @@ def test_karras_needs_a_rho_that_has_levels(rho):
         spacing.karras(LINE, 10, rho)
 
 
+def test_levels_that_float32_cannot_tell_apart_are_refused():
+    """At ρ = 0.03 the last steps are 2ρ/K = 6e-7 long; float32 near 20 has a spacing of 2e-6."""
+    line = schedules.linear_log_snr(20.0, -20.0)
+    assert spacing.karras(line, 10**4, 0.03).num_timesteps == 10**4
+    with pytest.raises(ValueError, match=r"rho = 0.03 with .* 100000; .* equal in float32"):
+        spacing.karras(line, 10**5, 0.03)
+
+
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("of", ["beta_tilde", "beta", "isotropic", "diagonal"])
 def test_the_cost_of_a_step_is_its_mean_kl(of):

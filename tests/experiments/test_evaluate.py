@@ -157,6 +157,17 @@ def test_the_result_is_one_line(finished):
     assert "\n" not in line
 
 
+def test_terms_worse_than_uniform_pixels_are_said_in_the_line(finished):
+    result = json.loads((finished.workdir / "evaluation.json").read_text())
+    assert result["uniform_bits_per_dim"] == pytest.approx(np.log2(17))
+    good = dict.fromkeys(("prior", "diffusion", "reconstruction"), 1.0)
+    assert "worse" not in result_line(result | good | {"bits_per_dim": 3.0})
+    line = result_line(result | good | {"bits_per_dim": 7.0, "reconstruction": 5.0})
+    assert "warning: worse than the 4.0875 of uniform pixels (reconstruction: the first" in line
+    assert "prior: " not in line
+    assert "\n" not in line
+
+
 def test_a_second_evaluation_gives_identical_numbers(finished, tmp_path):
     workdir = tiny.copy(finished.workdir, tmp_path)
     first = json.loads((workdir / "evaluation.json").read_text())

@@ -194,6 +194,24 @@ def test_clipping_keeps_the_samples_in_range(workdir, tmp_path):
     assert np.abs(made["clip"]).max() <= 1
 
 
+@pytest.mark.parametrize("treatment", ["none", "clip"])
+def test_samples_far_from_the_data_are_said_with_a_remedy(model, treatment, capsys):
+    """An ε that is wrong at cosine's last level, where √ᾱ is 1e-3 or less, is divided by it."""
+    config = tiny.config(
+        schedule__name="cosine", model__parameterization="eps", sample__x_0_treatment=treatment
+    )
+    x_0 = draw(config, model, 2).x_0
+    out = capsys.readouterr().out
+    if treatment == "clip":
+        assert "warning" not in out
+        return
+    largest = np.abs(x_0).max()
+    assert largest > 100
+    assert f"samples by ancestral at 8 levels reach {largest:,.4g} where data end at ±1 (" in out
+    assert "x_0_treatment = 'none'; try 'clip'" in out
+    assert out.count("\n") == 1
+
+
 def test_samplers_start_from_one_noise_and_end_elsewhere(workdir, tmp_path):
     """By name, each with its own settings; at η = 1 DDIM is ancestral sampling with β̃."""
     ways = {

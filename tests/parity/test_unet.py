@@ -1,16 +1,23 @@
 """Our U-Net against diffusers' `UNet2DModel` with the same weights."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from benchmarks.diffusers_unet import ddpm_cifar10
-from models.diffusers_weights import params_from_unet2d
+from models.diffusers_weights import (
+    FREE_OPTIONS,
+    OUR_OPTIONS,
+    THEIR_DEFAULTS,
+    params_from_unet2d,
+)
 from models.unet import UNet, ddpm_timestep
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("diffusers")
+diffusers = pytest.importorskip("diffusers")
 
 ALPHA_BAR = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
 LEVEL_LOG_SNRS = np.log(ALPHA_BAR / (1 - ALPHA_BAR))
@@ -36,14 +43,15 @@ def numpy_weights(model) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def narrow():
-    """Weights of a narrow network of theirs, and our network of this size."""
-    return numpy_weights(theirs(8, 4)), ours(8, 4)
+    """Weights and config of a narrow network of theirs, and our network of this size."""
+    model = theirs(8, 4)
+    return numpy_weights(model), model.config, ours(8, 4)
 
 
 def test_ddpms_cifar10_network_computes_what_theirs_does():
     """To 1e-4 of the largest output: float32 rounding, added up over some 60 layers, is 1e-6."""
     model, network = theirs(128, 32), ours(128, 32)
-    params = params_from_unet2d(numpy_weights(model), network, IMAGE_SHAPE)
+    params = params_from_unet2d(numpy_weights(model), model.config, network, IMAGE_SHAPE)
     apply = jax.jit(network.apply)
     x_t = np.random.default_rng(0).normal(size=(2, *IMAGE_SHAPE)).astype(np.float32)
     for timestep in (0, 1, 500, 999):
@@ -57,7 +65,7 @@ def test_ddpms_cifar10_network_computes_what_theirs_does():
 
 
 def test_weights_that_do_not_fit_are_named(narrow):
-    weights, network = narrow
+    weights, config, network = narrow
     missing = {name: weight for name, weight in weights.items() if name != "conv_in.bias"}
     for changed, message in (
         (missing, "missing or left over: conv_in.bias"),
@@ -65,12 +73,32 @@ def test_weights_that_do_not_fit_are_named(narrow):
         (weights | {"conv_in.bias": np.zeros(9)}, r"conv_in.bias has shape \(9,\)"),
     ):
         with pytest.raises(ValueError, match=message):
-            params_from_unet2d(changed, network, IMAGE_SHAPE)
+            params_from_unet2d(changed, config, network, IMAGE_SHAPE)
+
+
+def test_options_that_no_weight_shows_are_compared(narrow):
+    """Their default options load by name and shape, and change the output by half of its size."""
+    weights, config, network = narrow
+    default = inspect.signature(diffusers.UNet2DModel.__init__).parameters
+    known = OUR_OPTIONS.keys() | FREE_OPTIONS | {"norm_num_groups"}
+    assert default.keys() - {"self"} == known, "diffusers has another option"
+    by_default = {name: default[name].default for name in THEIR_DEFAULTS}
+    assert by_default == THEIR_DEFAULTS
+    same = {name: value for name, value in OUR_OPTIONS.items() if name not in THEIR_DEFAULTS}
+    assert {name: default[name].default for name in same} == same
+    for changed, message in (
+        (dict(config) | {"freq_shift": 0}, r"otherwise: freq_shift = 0 \(ours: 1\)$"),
+        (dict(config) | {"norm_num_groups": 8}, r"norm_num_groups = 8 \(ours: 4\)"),
+        (dict(config) | {"some_option": 8}, "unknown option some_option"),
+        ({}, "attention_head_dim = 8 .*, downsample_padding = 1 .*, flip_sin_to_cos = True"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            params_from_unet2d(weights, changed, network, IMAGE_SHAPE)
 
 
 def test_the_parameters_are_those_that_init_makes(narrow):
-    weights, network = narrow
-    params = params_from_unet2d(weights, network, IMAGE_SHAPE)
+    weights, config, network = narrow
+    params = params_from_unet2d(weights, config, network, IMAGE_SHAPE)
     expected = jax.eval_shape(
         network.init, jax.random.key(0), jnp.zeros((1, *IMAGE_SHAPE)), jnp.zeros(1)
     )["params"]

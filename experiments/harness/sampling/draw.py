@@ -10,6 +10,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from diffusion.forward import Noise, example_noise
 from diffusion.samplers import base
@@ -26,6 +27,7 @@ from experiments.harness.seeds import stream
 from experiments.harness.setup.definition import ModelDefinition
 
 START = 2**31 - 1  # the number of the noise that is x_T, the same at any T
+FAR = 3.0  # samples beyond this many times the largest data value are remarked on
 STRETCH = 16  # largest number of levels between two updates of the progress bar
 
 
@@ -116,6 +118,7 @@ class Drawer:
                     x_t.append(batch.x_t)
                     x_0_hat.append(batch.x_0_hat)
         x_0 = np.concatenate(x_0)
+        self._say_if_far(x_0, levels.num_timesteps)
         nothing = np.zeros((len(record), 0, *x_0.shape[1:]), x_0.dtype)
         frames = (np.concatenate([nothing, *parts], axis=1) for parts in (x_t, x_0_hat))
         return Samples(x_0, *frames, self._with_guidance(levels, np.concatenate(evaluations)))
@@ -167,6 +170,16 @@ class Drawer:
             raise RunError(
                 f"{bad} of {len(x_0)} samples are not finite: config.sample.sampler = {name!r}"
                 f"{options} did not converge; allow it more steps, or make each smaller"
+            )
+
+    def _say_if_far(self, x_0: np.ndarray, num_timesteps: int) -> None:
+        settings, definition = self.config.sample, self.definition
+        if excess := far_from_data(definition, x_0):
+            tqdm.write(
+                f"warning: samples by {settings.sampler} at {num_timesteps} levels {excess}: clip "
+                f"x̂_0 (config.sample.x_0_treatment = {settings.x_0_treatment!r}; try 'clip' or "
+                "'dynamic'), take more levels, or train a model that predicts v "
+                f"(config.model.parameterization = {definition.parameterization!r})"
             )
 
     def _first_state(self, params: Any, inputs: Inputs) -> State:
@@ -228,6 +241,14 @@ def _cut(levels: Levels, top: int, bottom: int) -> Stretch:
     """The levels top … bottom + 1, padded to STRETCH."""
     t = np.maximum(top - np.arange(STRETCH), bottom + 1)
     return Stretch(np.int32(t), np.float32(levels.log_snr[t]), np.float32(levels.gap[t]))
+
+
+def far_from_data(definition: ModelDefinition, x: np.ndarray) -> str:
+    """How far values lie outside the data's range, in words; empty if at most FAR times as far."""
+    largest, end = float(np.abs(x).max(initial=0.0)), definition.quantization.values[-1]
+    if largest <= FAR * end:
+        return ""
+    return f"reach {largest:,.4g} where data end at ±{end:.4g} ({np.mean(abs(x) > end):.1%} beyond)"
 
 
 def to_grey_levels(definition: ModelDefinition, x_0: Float[np.ndarray, "*b h w c"]) -> np.ndarray:

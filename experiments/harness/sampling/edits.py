@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 
 from configs.settings.declaration import unknown
@@ -16,10 +16,15 @@ from diffusion.samplers.ddpm import ddim, ddim_encode
 from experiments.harness import devices
 from experiments.harness.data import splits
 from experiments.harness.data.batches import over_examples
-from experiments.harness.errors import ConfigError
+from experiments.harness.errors import ConfigError, RunError
 from experiments.harness.processes.progress import progress
 from experiments.harness.sampling import quality, sweep
-from experiments.harness.sampling.draw import Drawer, save_strip, to_grey_levels
+from experiments.harness.sampling.draw import (
+    Drawer,
+    far_from_data,
+    save_strip,
+    to_grey_levels,
+)
 from experiments.harness.sampling.sampler import Inputs
 from experiments.harness.setup.definition import ModelDefinition
 from experiments.harness.setup.trained import Run
@@ -113,6 +118,7 @@ def interpolate(run: Run) -> None:
 
     params = devices.place(run.params, devices.replicated(devices.mesh()))
     blended = np.asarray(blend(params, x_0_a, x_0_b))
+    _check_decoded(definition, "interpolate", blended, levels.num_timesteps)
     frames = np.stack([x_0_a, *blended, x_0_b])
     captions = ["data", *(f"{weight:.2f}" for weight in weights), "data"]
     directory = run.workdir / "samples"
@@ -145,12 +151,28 @@ def encode(run: Run) -> None:
     with progress(n, "encode and decode", "img", leave=False) as bar:
         both = over_examples(encode_batch, n, config.sample.batch_size, bar)
     x_T, decoded = map(np.float32, both)
+    _check_decoded(definition, "encode", decoded, levels.num_timesteps)
     error = float(np.abs(both[1] - x_0).mean() / np.ptp(definition.quantization.values))
     directory, rows = run.workdir / "samples", config.sample.strip_rows
     frames = np.stack([x_0[:rows], x_T[:rows], decoded[:rows]])
     save_strip(directory / "encode.png", definition, frames, ["data", "noise", "decoded"])
     write_npz(directory / "encode.npz", x_T=x_T, x_0=decoded, mean_absolute_error=error)
     print(f"encoded and decoded {n} test images: mean error {error:.3%} of the range")
+
+
+def _check_decoded(
+    definition: ModelDefinition, setting: str, x_0: Float[np.ndarray, "*b"], num_timesteps: int
+) -> None:
+    """Raises RunError if images decoded by DDIM are not finite, or lie far outside the data."""
+    excess = "are not finite"
+    if np.isfinite(x_0).all():
+        excess = far_from_data(definition, x_0)
+    if excess:
+        raise RunError(
+            f"images decoded by DDIM {excess}: config.sample.{setting}.num_timesteps = "
+            f"{num_timesteps} is too few for this model, which predicts "
+            f"{definition.parameterization!r}; take more"
+        )
 
 
 def guidance(run: Run) -> None:

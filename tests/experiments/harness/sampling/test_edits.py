@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from experiments.harness.data import splits
-from experiments.harness.errors import ConfigError
+from experiments.harness.errors import ConfigError, RunError
 from experiments.harness.sampling import edits
 from experiments.harness.setup.definition import define_model
 from experiments.sample import sample
@@ -83,6 +83,17 @@ def test_interpolation_ends_at_what_its_images_are_decoded_to(made):
     np.testing.assert_allclose(of["x_0"][0], decoded[:2], atol=1e-3 * size)
     np.testing.assert_allclose(of["x_0"][2], decoded[2:4], atol=1e-3 * size)
     assert np.abs(of["x_0"][1] - of["x_0"][0]).max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["encode", "interpolate"])
+def test_images_decoded_far_from_the_data_are_an_error(workdir, tmp_path, name):
+    """One step of cosine's whole range, by an ε that is hardly trained."""
+    overrides = {"schedule__name": "cosine", "model__parameterization": "eps"}
+    few = config(name, **overrides, **{f"sample__{name}__num_timesteps": 3})
+    message = rf"images decoded by DDIM .*sample\.{name}\.num_timesteps = 3 .*'eps'; take more"
+    with pytest.raises(RunError, match=message):
+        sample(few, tiny.copy(workdir, tmp_path))
+    assert not (tmp_path / "samples" / f"{name}.npz").exists()
 
 
 def test_guidance_is_shown_and_measured_at_every_scale(tmp_path):
