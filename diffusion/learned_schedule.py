@@ -21,7 +21,7 @@ ScheduleFn = Callable[[Float[Array, "b"]], Float[Array, "b"]]
 
 def value_and_slope(
     schedule_fn: ScheduleFn, time: Numbers
-) -> tuple[Float[Array, "b"], Float[Array, "b"]]:
+) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
     """λ and dλ/du at times u; the slope is negative."""
     time = floats(time)
     return jax.jvp(schedule_fn, (time,), (jnp.ones_like(time),))

@@ -7,7 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion import bound, decoders, forward, objectives, reverse, schedules
+from diffusion import (
+    bound,
+    decoders,
+    forward,
+    learned_schedule,
+    objectives,
+    reverse,
+    schedules,
+    timesteps,
+)
 from diffusion.flow import ode
 from diffusion.samplers import guidance
 from diffusion.schedules import Levels, Step
@@ -326,6 +335,10 @@ OF_LOG_SNR = {
     "noised": lambda l: problems.NORMAL.noised_log_prob(X_0, l),
     "velocity": lambda l: ode.velocity(MODEL.reverse, X_0, l),
     "inside": lambda l: guidance.evaluations_at(l, 3.0, (1.0, 4.0)),
+    "of_time": lambda u: schedules.linear_beta().log_snr(u),
+    "slope": lambda u: schedules.linear_beta().slope(u),
+    "timestep": lambda u: timesteps.to_timestep(u, 3),
+    "learned": lambda u: learned_schedule.value_and_slope(lambda u: -(u**2), u)[1],
     "loss": lambda l: objectives.sigmoid().continuous(MODEL, X_0, EPS, l, -3).term,
 }
 

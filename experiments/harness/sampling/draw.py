@@ -21,6 +21,7 @@ from experiments.harness import devices
 from experiments.harness.data.order import padded_batches
 from experiments.harness.errors import RunError
 from experiments.harness.pictures.images import save_png, strip
+from experiments.harness.processes import distributed
 from experiments.harness.processes.progress import progress
 from experiments.harness.sampling.sampler import Inputs, build_sampler, guidance_interval
 from experiments.harness.seeds import stream
@@ -174,7 +175,7 @@ class Drawer:
 
     def _say_if_far(self, x_0: np.ndarray, num_timesteps: int) -> None:
         settings, definition = self.config.sample, self.definition
-        if excess := far_from_data(definition, x_0):
+        if distributed.is_first() and (excess := far_from_data(definition, x_0)):
             tqdm.write(
                 f"warning: samples by {settings.sampler} at {num_timesteps} levels {excess}: clip "
                 f"x̂_0 (config.sample.x_0_treatment = {settings.x_0_treatment!r}; try 'clip' or "
