@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from diffusion.schedules import Array
+from models.convolutions import convolution_3x3, product_1x1, trained_3x3
 
 MAX_PERIOD = 10_000.0
 GROUP_NORM_EPSILON = 1e-6
@@ -71,12 +72,18 @@ def conv3x3(
     name: str,
     kernel_init: Initializer = fan_average,
     dtype: DTypeLike | None = None,
+    train: bool = False,
 ) -> nn.Conv:
-    """A convolution that keeps height and width.
-
-    On a CPU too, XLA's convolution was faster than matrix products over the nine shifts.
-    """
-    return nn.Conv(features, (3, 3), kernel_init=kernel_init, dtype=dtype, name=name)
+    """A convolution that keeps height and width; in training its gradient suits the platform."""
+    convolution = trained_3x3 if train else convolution_3x3
+    return nn.Conv(
+        features,
+        (3, 3),
+        kernel_init=kernel_init,
+        dtype=dtype,
+        conv_general_dilated=convolution,
+        name=name,
+    )
 
 
 class GroupNorm(nn.Module):
@@ -132,15 +139,15 @@ class ResBlock(nn.Module):
         self, x: Float[Array, "b h w c"], embedding: Float[Array, "b e"], train: bool
     ) -> Float[Array, "b h w {self.features}"]:
         y = nn.swish(GroupNorm(self.num_groups, name="norm_1")(x))
-        y = conv3x3(self.features, "conv_1", dtype=self.dtype)(y)
+        y = conv3x3(self.features, "conv_1", dtype=self.dtype, train=train)(y)
         added = dense(self.features, "embedding")(nn.swish(embedding))
         y = y + added[:, None, None, :].astype(y.dtype)
         y = nn.swish(GroupNorm(self.num_groups, name="norm_2")(y))
         y = nn.Dropout(self.dropout, deterministic=not train)(y)
-        y = conv3x3(self.features, "conv_2", zeros_init(), self.dtype)(y)
+        y = conv3x3(self.features, "conv_2", zeros_init(), self.dtype, train)(y)
         if x.shape[-1] != self.features:
             conv = functools.partial(nn.Conv, kernel_init=fan_average, dtype=self.dtype)
-            x = conv(self.features, (1, 1), name="shortcut")(x)
+            x = conv(self.features, (1, 1), conv_general_dilated=product_1x1, name="shortcut")(x)
         return x + y
 
 
@@ -187,6 +194,6 @@ class Upsample(nn.Module):
     dtype: DTypeLike | None = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
-        conv = conv3x3(x.shape[-1], "conv", dtype=self.dtype)
+    def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b 2*h 2*w c"]:
+        conv = conv3x3(x.shape[-1], "conv", dtype=self.dtype, train=train)
         return conv(x.repeat(2, axis=1).repeat(2, axis=2))

@@ -156,7 +156,8 @@ class UNet(nn.Module):
           condition: labels 0 … num_classes − 1 for a network with classes; num_classes means no
             label, and so does None for the whole batch. Any other label gives NaN, since a compiled
             program cannot raise an error.
-          train: whether to apply dropout, with the random key of the collection `dropout`.
+          train: whether to apply dropout, with the random key of the collection `dropout`. It also
+            chooses convolutions with faster gradients on a CPU, which `jax.jvp` cannot take.
 
         Returns:
           ε, x_0, v or the score, whichever the parameterisation is. Zero at initialisation.
@@ -196,7 +197,7 @@ class UNet(nn.Module):
                 x = jnp.concatenate([x, skips.pop()], axis=-1)
                 x = self._stage(x, res_block, "up", level, index)
             if level > 0:
-                x = Upsample(self.dtype, name=f"up_{level}_upsample")(x)
+                x = Upsample(self.dtype, name=f"up_{level}_upsample")(x, train)
 
         x = nn.swish(GroupNorm(self.num_groups, name="norm_out")(at_least_float32(x)))
         return conv3x3(self.out_channels or x_t.shape[-1], "conv_out", zeros_init())(x)

@@ -335,12 +335,12 @@ def test_attention_knows_no_positions():
     )
 
 
-def only_tap(layer, x, row: int, column: int):
+def only_tap(layer, x, row: int, column: int, **options):
     """The layer's output when its kernel copies the pixel under one tap and has no bias."""
     kernel = np.zeros((3, 3, x.shape[-1], x.shape[-1]), np.float32)
     kernel[row, column] = np.eye(x.shape[-1])
     bias = np.zeros(x.shape[-1], np.float32)
-    return layer.apply({"params": {"conv": {"kernel": kernel, "bias": bias}}}, x)
+    return layer.apply({"params": {"conv": {"kernel": kernel, "bias": bias}}}, x, **options)
 
 
 def test_downsampling_pads_below_and_on_the_right():
@@ -352,4 +352,5 @@ def test_downsampling_pads_below_and_on_the_right():
 
 def test_upsampling_repeats_pixels():
     x = np.random.default_rng(0).normal(size=(2, 2, 3, 3)).astype(np.float32)
-    np.testing.assert_array_equal(only_tap(Upsample(), x, 1, 1), np.kron(x, np.ones((1, 2, 2, 1))))
+    upsampled = only_tap(Upsample(), x, 1, 1, train=False)
+    np.testing.assert_array_equal(upsampled, np.kron(x, np.ones((1, 2, 2, 1))))

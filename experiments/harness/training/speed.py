@@ -77,7 +77,8 @@ def count_flops(jaxpr: Any) -> float:
     """Floating-point operations of a program's matrix products and convolutions.
 
     A multiplication and an addition are two. Other operations are left out. A convolution's padding
-    counts like its data. With `model.remat` the count includes recomputation.
+    counts like its data. With `model.remat` the count includes recomputation. Of a conditional the
+    branch with most operations counts: of a convolution with several forms, the direct one.
 
     Args:
       jaxpr: a `jax.extend.core.Jaxpr` or `ClosedJaxpr`, such as `jax.jit(f).trace(…).jaxpr`.
@@ -95,7 +96,8 @@ def count_flops(jaxpr: Any) -> float:
             summed = kernel.size / kernel.shape[axes[0]] / math.prod(settings["lhs_dilation"])
             total += 2 * equation.outvars[0].aval.size * summed
         leaves = jax.tree.leaves(list(settings.values()), is_leaf=lambda x: hasattr(x, "eqns"))
-        inner = sum(count_flops(leaf) for leaf in leaves if hasattr(leaf, "eqns"))
+        counts = [count_flops(leaf) for leaf in leaves if hasattr(leaf, "eqns")]
+        inner = max(counts) if equation.primitive.name == "cond" else sum(counts)
         total += settings.get("length", 1) * inner  # a scan's number of iterations
     return total
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments.harness.training import speed
+from models.convolutions import trained_3x3
 from tests.experiments import tiny
 
 
@@ -51,6 +52,14 @@ def test_operations_of_a_product_and_a_convolution_repeated(repeats):
     assert repeated == repeats * (product + convolution)
     gradient = jax.grad(lambda *args: jnp.square(conv(*args)).sum(), argnums=(0, 1))
     assert flops(gradient, image, kernel) == 3 * 4 * convolution
+
+
+def test_a_convolution_of_several_forms_counts_as_the_direct_one():
+    x, kernel = jnp.zeros((8, 16, 16, 64)), jnp.zeros((3, 3, 64, 64))
+    gradient = jax.grad(lambda x, kernel: trained_3x3(x, kernel).sum(), argnums=(0, 1))
+    jaxpr = jax.jit(gradient).trace(x, kernel).jaxpr
+    # The value, and the gradients with respect to x and to the kernel.
+    assert speed.count_flops(jaxpr) == 3 * 2 * 9 * 64**2 * 8 * 16**2
 
 
 def test_the_speed_between_two_timings():
