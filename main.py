@@ -42,8 +42,10 @@ def main(argv: list[str]) -> int:
     """Runs the chosen experiment; the exit status."""
     # Only now, since they import JAX: help and mistakes need none.
     from experiments.harness import command_line
-    from experiments.harness.processes import distributed
+    from experiments.harness.processes import allocator, compilation, distributed
 
+    allocator.keep_memory()
+    compilation.keep_programs()
     join = functools.partial(
         distributed.initialize,
         _COORDINATOR.value,
