@@ -10,7 +10,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from experiments.harness import checks, devices, memory
+from experiments.harness import checks, devices, memory, paths
 from experiments.harness.data import splits
 from experiments.harness.data.feed import require_same_data
 from experiments.harness.errors import ConfigError, RunError
@@ -197,9 +197,9 @@ def check_fit(config: ConfigDict, definition: ModelDefinition) -> None:
 
 def initial_params(setup: TrainingSetup, workdir: epath.PathLike) -> Callable[[], Any] | None:
     """A function that loads another run's EMA weights for step 0; None for random weights."""
-    source = setup.config.train.init_from
-    if not source:
+    if not setup.config.train.init_from:
         return None
+    source = paths.expanded(setup.config.train.init_from, "config.train.init_from")
     like = abstract_state(setup).params
 
     def load():

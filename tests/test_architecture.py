@@ -18,7 +18,7 @@ CONFIGS = {"ml_collections", "etils"}  # etils: a recorded config may lie in a b
 # its own level, so there are no circles.
 LEVELS = (
     ("errors", "seeds"),
-    ("checks", "memory", "processes", "devices"),
+    ("checks", "paths", "memory", "processes", "devices"),
     ("data", "pictures", "workdir"),
     ("setup",),
     ("training", "evaluation", "sampling", "command_line", "arguments"),

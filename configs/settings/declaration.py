@@ -37,6 +37,8 @@ class Int:
 
     def problem(self, value: Any) -> str | None:
         is_int = isinstance(value, int) and not isinstance(value, bool)
+        if isinstance(value, float) and value.is_integer() and _is_in(value, self.interval):
+            return f"{_must_be(self)}; write {int(value)}"
         return None if is_int and _is_in(value, self.interval) else _must_be(self)
 
 
@@ -262,7 +264,10 @@ def suggestion(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:
 
 def shown(value: Any) -> str:
     """A value on one line, shortened."""
-    text = " ".join(repr(value).split())
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # Python writes no whole number of more than 4300 digits
+        text = f"a {type(value).__name__} of thousands of digits"
     return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
 

@@ -4,10 +4,13 @@ Nothing here imports JAX, so that help and most mistakes are on the screen at on
 """
 
 import logging
+import os
 import re
 import sys
 import traceback
 from collections.abc import Iterator
+from contextlib import suppress
+from decimal import Decimal
 from pathlib import Path
 
 from absl import flags
@@ -16,8 +19,9 @@ from ml_collections import ConfigDict
 from configs import recorded
 from configs.base import SETTINGS
 from configs.settings import listing
-from configs.settings.declaration import Setting, Tuple, suggestion
-from experiments.harness.errors import ConfigError, in_short
+from configs.settings.declaration import Int, Setting, Tuple, suggestion
+from experiments.harness import paths
+from experiments.harness.errors import ConfigError, in_short, one_line
 
 EXPERIMENTS = ("all", "train", "evaluate", "sample", "variance", "sigma", "spacing")
 _ROOT = Path(__file__).parents[2]
@@ -25,16 +29,16 @@ _ROOT = Path(__file__).parents[2]
 
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses the flags. Chooses a config if --config is missing; exits at a wrong flag."""
+    # An output without ± or a name's bytes, such as a pipe in ASCII, gets \\xb1 in their place.
+    sys.stdout.reconfigure(errors="backslashreplace")
     if {"--helpconfig", "-helpconfig"} & set(argv):
         print(listing.table(SETTINGS))
         raise SystemExit(0)
-    defaults = {"config": _default_config(argv), "verbosity": "-1"}  # warnings and worse
-    missing = [f"--{k}={v}" for k, v in defaults.items() if _flag_value(argv, k) is None]
-    argv = [argv[0], *missing, *argv[1:]]
-    config = _flag_value(argv, "config") or ""
     logging.disable(logging.WARNING)
+    config = ""
     try:
-        _check_is_file(config)
+        argv = _completed(argv)
+        config = _flag_value(argv, "config")
         rest = flags.FLAGS(argv)
         _check_is_config(config)
         _check_tuples(argv)
@@ -48,8 +52,36 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 def _fail(message: object) -> int:
     """Prints one line to standard error; the exit status of a mistake."""
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     return 2
+
+
+def _completed(argv: list[str]) -> list[str]:
+    """The arguments with default flags, full paths, and 10000 in place of 1e4.
+
+    Raises:
+      ConfigError: if a path cannot be used.
+    """
+    workdir, config = _flag_value(argv, "workdir"), _flag_value(argv, "config")
+    settled = {"verbosity": _flag_value(argv, "verbosity") or "-1"}  # warnings and worse
+    if workdir:
+        workdir = settled["workdir"] = paths.expanded(workdir, "--workdir")
+    settled["config"] = _default_config(workdir) if config is None else _config_path(config)
+    rest = argv[:]
+    for name, _, places in [*_flags_with_values(argv)][::-1]:
+        if name in settled:
+            del rest[places]
+    return [argv[0], *(f"--{k}={v}" for k, v in settled.items()), *map(_whole, rest[1:])]
+
+
+def _whole(argument: str) -> str:
+    """An override --config.NAME=1e4 of a setting that is a whole number, as 10000."""
+    match = re.fullmatch(r"--?config\.([^=]+)=([\d.]+e\+?\d\d?)", argument, re.IGNORECASE)
+    setting = _SETTINGS.get(match[1]) if match else None
+    if setting is None or not isinstance(setting.kind, Int) or match[2].count(".") > 1:
+        return argument
+    number = Decimal(match[2])
+    return f"--config.{match[1]}={int(number)}" if number == int(number) else argument
 
 
 def _line(error: Exception, argv: list[str], config: str) -> str:
@@ -57,7 +89,7 @@ def _line(error: Exception, argv: list[str], config: str) -> str:
     path = Path(config.partition(":")[0]).resolve()
     chain = list(_chain(error))
     for cause in chain:
-        if isinstance(cause, SyntaxError):
+        if isinstance(cause, SyntaxError) and cause.filename != "<unknown>":
             return f"--config={config}: {cause.filename}, line {cause.lineno}: {cause.msg}"
         for frame in reversed(traceback.extract_tb(cause.__traceback__)):
             if Path(frame.filename).resolve() == path:
@@ -71,7 +103,7 @@ def _line(error: Exception, argv: list[str], config: str) -> str:
         return f"--config={config}: {in_short(chain[-1])}"
     for name, text in _overrides(argv):
         setting = _SETTINGS.get(name)
-        if setting is None and isinstance(error, AttributeError | KeyError):
+        if setting is None and isinstance(error, AttributeError | KeyError | SyntaxError):
             if not any(other.startswith(f"{name}.") for other in _SETTINGS):
                 hint = suggestion(name, _SETTINGS, cutoff=0.5)
                 return f"--config.{name} is no setting{hint and f'; did you mean --config.{hint}?'}"
@@ -121,31 +153,61 @@ def _no_config(config: str, value: object) -> str:
     return f"--config={config}: get_config() returns a {kind}; it must return a ConfigDict"
 
 
-def _default_config(argv: list[str]) -> str:
+def _default_config(workdir: str | None) -> str:
     """The work directory's own config where it holds a run, else the digits."""
-    workdir = _flag_value(argv, "workdir")
     try:
         recorded.get_config(workdir or "")
-    except (OSError, ValueError):  # none, or damaged, which the experiment reports
-        return f"{_ROOT}/configs/digits.py"
+    except (ImportError, OSError, ValueError):  # none, or damaged: the experiment reports it
+        return _of_project("configs/digits.py")
     except Exception:  # reported by the parsing
         pass
-    return f"{_ROOT}/configs/recorded.py:{workdir}"
+    return f"{_of_project('configs/recorded.py')}:{workdir}"
 
 
 def _flag_value(argv: list[str], name: str) -> str | None:
-    """A flag's value, given as --name=value or as --name value."""
+    """A flag's value, given as --name=value or as --name value; of several the last."""
+    values = [value for flag, value, _ in _flags_with_values(argv) if flag == name]
+    return values[-1] if values else None
+
+
+def _flags_with_values(argv: list[str]) -> Iterator[tuple[str, str, slice]]:
+    """The flags of this program that take a value: name, value, and their arguments' places."""
     for position, argument in enumerate(argv):
-        match = re.fullmatch(rf"--?{name}(?:=(.*))?", argument, re.DOTALL)
-        if match and match[1] is not None:
-            return match[1]
-        if match and position + 1 < len(argv):
-            return argv[position + 1]
-    return None
+        name, equals, value = argument.lstrip("-").partition("=")
+        if argument.startswith("-") and name in ("config", "workdir", "verbosity"):
+            last = position if equals else position + 1
+            if last < len(argv):
+                yield name, value if equals else argv[last], slice(position, last + 1)
 
 
-def _check_is_file(config: str) -> None:
-    """Raises ConfigError unless the part of --config before a colon is a file."""
-    if not Path(config.partition(":")[0]).is_file():
-        names = sorted(f"configs/{p.name}" for p in (_ROOT / "configs").glob("[!_]*.py"))
-        raise ConfigError(f"--config={config} is no file; known: {', '.join(names)}")
+def _config_path(config: str) -> str:
+    """The value of --config, whose file may be named relative to the project.
+
+    Raises:
+      ConfigError: if the part before a colon is no file.
+    """
+    name, colon, argument = config.partition(":")
+    with suppress(OSError):  # a name that is too long
+        if Path(name).is_file():
+            return config
+        if name and not os.path.isabs(name) and (_ROOT / name).is_file():
+            return _of_project(name) + colon + argument
+        if Path(config).is_file():
+            raise ConfigError(
+                f"--config={config}: a colon separates the file from its argument; give a path "
+                "without a colon, such as one relative to the present directory"
+            )
+    names = sorted(f"configs/{p.name}" for p in (_ROOT / "configs").glob("[!_]*.py"))
+    raise ConfigError(f"--config={config} is no file; known: {', '.join(names)}")
+
+
+def _of_project(name: str) -> str:
+    """The path of a file of the project, without a colon, at which --config would be cut."""
+    path = str(_ROOT / name)
+    path = os.path.relpath(path) if ":" in path else path
+    if ":" in path:
+        raise ConfigError(
+            f"--config={path} has a colon, which separates a file from its argument; run main.py "
+            f"in {_ROOT}"
+        )
+    return path

@@ -11,7 +11,7 @@ from contextlib import contextmanager, redirect_stdout
 
 from ml_collections import ConfigDict
 
-from experiments.harness.errors import ConfigError, RunError
+from experiments.harness.errors import ConfigError, RunError, one_line
 from experiments.harness.processes import distributed, signals
 from experiments.harness.processes.signals import Interrupted
 from experiments.harness.workdir import record
@@ -105,5 +105,5 @@ def _first_prints() -> Iterator[None]:
 
 def _fail(message: object, status: int) -> int:
     """One line to standard error."""
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     return status

@@ -1,15 +1,23 @@
 """The errors that a user is told in one line."""
 
 import errno
+import re
+
+_LONGEST = 300  # characters without a space between them
+
+
+def one_line(message: object) -> str:
+    """A message for a terminal: one line, no control characters, and no value of great length."""
+    text = " ".join(str(message).split())
+    text = re.sub(rf"\S{{{_LONGEST},}}", lambda word: f"{word[0][:150]}…{word[0][-50:]}", text)
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class _OneLine(Exception):
-    """Escapes what no terminal should get, such as the control characters of a file's name."""
+    """An error whose text is `one_line`."""
 
     def __str__(self) -> str:
-        return "".join(
-            c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in super().__str__()
-        )
+        return one_line(super().__str__())
 
 
 class ConfigError(_OneLine, ValueError):

@@ -5,7 +5,6 @@ in `DATASETS`. To add a file format, write a function with the arguments of thos
 list it there. Any other name is an image set of tensorflow-datasets.
 """
 
-import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,6 +13,7 @@ from jaxtyping import Int, Int32, UInt8
 from ml_collections import ConfigDict
 
 from diffusion.schedules import Array
+from experiments.harness import paths
 from experiments.harness.data.sources.arrays import npz
 from experiments.harness.data.sources.embedded import digits, photos
 from experiments.harness.data.sources.folder import folder
@@ -106,13 +106,13 @@ def describe(
         raise ConfigError(f"split = {split!r} is unknown; known: {', '.join(splits)}")
     if name in DATASETS:
         return DATASETS[name](split)
-    data_dir = os.path.expanduser(data_dir) if data_dir else None
+    data_dir = paths.expanded(data_dir, "config.data.data_dir") if data_dir else None
     if name in FORMATS:
         try:
             return FORMATS[name](data_dir, split, splits, options)
         except OSError as error:
             raise ConfigError(
-                f"config.data.data_dir = {data_dir[:200]!r} cannot be read ({error.strerror})"
+                f"config.data.data_dir = {data_dir!r} cannot be read ({error.strerror})"
             ) from error
     known = (*DATASETS, *FORMATS)
     return tfds(name, split, splits[split], data_dir, options.image_size, known)

@@ -1,14 +1,21 @@
 """Several processes that run one program together. The first one, process 0, writes files."""
 
 import os
+import re
+import socket
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from experiments.harness.errors import ConfigError
+from experiments.harness.errors import ConfigError, in_short
+
+_PATIENCE = 300.0  # seconds to wait for the other processes
 
 
 def initialize(
@@ -42,14 +49,67 @@ def initialize(
         return
     if not automatic and missing:
         raise ConfigError(f"{', '.join(missing)} missing; processes that run together need all")
+    if not automatic and num_processes < 1:
+        raise ConfigError(f"--num_processes={num_processes}; it must be at least 1")
     if not automatic and not 0 <= process_id < num_processes:
         raise ConfigError(f"--process_id={process_id}; it must be in 0 … {num_processes - 1}")
+    if not automatic:
+        _check_address(coordinator, process_id == 0)
+    where = f"--coordinator={coordinator}" if coordinator else "--distributed"
     try:
-        jax.distributed.initialize(coordinator, num_processes, process_id)
+        with _patient(where):
+            jax.distributed.initialize(
+                coordinator, num_processes, process_id, initialization_timeout=2 * int(_PATIENCE)
+            )
     except (RuntimeError, ValueError) as error:
-        where = f"--coordinator={coordinator}" if coordinator else "--distributed"
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"{where}: the processes did not find one another ({reason})") from error
+        raise ConfigError(
+            f"{where}: the processes did not find one another ({in_short(error)})"
+        ) from error
+
+
+def _check_address(coordinator: str, is_own: bool) -> None:
+    """Raises ConfigError for an address at which JAX would crash, or wait in vain.
+
+    Args:
+      coordinator: address and port.
+      is_own: whether this process shall listen there.
+    """
+    setting, parts = f"--coordinator={coordinator}", re.fullmatch(r"(\S+):(\d+)", coordinator)
+    if not parts or "/" in coordinator or not 1 <= int(parts[2]) < 2**16:
+        raise ConfigError(
+            f"{setting}; it must be an address and a port in 1 … 65535, as in 10.0.0.1:1234"
+        )
+    try:
+        socket.getaddrinfo(parts[1].strip("[]"), int(parts[2]))
+        if is_own:
+            with socket.socket() as listener:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.bind(("", int(parts[2])))
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or in_short(error)
+        raise ConfigError(f"{setting} cannot be used ({reason}); give another") from error
+
+
+@contextmanager
+def _patient(where: str) -> Iterator[None]:
+    """Ends the process with one line if the body takes too long, as JAX does with a core dump."""
+
+    def give_up() -> None:
+        print(
+            f"error: {where}: not all processes came within {_PATIENCE:.0f} s; start the same "
+            "command in each, with the same --coordinator and --num_processes",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(2)
+
+    timer = threading.Timer(_PATIENCE, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def is_first() -> bool:

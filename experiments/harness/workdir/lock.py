@@ -1,7 +1,6 @@
 """One training run in a work directory at a time."""
 
 import errno
-import fcntl
 import json
 import os
 import socket
@@ -13,6 +12,11 @@ from tqdm import tqdm
 
 from experiments.harness.errors import ConfigError
 from experiments.harness.processes import distributed
+
+try:
+    import fcntl
+except ImportError:  # it exists on Unix alone
+    fcntl = None
 
 _FILE = "training.lock"
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -59,6 +63,8 @@ def held(workdir: epath.PathLike) -> Iterator[None]:
 
 def _lock(path: str) -> int:
     """A descriptor of the locked file, which names this process."""
+    if fcntl is None:
+        raise OSError(errno.ENOSYS, "this system has no fcntl")
     holder = {"pid": os.getpid(), "host": socket.gethostname()}
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
