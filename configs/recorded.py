@@ -21,8 +21,14 @@ def get_config(workdir: str) -> ConfigDict:
     config, path = base.get_config(), epath.Path(workdir) / "config.json"
     if not path.exists():
         raise ValueError(f"--config=configs/recorded.py:{workdir}: {path} does not exist")
+    try:
+        settings = json.loads(path.read_text())
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deep") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds no JSON object")
     with config.unlocked():  # a part that a notebook registered has a group of its own
-        config.update(_with_tuples(json.loads(path.read_text())))
+        config.update(_with_tuples(settings))
     return config
 
 

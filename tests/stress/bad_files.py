@@ -153,8 +153,6 @@ def replaced(name: str, content: bytes | str | None) -> Make:
         path.parent.mkdir(parents=True, exist_ok=True)
         if content == "pipe":
             os.mkfifo(path)
-        elif content == "loop":
-            path.symlink_to(path)
         elif content is None:
             path.mkdir()
         else:
@@ -169,6 +167,16 @@ def truncated(name: str, share: float = 0.5) -> Make:
     def make(here: pathlib.Path) -> None:
         content = (here / name).read_bytes()
         (here / name).write_bytes(content[: int(share * len(content))])
+
+    return make
+
+
+def _two_spellings(ending: str) -> Make:
+    """Validation as `val` and as `valid`."""
+
+    def make(here: pathlib.Path) -> None:
+        (here / f"validation{ending}").rename(here / f"val{ending}")
+        (here / f"valid{ending}").symlink_to(here / f"val{ending}")
 
     return make
 
@@ -237,7 +245,7 @@ NPZ_FOLDER: dict[str, tuple[Make, str]] = {
     "train truncated": (each(arrays(), truncated("train.npz", 0.9)), "train.npz cannot be read"),
     "train a directory": (each(arrays(), replaced("train.npz", None)), "train"),
     "train a pipe": (each(arrays(), replaced("train.npz", "pipe")), "train"),
-    "two spellings": (each(arrays(), replaced("val.npz", b"")), "val.npz"),
+    "two spellings": (each(arrays(), _two_spellings(".npz")), "val"),
     "3 images": (arrays(images=images(3, 8, 8, 1), labels=None), "train.batch_size"),
 }
 _TRAIN, _TEST = "train-images-idx3-ubyte", "t10k-images-idx3-ubyte"
@@ -294,7 +302,7 @@ FOLDER: dict[str, tuple[Make, str]] = {
     "a file": (one_file(b""), "config.data.data_dir"),
     "no test": (pictures(without="test"), "splits.test"),
     "a folder test without images": (pictures(without="test", test__a_txt=b""), "no image"),
-    "two spellings": (pictures(val__a_png=png(_PIXELS)), "val"),
+    "two spellings": (each(pictures(), _two_spellings("")), "val"),
     "only hidden images": (
         lambda here: (here.mkdir(), (here / ".a.png").write_bytes(png(_PIXELS))),
         "no image",
@@ -328,7 +336,7 @@ FOLDER: dict[str, tuple[Make, str]] = {
     },
     "named in no UTF-8": (
         each(pictures(), lambda here: (here / "train" / _NOT_UTF_8).write_bytes(b"text")),
-        "xe9.png cannot be read",
+        "udce9.png cannot be read",
     ),
     "all damaged": (
         lambda here: [

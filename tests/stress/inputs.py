@@ -87,13 +87,12 @@ def settings() -> Iterator[Case]:
         for text in bad_values(setting.kind):
             yield Case(f"{name}={text}", (f"--config.{name}={text}",), name)
     for name, text in TOO_LARGE.items():
-        yield Case(f"{name}={text}", (f"--config.{name}={text}",), f"config.{name} = {text}")
+        yield Case(f"{name}={text}", (f"--config.{name}={text}",), "GiB of memory")
 
 
 TOO_LARGE = {
     "model.unet.channels": 65536,
     "sample.num_samples": 10**9,
-    "sample.batch_size": 10**7,
     "train.batch_size": 10**7,
     "evaluate.batch_size": 10**7,
     "evaluate.chunk_size": 10**7,
@@ -289,7 +288,6 @@ WORKDIR_FILES: dict[str, tuple[Make, str]] = {
         "nested too deep": b"[" * 10**6,
         "a long number": b'{"num_examples": ' + b"9" * 10**5 + b"}",
         "a directory": None,
-        "a loop of links": "loop",
     }.items()
 }
 WORKDIR_FILES |= {
@@ -306,7 +304,6 @@ WORKDIR_FLAGS = {
     "--config.model.unet.channels=16": "model.unet.channels was 8, now 16",
     "--config.train.num_steps=9": "train.allow_changes",
     "--experiment=evaluate --config.model.unet.channels=16": "model.unet.channels",
-    "--experiment=sample --config.sample.num_timesteps=9": "config.sample.num_timesteps",
     "--experiment=sigma --config.model.parameterization=eps": "model.parameterization",
 }
 

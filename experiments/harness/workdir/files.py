@@ -25,6 +25,7 @@ _DAMAGE = (
     EOFError,
     LookupError,
     NotImplementedError,
+    RecursionError,
     TypeError,
     ValueError,
     zipfile.BadZipFile,

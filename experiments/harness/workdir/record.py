@@ -1,7 +1,7 @@
 """The config and the data of a work directory, recorded at its start and checked on resume."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -57,12 +57,19 @@ def check(config: ConfigDict, workdir: epath.PathLike) -> None:
         # With a constant learning rate a longer run begins as the shorter one.
         allowed += ("train.num_steps",) if config.train.decay == "constant" else ()
         differing = differences(RUN, recorded, config).items()
-        changes = [change for name, change in differing if not is_named(name, allowed)]
+        changes = {name: change for name, change in differing if not is_named(name, allowed)}
         if changes:
             raise ConfigError(
-                f"workdir={workdir} holds a run of another config: {'; '.join(changes)}; "
-                "use the same settings to resume it, or another workdir"
+                f"workdir={workdir} holds a run of another config: {'; '.join(changes.values())}; "
+                f"use the same settings to resume it, or another workdir{_permission(changes)}"
             )
+
+
+def _permission(changes: Iterable[str]) -> str:
+    """How a run may be continued with changed settings, if they do not change its network."""
+    if any(name.startswith("model.") for name in changes):
+        return ""
+    return f', or allow it by --config.train.allow_changes="{tuple(changes)}"'
 
 
 def open_run(workdir: epath.PathLike) -> None:
@@ -75,6 +82,7 @@ def open_run(workdir: epath.PathLike) -> None:
       ConfigError: if a part cannot be registered, or config.json has a setting of another version.
     """
     with _readable(workdir):
+        _check_kinds(epath.Path(workdir))
         parts.register(workdir)
         recorded = recorded_config(workdir)
     if recorded is None:
@@ -95,6 +103,17 @@ def open_run(workdir: epath.PathLike) -> None:
             f"{path} is of an earlier version: it {lacks}; defaults are used, unless "
             "--config.NAME=VALUE sets others"
         )
+
+
+def _check_kinds(workdir: epath.Path) -> None:
+    """Raises ConfigError for a file in the place of a directory of a run, or the reverse."""
+    directories = ("checkpoints", "interrupted", "damaged_checkpoints", "samples", EVALUATIONS)
+    files = (CONFIG_FILE, CHANGES_FILE, DATA_FILE, "metrics.jsonl", "sessions.jsonl")
+    for name in (*directories, *files, "evaluations.jsonl", *FILES_OF_A_RUN):
+        path = workdir / name
+        if path.exists() and path.is_dir() != (name in directories):
+            wrong, right = ("file", "directory") if name in directories else ("directory", "file")
+            raise ConfigError(f"{path} is a {wrong}, and a run has a {right} there; move it away")
 
 
 def _some(names: list[str]) -> str:

@@ -65,16 +65,27 @@ def npz(
     with _explained(path):
         shape, has_labels = _headers(path)
         train = existing.get("train", path)
-        num_classes = 0
+        num_classes, unlabelled = 0, ""
         if has_labels and _headers(train)[1]:
-            num_classes = num_classes_of(_labels(train), str(train))
-            check_labels(_labels(path), num_classes, str(path))
+            num_classes, labels = num_classes_of(_labels(train), str(train)), _labels(path)
+            check_labels(labels, num_classes, str(path))
+            if labels.min() < 0:
+                num_classes = 0
+                unlabelled = f"the one at {labels.argmin()} has {labels.min()}"
     rows = np.arange(shape[0])
     if is_seeded:
         rows = part_of(shape[0], split, whole is not None, options, str(path))
     read = functools.partial(_read, path, rows if is_seeded else None)
     content = functools.partial(_fingerprint, path)
-    return Source(len(rows), (*shape[1:], 1)[:3], 256, read, num_classes, fingerprint=content)
+    return Source(
+        len(rows),
+        (*shape[1:], 1)[:3],
+        256,
+        read,
+        num_classes,
+        fingerprint=content,
+        unlabelled=unlabelled,
+    )
 
 
 @contextmanager

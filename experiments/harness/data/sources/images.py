@@ -2,6 +2,7 @@
 
 import re
 import struct
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,9 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", "
 NOT_READ = (".jfif", ".avif", ".tga", ".pnm", ".pbm", ".jp2", ".heic")
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 _BITS_PER_SAMPLE = 258  # a TIFF tag
+
+# Pillow's remarks on damaged files would stand between the lines of this program.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class UnusableImage(ValueError):
