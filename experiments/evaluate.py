@@ -19,7 +19,7 @@ from experiments.harness.processes import distributed
 from experiments.harness.sampling import quality, sampler
 from experiments.harness.setup import trained
 from experiments.harness.setup.definition import ModelDefinition, check_levels, define_model
-from experiments.harness.workdir import dependences, provenance, record, sessions
+from experiments.harness.workdir import dependences, metrics, provenance, record, sessions
 from experiments.harness.workdir.files import append_jsonl, replace, write_json
 
 RESULT_FILE = dependences.EVALUATION
@@ -88,6 +88,7 @@ def evaluate(config: ConfigDict, workdir: epath.PathLike, checked: bool = False)
     recorded = record.recorded_config(workdir)
     if recorded is None or not provenance.differences(RESULT_FILE, recorded, config):
         _copy_to_main(run.workdir, stem)
+        _to_tensorboard(run.workdir, result)
     else:
         tqdm.write(f"kept in {stem}.json; {RESULT_FILE} is of the main job's settings")
     return result
@@ -107,6 +108,21 @@ def _copy_to_main(workdir: epath.Path, stem: epath.Path) -> None:
         for name in ("evaluation.npz", "kl_per_timestep.png", "rate_distortion.png", RESULT_FILE):
             ending = name.removeprefix("evaluation") if "evaluation" in name else f"_{name}"
             replace(workdir / name, epath.Path(f"{stem}{ending}").read_bytes())
+
+
+def _to_tensorboard(workdir: epath.Path, result: dict[str, Any]) -> None:
+    """Shows the main job's evaluation in TensorBoard, with its errors and plots."""
+    split, parts = result["split"], ("prior", "diffusion", "reconstruction")
+    estimates = {"": result} | {f"{name}/": result[name] for name in ESTIMATES if name in result}
+    scalars = {
+        f"{split}/{prefix}{name}": value
+        for prefix, estimate in estimates.items()
+        for name, value in estimate.items()
+        if "bits_per_dim" in name or (estimate is result and name in parts)
+    }
+    plots = ("kl_per_timestep", "rate_distortion")
+    pictures = {f"{split}/{name}": workdir / f"{name}.png" for name in plots}
+    metrics.show(workdir, result["step"], scalars, pictures)
 
 
 def _measure(config: ConfigDict, subject: Subject) -> tuple[dict[str, Any], Curves]:

@@ -9,6 +9,7 @@ Nothing is written to the work directory.
 
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from etils import epath
 from jaxtyping import UInt8
@@ -65,21 +66,37 @@ class Run(trained.Run):
         num_timesteps = self.definition.levels.num_timesteps
         return f"Run({str(self.workdir)!r}, step {self.step}, T = {num_timesteps})"
 
-    def bound(self, split: str = "test", num_examples: int | None = None) -> MeasuredBound:
+    def bound(
+        self,
+        split: str = "test",
+        num_examples: int | None = None,
+        num_timesteps: int | None = None,
+    ) -> MeasuredBound:
         """The bound (13.26) with the full sum over t.
 
-        The same numbers as `--experiment=evaluate`: noise is a function of (seed, example, t).
+        The same numbers as `--experiment=evaluate`: noise is a function of (seed, example, t). It
+        costs T + `evaluate.replicates` + 1 evaluations of the network for each example.
 
         Args:
           split: train, validation or test.
           num_examples: only the first ones of the split; None for all.
+          num_timesteps: T; None for that of the config.
 
         Raises:
-          ConfigError: if there is no such split.
+          ConfigError: if there is no such split, or the schedule has no such levels.
         """
         choose = None if num_examples is None else splits.first(num_examples)
         dataset = splits.load_measured(self.config, split, choose)
         subject = subject_of(self.config, self.definition, self.params, dataset)
+        # Not padded beyond what the devices need.
+        devices = jax.device_count()
+        needed = -(-subject.num_examples // devices) * devices
+        subject = subject._replace(batch_size=min(subject.batch_size, needed))
+        if num_timesteps is not None:
+            try:
+                subject = subject._replace(levels=subject.schedule.levels(num_timesteps))
+            except ValueError as error:
+                raise ConfigError(f"bound: {error}") from error
         terms, variances = full_bound(subject, self.config.evaluate.replicates)
         return MeasuredBound(split, **summary(terms, variances, subject.num_dims), terms=terms)
 

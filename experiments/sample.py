@@ -18,7 +18,7 @@ from experiments.harness.sampling.draw import Drawer, save_strip, to_bytes, to_g
 from experiments.harness.seeds import stream
 from experiments.harness.setup.definition import ModelDefinition, define_model
 from experiments.harness.setup.trained import load
-from experiments.harness.workdir import provenance
+from experiments.harness.workdir import metrics, provenance
 from experiments.harness.workdir.dependences import SAMPLES
 from experiments.harness.workdir.files import write_npz
 
@@ -74,6 +74,9 @@ def sample(config: ConfigDict, workdir: epath.PathLike, checked: bool = False) -
     _save_forward_strip(directory / "forward.png", config, definition)
     for name in settings.also:
         EXTRAS[name](run)
+    names = ("samples", "reverse", "forward", *settings.also)
+    pictures = {f"samples/{name}": directory / f"{name}.png" for name in names}
+    metrics.show(workdir, run.step, pictures=pictures)
     labels = drawer.inputs(np.arange(n)).labels
     # This file is written last: if it exists, the samples are complete.
     write_npz(

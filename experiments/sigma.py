@@ -13,6 +13,7 @@ from experiments.harness.evaluation import paired
 from experiments.harness.evaluation.paired import Choice, Entry
 from experiments.harness.evaluation.subject import subject_of
 from experiments.harness.setup import analytic, trained
+from experiments.harness.workdir import metrics
 from experiments.harness.workdir.files import write_json
 
 REFERENCE = "beta_tilde"  # what the others are compared with
@@ -65,6 +66,7 @@ def sigma(config: ConfigDict, workdir: epath.PathLike) -> list[Entry]:
         "entries": paired.rows(entries, "variance"),
     }
     paired.write(workdir, "sigma", entries, "Σ_θ", REFERENCE)
+    metrics.show(workdir, run.step, pictures={"sigma": epath.Path(workdir) / "sigma.png"})
     write_json(epath.Path(workdir) / "sigma.json", result)
     return entries
 

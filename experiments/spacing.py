@@ -16,7 +16,7 @@ from experiments.harness.evaluation.paired import Choice, Entry
 from experiments.harness.evaluation.subject import subject_of
 from experiments.harness.setup import optimal_steps, trained
 from experiments.harness.setup.trained import Run
-from experiments.harness.workdir import dependences, provenance
+from experiments.harness.workdir import dependences, metrics, provenance
 from experiments.harness.workdir.files import write_json
 
 REFERENCE = "uniform"  # what the others are compared with
@@ -77,6 +77,7 @@ def spacing(config: ConfigDict, workdir: epath.PathLike) -> list[Entry]:
     totals = paired.measure_totals(subject, choices, draws)
     entries = paired.summarize(totals, REFERENCE, subject.num_dims)
     paired.write(workdir, "spacing", entries, "spacing", REFERENCE)
+    metrics.show(workdir, run.step, pictures={"spacing": epath.Path(workdir) / "spacing.png"})
     write_json(path, result | {"entries": paired.rows(entries, "spacing")})
     return entries
 

@@ -92,6 +92,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, checked: bool = False) ->
             MetricsLog(workdir, step - tasks_pending if step else None) as log,
             sessions.recorded(workdir, step, state.params),
         ):
+            log.events.settings(config)
             tasks = scheduled_tasks(setup, workdir, checkpoints, log)
             return Trainer(setup, workdir, checkpoints, tasks).run(state, tasks_pending)
 
@@ -131,8 +132,9 @@ def draw_samples(
             tqdm.write(f"step {step}: no picture of samples ({error})")
             return
         grid = images.grid(to_bytes(definition, samples.x_0))
-        images.save_png(epath.Path(workdir) / "samples" / f"step_{step:08d}.png", grid)
-        log.image("samples", step, grid)
+        path = epath.Path(workdir) / "samples" / f"step_{step:08d}.png"
+        images.save_png(path, grid)
+        log.events.pictures(step, {"samples": path})
 
     return run
 

@@ -29,6 +29,7 @@ from experiments.harness.seeds import stream
 from experiments.harness.setup import trained
 from experiments.harness.setup.definition import define_model
 from experiments.harness.setup.trained import Run
+from experiments.harness.workdir import metrics
 from experiments.harness.workdir.files import write_json
 
 GOAL = 0.001  # bits/dim: the error whose cost is reported
@@ -101,6 +102,7 @@ def variance(config: ConfigDict, workdir: epath.PathLike) -> dict[str, list[Row]
         {name: {row.estimator: row.needed for row in rows} for name, rows in tables.items()},
         goal=GOAL,
     )
+    metrics.show(workdir, run.step, pictures={"variance": directory / "variance.png"})
     write_json(
         directory / "variance.json",
         {name: [row._asdict() for row in rows] for name, rows in tables.items()},

@@ -2,10 +2,13 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
+from diffusion.bound import Bound
 from diffusion.variances import VARIANCES
+from experiments import notebook
 from experiments.harness.errors import ConfigError
 from experiments.notebook import load
 from tests.experiments import tiny
@@ -46,6 +49,25 @@ def test_a_run_is_measured_with_another_variance_and_other_settings(finished, mo
     assert run.with_variance("mine").definition.variance is mine
     assert run.sample(2, num_timesteps=2).shape == (2, 8, 8, 1)
     assert tiny.files(finished.workdir) == before
+
+
+def test_few_examples_are_not_padded_to_a_batch_and_have_a_T_of_their_own(finished, monkeypatch):
+    """Noise is a function of (seed, example, t): `test_full_bound` shows that batches are equal."""
+    run, subjects = load(finished.workdir), []
+
+    def measure(subject, replicates):
+        subjects.append(subject)
+        n, num_timesteps = subject.num_examples, subject.levels.num_timesteps
+        kl, eps_error = np.zeros((n, num_timesteps - 1)), np.zeros((n, num_timesteps))
+        return Bound(np.zeros(n), kl, np.zeros(n), eps_error), np.zeros(n)
+
+    monkeypatch.setattr(notebook, "full_bound", measure)
+    assert run.bound("validation", 3, num_timesteps=5).terms.kl.shape == (3, 4)
+    assert run.bound("validation", 100).terms.kl.shape == (100, 7)
+    devices = jax.device_count()
+    assert [s.batch_size for s in subjects] == [-(-3 // devices) * devices, 64]
+    with pytest.raises(ConfigError, match="num_timesteps = 0; a schedule needs at least 1"):
+        run.bound("validation", 3, num_timesteps=0)
 
 
 def test_what_cannot_be_loaded_is_named(finished, tmp_path):

@@ -6,9 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
+from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
+from experiments.harness.pictures.images import save_png
+from experiments.harness.workdir import metrics
 from experiments.harness.workdir.files import append_jsonl, write_json
 from experiments.harness.workdir.metrics import MetricsLog
+
+pytest_plugins = ["tests.experiments.tiny"]
 
 
 def read_lines(workdir):
@@ -90,10 +95,29 @@ def test_tensorboard_gets_the_scalars_and_drops_what_a_resumed_run_repeats(tmp_p
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_tensorboard_gets_pictures(tmp_path, channels):
-    with MetricsLog(tmp_path) as log:
-        log.image("samples", 4, np.zeros((6, 9, channels), np.uint8))
+    save_png(tmp_path / "a.png", np.zeros((6, 9, channels), np.uint8))
+    metrics.show(tmp_path, 4, pictures={"samples": tmp_path / "a.png"})
     (value,) = [v for e in events(tmp_path) for v in e.summary.value]
-    assert (value.tag, value.image.height, value.image.width) == ("samples", 6, 9)
+    image = value.image
+    assert (value.tag, image.height, image.width, image.colorspace) == ("samples", 6, 9, channels)
+    assert image.encoded_image_string == (tmp_path / "a.png").read_bytes()
+
+
+def test_tensorboard_gets_the_settings_and_results_of_a_run(finished):
+    values = [v for e in events(finished.workdir) for v in e.summary.value]
+    result = json.loads((finished.workdir / "evaluation.json").read_text())
+    scalars = {v.tag: v.simple_value for v in values if v.HasField("simple_value")}
+    for name in ("bits_per_dim", "bits_per_dim_se", "bits_per_dim_mc_se", "prior"):
+        assert scalars[f"test/{name}"] == np.float32(result[name])
+    pictures = {v.tag for v in values if v.HasField("image")}
+    assert {"test/kl_per_timestep", "test/rate_distortion", "samples"} < pictures
+    assert {"samples/samples", "samples/reverse", "samples/forward"} < pictures
+    (settings,) = [v for v in values if v.tag == "_hparams_/session_start_info"]
+    hparams = HParamsPluginData.FromString(settings.metadata.plugin_data.content)
+    hparams = hparams.session_start_info.hparams
+    assert hparams["train.batch_size"].number_value == 16
+    assert hparams["model.unet.channel_multipliers"].string_value
+    assert "evaluate.split" not in hparams
 
 
 def test_json_files_are_strict_and_whole(tmp_path):
