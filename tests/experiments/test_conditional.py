@@ -19,11 +19,10 @@ from experiments.harness.errors import ConfigError
 from experiments.harness.evaluation import programs
 from experiments.harness.evaluation.subject import subject_of
 from experiments.harness.setup.definition import define_model
-from experiments.harness.setup.trained import Run, load
+from experiments.harness.setup.trained import load
 from experiments.harness.training import step as steps
 from experiments.harness.training.state import first_state, make_setup
 from experiments.harness.training.step import drop_labels, make_train_step
-from experiments.train import train
 from tests.experiments import tiny
 
 pytest_plugins = ["tests.experiments.tiny"]
@@ -150,31 +149,14 @@ def test_an_unconditional_run_knows_nothing_of_withheld_labels():
     tiny.assert_bit_equal(one, other)
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, quick_compiles):
-    """A class-conditional run of twelve steps: config, work directory, final state."""
-    workdir = tmp_path_factory.mktemp("conditional")
-    return conditional(), workdir, train(conditional(), workdir)
+@pytest.fixture
+def workdir(tmp_path):
+    """A class-conditional network of random weights."""
+    return tiny.untrained(tmp_path, conditional(), scale=0.3)
 
 
-def test_a_run_goes_on_as_if_it_never_stopped(trained, tmp_path):
-    config, workdir, expected = trained
-
-    def interrupt():
-        raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        stop = tiny.Interruption(6, order.batch_indices, interrupt)
-        monkeypatch.setattr(order, "batch_indices", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(config, tmp_path)
-    tiny.assert_bit_equal(train(config, tmp_path), expected)
-    assert tiny.metrics(tmp_path) == tiny.metrics(workdir)
-
-
-def test_a_checkpoint_has_both_bounds(trained, tmp_path):
+def test_a_checkpoint_has_both_bounds(workdir):
     """The line says which, and so do the settings that a result is of."""
-    workdir = tiny.copy(trained[1], tmp_path)
     given, withheld = (
         evaluate(conditional(evaluate__labels=is_), workdir) for is_ in (True, False)
     )
@@ -186,23 +168,16 @@ def test_a_checkpoint_has_both_bounds(trained, tmp_path):
     assert withheld["settings"]["evaluate.labels"] is False
 
 
-def test_errors_are_measured_with_labels_and_without(trained, tmp_path):
+def test_errors_are_measured_with_labels_and_without(workdir):
     """What was measured one way is not taken for the other."""
-    workdir = tiny.copy(trained[1], tmp_path)
-    definition, params = define_model(trained[0]), trained[2].ema_params
 
     def errors(is_given):
         config = conditional(evaluate__labels=is_given, analytic__levels=3, analytic__examples=64)
-        return Run(config, workdir, definition, params, 12).measured_errors()[1]
+        return load(config, workdir).measured_errors()[1]
 
     given, withheld, again = errors(True), errors(False), errors(True)
     assert (given != withheld).mean() > 0.9
     np.testing.assert_array_equal(given, again)
-
-
-def test_the_network_is_read_as_it_was_trained(trained):
-    with pytest.raises(ConfigError, match=r"model\.class_conditional was True, now False"):
-        evaluate(tiny.config(), trained[1])
 
 
 B = 4
@@ -271,10 +246,10 @@ def test_each_example_is_measured_with_its_own_label(name):
     assert changed.tolist() == (LABELS != NONE).tolist()
 
 
-def test_what_estimators_cost_is_told_with_labels(trained, tmp_path):
+def test_what_estimators_cost_is_told_with_labels(workdir):
     """The examples are a split's first, and the table's name says what they come with."""
     config = conditional(variance__examples=5)
-    case = variance.trained_case(load(config, trained[1]))
+    case = variance.trained_case(load(config, workdir))
     assert case.name.endswith("given labels")
     whole = splits.load("digits", "test")
     np.testing.assert_array_equal(case.subject.dataset.labels, whole.labels[:5])

@@ -4,7 +4,6 @@ import json
 import re
 
 import jax
-import matplotlib.image
 import numpy as np
 import pytest
 from scipy import stats
@@ -27,10 +26,6 @@ def strict_json(text):
         raise AssertionError(f"{constant} is no JSON")
 
     return json.loads(text, parse_constant=refuse)
-
-
-def without_clock(result):
-    return {name: value for name, value in result.items() if name not in ("seconds", "environment")}
 
 
 @pytest.mark.parametrize("variance", ["beta_tilde", "beta"])
@@ -137,13 +132,6 @@ def test_the_arrays_add_up_to_the_result(finished):
         assert arrays["x_0_rmse"][0] < arrays["x_0_rmse"][-1] < 16
 
 
-@pytest.mark.parametrize("name", ["kl_per_timestep.png", "rate_distortion.png"])
-def test_the_plots_are_there(finished, name):
-    picture = matplotlib.image.imread(finished.workdir / name)[..., :3]
-    assert picture.shape[0] > 300
-    assert picture.std() > 0.03
-
-
 def test_the_result_is_one_line(finished):
     result = json.loads((finished.workdir / "evaluation.json").read_text())
     line = result_line(result)
@@ -155,6 +143,7 @@ def test_the_result_is_one_line(finished):
     )
     assert f"{result['bits_per_dim']:.4f} ± {result['bits_per_dim_se']:.4f} " in line
     assert "\n" not in line
+    assert finished.output.strip().splitlines()[-1] == line
 
 
 def test_terms_worse_than_uniform_pixels_are_said_in_the_line(finished):
@@ -166,23 +155,6 @@ def test_terms_worse_than_uniform_pixels_are_said_in_the_line(finished):
     assert "warning: worse than the 4.0875 of uniform pixels (reconstruction: the first" in line
     assert "prior: " not in line
     assert "\n" not in line
-
-
-def test_a_second_evaluation_gives_identical_numbers(finished, tmp_path):
-    workdir = tiny.copy(finished.workdir, tmp_path)
-    first = json.loads((workdir / "evaluation.json").read_text())
-    again = evaluate(finished.config, workdir)
-    assert without_clock(again) == without_clock(first)
-    written = json.loads((workdir / "evaluation.json").read_text())
-    assert written == again
-    lines = (workdir / "evaluations.jsonl").read_text().splitlines()
-    assert [without_clock(json.loads(line)) for line in lines] == [without_clock(first)] * 2
-    names = ("kl", "x_0_rmse", "bits_per_dim_per_example")
-    with (
-        np.load(workdir / "evaluation.npz") as a,
-        np.load(finished.workdir / "evaluation.npz") as b,
-    ):
-        assert all((a[name] == b[name]).all() for name in names)
 
 
 def test_another_seed_lands_within_the_monte_carlo_error(tmp_path):

@@ -15,12 +15,11 @@ from diffusion.variances import VARIANCES, from_measured_error
 from experiments import spacing
 from experiments.harness.data import splits
 from experiments.harness.errors import ConfigError
-from experiments.harness.evaluation import paired, programs
+from experiments.harness.evaluation import paired
 from experiments.harness.evaluation.subject import subject_of
 from experiments.harness.setup import optimal_steps
 from experiments.harness.setup.definition import define_model
 from experiments.harness.setup.trained import Run
-from experiments.harness.workdir import record
 from tests.experiments import tiny
 
 pytest_plugins = ["tests.experiments.tiny"]
@@ -56,8 +55,7 @@ def test_errors_of_zero_have_levels():
         assert found[4].num_timesteps == 4
 
 
-@pytest.mark.parametrize("name", ["beta_tilde", "analytic_diagonal"])
-def test_on_the_training_data_the_best_levels_have_the_lowest_bounds(name, tmp_path):
+def test_on_the_training_data_the_best_levels_have_the_lowest_bounds(tmp_path):
     """Candidates that are the measured levels: up to Monte-Carlo error, no subset is better.
 
     The prior and the reconstruction are the same for all subsets, up to noise.
@@ -65,7 +63,7 @@ def test_on_the_training_data_the_best_levels_have_the_lowest_bounds(name, tmp_p
     config = small_config(decoder__name="categorical")
     config.analytic.update(levels=9, examples=256)
     definition, params = define_model(config), tiny.state_of(config, 0.1).ema_params
-    run = Run(config, tmp_path, definition, params, 1).with_variance(name)
+    run = Run(config, tmp_path, definition, params, 1).with_variance("analytic_diagonal")
     definition, measured = run.definition, run.measured_errors()
     candidates = definition.schedule.levels(9)
     best = optimal_steps.find(candidates, *measured, definition.variance, (4,))[4]
@@ -104,24 +102,6 @@ def test_the_expected_bound_is_that_of_interpolated_errors():
     np.testing.assert_array_equal(found[14].log_snr, LINE.levels(14).log_snr)
 
 
-def test_an_entry_is_the_evaluation_at_those_levels():
-    """Draw 0 is an evaluation's noise, whatever the levels: only rounding sets them apart."""
-    config = small_config()
-    definition, params = define_model(config), tiny.state_of(config, 0.1).ema_params
-    dataset = splits.load_data(config, "test", splits.first(72))
-    subject = subject_of(config, definition, params, dataset)
-    choices = {
-        (6, name): paired.Choice(of(definition.schedule, 6), definition.variance)
-        for name, of in SPACINGS.items()
-    }
-    totals = paired.measure_totals(subject, choices, 2)
-    evaluate = programs.make_bound(subject)
-    for key, choice in choices.items():
-        index = np.arange(72, dtype=np.int32)
-        expected = evaluate(subject._replace(levels=choice.levels), index).total
-        np.testing.assert_allclose(totals[key][:, 0], expected, rtol=1e-5)
-
-
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory, quick_compiles):
     """A network of random weights with a learned Σ_θ, at step 3."""
@@ -130,14 +110,11 @@ def workdir(tmp_path_factory, quick_compiles):
 
 
 @pytest.fixture(scope="module")
-def first_run(workdir):
-    """The entries of a run, and its files."""
-    entries = spacing.spacing(small_config(model__variance="learned_diagonal"), workdir)
-    return entries, tiny.files(workdir)
+def entries(workdir):
+    return spacing.spacing(small_config(model__variance="learned_diagonal"), workdir)
 
 
-def test_a_run_writes_its_table(workdir, first_run):
-    entries, _ = first_run
+def test_a_run_writes_its_table(workdir, entries):
     assert [(e.num_timesteps, e.name) for e in entries] == [(T, n) for T in (3, 6) for n in NAMES]
     recorded = json.loads((workdir / "spacing.json").read_text())
     assert [row["spacing"] for row in recorded["entries"]] == 2 * NAMES
@@ -159,9 +136,8 @@ def test_a_run_writes_its_table(workdir, first_run):
     assert matplotlib.image.imread(workdir / "spacing.png").std() > 0
 
 
-def test_equal_levels_differ_by_nothing(first_run):
+def test_equal_levels_differ_by_nothing(entries):
     """On a line in log-SNR equal gaps are uniform time: the pairing leaves only rounding."""
-    entries, _ = first_run
     for entry in entries:
         if entry.name in ("uniform", "log_snr"):
             assert abs(entry.difference) < 1e-5 * entry.bits_per_dim
@@ -169,17 +145,9 @@ def test_equal_levels_differ_by_nothing(first_run):
         assert entry.bits_per_dim_mc_se > 0
 
 
-def test_a_second_run_gives_identical_files(workdir, first_run, tmp_path):
-    _, files = first_run
-    again = tiny.copy(workdir, tmp_path)
-    spacing.run(small_config(model__variance="learned_diagonal"), again)
-    for name in ("spacing.json", "spacing.md", "spacing.png"):
-        assert (again / name).read_bytes() == files[workdir / name][1], name
-
-
-def test_levels_come_back_to_the_last_bit(workdir, first_run):
+@pytest.mark.usefixtures("entries")
+def test_levels_come_back_to_the_last_bit(workdir):
     """Those that were found are a part of the candidates, whose numbers are no short decimals."""
-    del first_run
     candidates = LINE.levels(41).log_snr
     for num_timesteps in (3, 6):
         levels = optimal_steps.optimal_levels(workdir, num_timesteps, 3, LINE)
@@ -188,6 +156,7 @@ def test_levels_come_back_to_the_last_bit(workdir, first_run):
         assert (levels.log_snr[1], levels.log_snr[-1]) == (8.0, -5.0)
 
 
+@pytest.mark.usefixtures("entries")
 @pytest.mark.parametrize(
     ("num_timesteps", "step", "schedule", "wrong"),
     [
@@ -196,30 +165,19 @@ def test_levels_come_back_to_the_last_bit(workdir, first_run):
         (6, 3, linear_log_snr(9.0, -5.0), "is of another schedule, from λ = 8 to -5"),
     ],
 )
-def test_levels_of_something_else_are_one_line(
-    num_timesteps, step, schedule, wrong, workdir, first_run
-):
-    del first_run
-    with pytest.raises(ConfigError) as error:
+def test_levels_of_something_else_are_one_line(num_timesteps, step, schedule, wrong, workdir):
+    with tiny.refused(
+        wrong,
+        f"python main.py --experiment=spacing --workdir={workdir} ",
+        f"'--config.spacing.num_timesteps=({num_timesteps},)'",
+        match="^config.sample.spacing = 'bound_optimal': ",
+    ):
         optimal_steps.optimal_levels(workdir, num_timesteps, step, schedule)
-    message = str(error.value)
-    assert message.startswith("config.sample.spacing = 'bound_optimal': ")
-    assert wrong in message
-    assert f"python main.py --experiment=spacing --workdir={workdir} " in message
-    assert f"'--config.spacing.num_timesteps=({num_timesteps},)'" in message
-    assert "\n" not in message
 
 
 def test_levels_that_nobody_found_are_one_line(tmp_path):
     with pytest.raises(ConfigError, match=r"there is no .*spacing.json; run first python main.py"):
         optimal_steps.optimal_levels(tmp_path, 6, 3, LINE)
-
-
-def test_a_new_training_forgets_the_levels_of_the_old(tmp_path):
-    """A new run comes to the same step with other weights."""
-    (tmp_path / optimal_steps.FILE).write_text("{}")
-    record.forget_results(tmp_path)
-    assert not (tmp_path / optimal_steps.FILE).exists()
 
 
 def test_a_schedule_without_so_many_levels_is_one_line():

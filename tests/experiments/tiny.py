@@ -16,7 +16,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 
 from configs import digits
 from experiments import all as main_job
+from experiments.harness.errors import ConfigError
 from experiments.harness.setup.definition import MODELS, define_model
 from experiments.harness.setup.params import init_params
 from experiments.harness.training import speed
@@ -153,7 +154,19 @@ def assert_bit_equal(actual: Any, expected: Any) -> None:
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     paths = jax.tree_util.tree_flatten_with_path(expected)[0]
     for a, (path, e) in zip(jax.tree.leaves(actual), paths, strict=True):
-        assert np.asarray(a).tobytes() == np.asarray(e).tobytes(), jax.tree_util.keystr(path)
+        a, e = np.asarray(a), np.asarray(e)
+        assert (a.shape, a.dtype) == (e.shape, e.dtype), jax.tree_util.keystr(path)
+        assert a.tobytes() == e.tobytes(), jax.tree_util.keystr(path)
+
+
+@contextlib.contextmanager
+def refused(*parts: Any, match: str | None = None) -> Iterator[pytest.ExceptionInfo]:
+    """The body raises a ConfigError of one line that has these parts and matches a pattern."""
+    with pytest.raises(ConfigError, match=match) as error:
+        yield error
+    message = str(error.value)
+    assert "\n" not in message
+    assert all(str(part) in message for part in parts), (parts, message)
 
 
 def files(directory: pathlib.Path) -> dict[pathlib.Path, Any]:

@@ -61,13 +61,6 @@ def linear_log_snrs() -> np.ndarray:
     return np.log(alpha_bar) - np.log1p(-alpha_bar)
 
 
-def test_the_defaults_are_ddpms_network():
-    variables, output = shapes(UNet(), (32, 32, 3))
-    assert sum(leaf.size for leaf in jax.tree.leaves(variables)) == 35_746_307
-    assert output == (1, 32, 32, 3)
-    assert list(variables) == ["params"]
-
-
 @pytest.mark.parametrize(
     ("image_shape", "multipliers"),
     [((4, 6, 5), (1, 2)), ((10, 2, 1), (3, 1)), ((3, 7, 4), (1,)), ((8, 16, 2), (1, 2, 1, 3))],

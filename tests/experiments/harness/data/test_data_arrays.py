@@ -13,6 +13,7 @@ from experiments.harness.data.sources.source import Options, check_unpacked
 from experiments.harness.data.splits import describe, load
 from experiments.harness.errors import ConfigError
 from tests.experiments import tiny
+from tests.experiments.tiny import refused
 
 SPLITS = ("train", "validation", "test")
 
@@ -21,11 +22,6 @@ def random_set(seed: int, n: int, *shape: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(n) % 7)
     return rng.integers(0, 256, (n, *shape), np.uint8), labels
-
-
-def one_line(error: pytest.ExceptionInfo) -> str:
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 def load_both(name, root, split, **options):
@@ -83,9 +79,8 @@ def test_a_split_that_does_not_fit_the_model_is_found_before_training(
     np.savez(tmp_path / "test.npz", **arrays)
     config = tiny.config(data__name="npz", data__data_dir=str(tmp_path), train__batch_size=8)
     config.model.class_conditional = True
-    with pytest.raises(ConfigError) as error:
+    with refused(message):
         main_job.check(config)
-    assert message in one_line(error)
 
 
 def test_one_npz_file_is_split_by_seed(tmp_path):
@@ -122,10 +117,8 @@ def test_npz_validation_is_cut_out_of_train(tmp_path):
 )
 def test_npz_that_cannot_be_used(arrays, message, tmp_path):
     np.savez(tmp_path / "test.npz", **arrays)
-    with pytest.raises(ConfigError) as error:
+    with refused(str(tmp_path / "test.npz"), message):
         describe("npz", "test", data_dir=str(tmp_path))
-    assert str(tmp_path / "test.npz") in one_line(error)
-    assert message in one_line(error)
 
 
 def images(*shape):
@@ -148,10 +141,8 @@ def images(*shape):
 )
 def test_plausible_but_wrong_arrays_are_refused_with_what_would_fit(arrays, message, tmp_path):
     np.savez(tmp_path / "train.npz", **{"images": images(9, 8, 8, 3)} | arrays)
-    with pytest.raises(ConfigError) as error:
+    with refused(str(tmp_path / "train.npz"), message):
         describe("npz", "train", data_dir=str(tmp_path))
-    assert str(tmp_path / "train.npz") in one_line(error)
-    assert message in one_line(error)
 
 
 def header_of(shape):
@@ -188,9 +179,8 @@ def test_an_idx_header_without_its_images_is_refused_by_size(ending, tmp_path):
     path = tmp_path / f"train-images-idx3-ubyte{ending}"
     content = bytes([0, 0, 8, 3]) + struct.pack(">3I", 10**7, 28, 28)
     path.write_bytes(gzip.compress(content) if ending else content)
-    with pytest.raises(ConfigError, match=r"bytes where its header says|would unpack") as error:
+    with refused(str(path), match=r"bytes where its header says|would unpack"):
         describe("idx", "train", data_dir=str(tmp_path))
-    assert str(path) in one_line(error)
 
 
 @pytest.mark.parametrize("spelt", [("Train", "val", "Test"), ("training", "valid", "testing")])
@@ -208,9 +198,8 @@ def test_damaged_npz(tmp_path):
     damaged[len(whole) // 2] ^= 255
     for content in (whole[:200], b"", bytes(damaged)):
         path.write_bytes(content)
-        with pytest.raises(ConfigError) as error:
+        with refused(f"{path} cannot be read"):
             load("npz", "test", data_dir=str(tmp_path))
-        assert f"{path} cannot be read" in one_line(error)
 
 
 def test_missing_npz(tmp_path):
@@ -256,10 +245,12 @@ def test_idx_is_read_as_it_was_written(mnist):
 
 def test_missing_idx_says_what_to_install(tmp_path):
     for data_dir in (str(tmp_path), None):
-        with pytest.raises(ConfigError, match="train-images-idx3-ubyte") as error:
+        with refused(
+            f"config.data.data_dir = {data_dir!r}",
+            "apt-get install dataset-fashion-mnist",
+            match="train-images-idx3-ubyte",
+        ):
             describe("idx", "train", data_dir=data_dir)
-        assert f"config.data.data_dir = {data_dir!r}" in one_line(error)
-        assert "apt-get install dataset-fashion-mnist" in one_line(error)
 
 
 def test_damaged_idx(tmp_path):
@@ -268,10 +259,9 @@ def test_damaged_idx(tmp_path):
     path = tmp_path / "train-images-idx3-ubyte"
 
     def message():
-        with pytest.raises(ConfigError) as error:
+        with refused(path) as error:
             load("idx", "train", data_dir=str(tmp_path))
-        assert str(path) in one_line(error)
-        return one_line(error)
+        return str(error.value)
 
     write_idx(path, images)
     path.write_bytes(path.read_bytes()[:-1])

@@ -12,6 +12,7 @@ from experiments.harness.data.sources.images import UnusableImage, decode
 from experiments.harness.data.sources.source import Options
 from experiments.harness.data.splits import describe, first, load, some
 from experiments.harness.errors import ConfigError
+from tests.experiments.tiny import refused
 
 
 def random_image(seed: int, height: int = 32, width: int = 32, channels: int = 3) -> np.ndarray:
@@ -23,11 +24,6 @@ def save(path, pixels, **settings):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path, **settings)
     return path
-
-
-def one_line(error: pytest.ExceptionInfo) -> str:
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 def load_folder(root, split, splits=None, **options):
@@ -108,11 +104,8 @@ def test_16_bits_are_refused(colour, tmp_path):
     (tmp_path / "test").mkdir()
     path = tmp_path / "test" / "deep.png"
     path.write_bytes(png_of_16_bits(colour))
-    with pytest.raises(ConfigError) as error:
+    with refused(str(path), "more than 8 bits", "convert it"):
         load_folder(tmp_path, "test", image_size=2)
-    assert str(path) in one_line(error)
-    assert "more than 8 bits" in one_line(error)
-    assert "convert it" in one_line(error)
 
 
 def test_a_netpbm_file_says_how_deep_it_is(tmp_path):
@@ -245,9 +238,8 @@ def test_usual_spellings_are_taken_for_what_they_are(names, tmp_path):
 def test_what_looks_like_splits_without_being_taken_so_is_refused(names, message, tmp_path):
     for name in names:
         save(tmp_path / name / "0.png", random_image(0, 4, 4))
-    with pytest.raises(ConfigError) as error:
+    with refused(message):
         describe("folder", "train", data_dir=str(tmp_path), options=Options(image_size=4))
-    assert message in one_line(error)
 
 
 def test_one_name_that_resembles_a_split_may_be_a_class(tmp_path):
@@ -276,17 +268,16 @@ def test_files_that_are_no_images_to_be_read(split_folder, capsys):
 def test_a_name_that_is_not_utf_8_is_shown_escaped(tmp_path):
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / os.fsdecode(b"\xff.png")).write_bytes(b"no image")
-    with pytest.raises(ConfigError) as error:
+    with refused("\\udcff.png cannot be read") as error:
         describe("folder", "test", data_dir=str(tmp_path), options=Options(image_size=4))
-    assert "\\udcff.png cannot be read" in str(error.value)
     str(error.value).encode()
 
 
 @pytest.mark.parametrize("name", ["folder", "npz", "idx"])
 def test_a_path_that_no_file_system_has_is_refused_in_one_line(name):
-    with pytest.raises(ConfigError) as error:
+    with refused() as error:
         describe(name, "train", data_dir="x" * 5000)
-    assert len(one_line(error)) < 600
+    assert len(str(error.value)) < 600
 
 
 def test_why_there_are_no_classes(split_folder):
@@ -345,10 +336,8 @@ def test_a_damaged_image_names_its_file_and_the_remedy(split_folder):
     root, _ = split_folder
     path = root / "train" / "dog" / "2.png"
     path.write_bytes(path.read_bytes()[:1500])
-    with pytest.raises(ConfigError) as error:
+    with refused(str(path), "config.data.skip_corrupt=True"):
         load_folder(root, "train")
-    assert str(path) in one_line(error)
-    assert "config.data.skip_corrupt=True" in one_line(error)
     load_folder(root, "test")
 
 
@@ -435,21 +424,18 @@ def test_missing_folder_or_split(tmp_path, split_folder):
     for data_dir in (str(tmp_path / "nowhere"), "", None):
         with pytest.raises(ConfigError, match=r"config\.data\.data_dir = .* is no folder"):
             describe("folder", "train", data_dir=data_dir)
-    with pytest.raises(ConfigError, match="has only train, validation, test") as error:
+    with refused("config.data.splits.extra = 'more'", match="has only train, validation, test"):
         load_folder(root, "extra", {"extra": "more"})
-    assert "config.data.splits.extra = 'more'" in one_line(error)
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(ConfigError, match="no image in") as error:
+    with refused(".png", match="no image in"):
         load_folder(empty, "train")
-    assert ".png" in one_line(error)
 
 
 def test_a_share_of_no_image_is_refused(tmp_path):
     save(tmp_path / "a.png", random_image(0))
-    with pytest.raises(ConfigError) as error:
+    with refused("config.data.held_out = 0.01"):
         load_folder(tmp_path, "train", held_out=0.01)
-    assert "config.data.held_out = 0.01" in one_line(error)
 
 
 def test_an_image_too_large_to_be_safe_is_named(tmp_path, monkeypatch):

@@ -72,13 +72,6 @@ def test_several_steps_at_once_are_given_their_batches(stream):
     np.testing.assert_array_equal(one, expected[2])
 
 
-def test_a_streamed_run_is_the_run_on_the_devices(tmp_path):
-    held = train(tiny.config(data__stream="never"), tmp_path / "held")
-    streamed = tiny.config(data__stream="always", data__workers=0)
-    tiny.assert_bit_equal(train(streamed, tmp_path / "streamed"), held)
-    assert tiny.metrics(tmp_path / "streamed") == tiny.metrics(tmp_path / "held")
-
-
 def test_dispatching_several_steps_at_once_is_the_same_run(tmp_path, monkeypatch):
     """The loop that accelerators are given, here with a network that no convolution is slow in."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")

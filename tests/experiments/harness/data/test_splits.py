@@ -17,6 +17,7 @@ from experiments.harness.data.sources import source
 from experiments.harness.data.sources.images import decode
 from experiments.harness.data.splits import describe, load
 from experiments.harness.errors import ConfigError
+from tests.experiments.tiny import refused
 from tests.mock_cifar10 import mock_tfds, write_cifar10
 
 ROOT = pathlib.Path(__file__).parents[4]
@@ -34,12 +35,6 @@ def cifar10(tmp_path_factory):
     data_dir = tmp_path_factory.mktemp("tensorflow_datasets")
     write_cifar10(data_dir, examples)
     return str(data_dir), examples
-
-
-def one_line(error: pytest.ExceptionInfo) -> str:
-    message = str(error.value)
-    assert "\n" not in message
-    return message
 
 
 def test_digits_splits_are_the_shipped_set_in_order():
@@ -180,10 +175,8 @@ def test_set_without_labels(monkeypatch):
     ],
 )
 def test_unknown_set_says_what_is_known(name, hint):
-    with pytest.raises(ConfigError) as error:
+    with refused(f"config.data.name = {name!r}", hint):
         describe(name, "train")
-    assert f"config.data.name = {name!r}" in one_line(error)
-    assert hint in one_line(error)
 
 
 def test_unknown_split_says_what_is_known():
@@ -195,10 +188,9 @@ def test_unknown_split_says_what_is_known():
 
 
 def test_missing_set_says_where_it_was_sought_and_what_to_run(tmp_path):
-    with pytest.raises(ConfigError) as error:
+    with refused(f"{tmp_path}/cifar10/") as error:
         describe("cifar10", "train", data_dir=str(tmp_path))
-    message = one_line(error)
-    assert f"{tmp_path}/cifar10/" in message
+    message = str(error.value)
     # The command must be Python, and prepare this set, there, in a format that can be read.
     command = message[message.index('python -c "') :].split('"')[1]
     prepared = []
@@ -219,9 +211,8 @@ def test_set_in_another_format(tmp_path):
     examples = np.zeros((2, 32, 32, 3), np.uint8), np.zeros(2)
     info = write_cifar10(tmp_path, {"train": examples}) / "dataset_info.json"
     info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
-    with pytest.raises(ConfigError, match="only tfrecord ones: delete them first") as error:
+    with refused("file_format='array_record'", match="only tfrecord ones: delete them first"):
         describe("cifar10", "train", data_dir=str(tmp_path))
-    assert "file_format='array_record'" in one_line(error)
 
 
 @pytest.mark.parametrize(
@@ -229,10 +220,8 @@ def test_set_in_another_format(tmp_path):
 )
 def test_split_expression_that_selects_nothing(expression, cifar10):
     splits = {"validation": expression}
-    with pytest.raises(ConfigError) as error:
+    with refused(f"config.data.splits.validation = {expression!r}", "train (20), test (5)"):
         describe("cifar10", "validation", data_dir=cifar10[0], splits=splits)
-    assert f"config.data.splits.validation = {expression!r}" in one_line(error)
-    assert "train (20), test (5)" in one_line(error)
 
 
 def test_damaged_copy(tmp_path):
@@ -260,9 +249,8 @@ def test_set_without_images():
 )
 def test_images_that_cannot_be_used(image, monkeypatch):
     fake_examples(monkeypatch, "mnist", [{"image": image, "label": 0}])
-    with pytest.raises(ConfigError) as error:
+    with refused(f"type {image.dtype} and shape {image.shape}"):
         describe("mnist", "train")
-    assert f"type {image.dtype} and shape {image.shape}" in one_line(error)
 
 
 @pytest.mark.parametrize(("n", "b"), [(12, 4), (13, 4), (7, 7), (5, 12), (1, 3), (100, 1)])

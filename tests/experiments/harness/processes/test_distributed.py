@@ -136,6 +136,14 @@ def test_two_processes_run_the_job_stop_and_go_on_as_one(tmp_path, quick_compile
         assert a == pytest.approx(b, rel=1e-4)
     results = [json.loads((tmp_path / n / "evaluation.json").read_text()) for n in ("two", "one")]
     assert results[0]["bits_per_dim"] == pytest.approx(results[1]["bits_per_dim"], rel=1e-5)
+    for file, names in (
+        ("evaluation.npz", ("kl", "x_0_rmse", "bits_per_dim_per_example")),
+        ("samples/samples.npz", ("x_0",)),
+    ):
+        with np.load(tmp_path / "two" / file) as a, np.load(tmp_path / "one" / file) as b:
+            for name in names:
+                scale = np.abs(b[name]).max()
+                np.testing.assert_allclose(a[name], b[name], rtol=0, atol=1e-3 * scale)
     names = [
         {p.relative_to(tmp_path / n) for p in (tmp_path / n).rglob("*.*") if "tfev" not in p.name}
         for n in ("two", "one")

@@ -2,7 +2,6 @@
 
 import importlib.util
 import itertools
-import json
 import pathlib
 
 import jax
@@ -114,16 +113,6 @@ def test_a_recorded_config_comes_back_as_it_was(make, tmp_path):
     assert typed(recorded.get_config(str(tmp_path))) == typed(make())
 
 
-def test_the_recorded_config_is_strict_json(tmp_path):
-    record.record(changed(), tmp_path)
-
-    def refuse(constant):
-        raise AssertionError(constant)
-
-    written = json.loads((tmp_path / "config.json").read_text(), parse_constant=refuse)
-    assert written["schedule"]["betas"]["betas"] == [1e-4, 0.25, 0.5]
-
-
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("num_timesteps", [1, 2, 3, 1000])
 def test_every_schedule_builds_at_any_number_of_timesteps(name, num_timesteps):
@@ -149,12 +138,8 @@ def test_every_schedule_builds_at_any_number_of_timesteps(name, num_timesteps):
 )
 def test_a_schedule_that_is_none_is_named(overrides, named):
     config = tiny.config(**{f"schedule__{name}": value for name, value in overrides.items()})
-    with pytest.raises(ConfigError) as error:
+    with tiny.refused(named, match=r"^config\.schedule\."):
         define_model(config)
-    message = str(error.value)
-    assert message.startswith("config.schedule.")
-    assert named in message
-    assert "\n" not in message
 
 
 def test_harmless_settings_may_change_and_others_may_not(tmp_path):

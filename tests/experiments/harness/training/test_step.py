@@ -1,7 +1,4 @@
-"""The compiled training step, its sums for the log, and the same on several devices."""
-
-import subprocess
-import sys
+"""The compiled training step, and its sums for the log."""
 
 import jax
 import jax.numpy as jnp
@@ -221,66 +218,3 @@ def test_flips_change_a_step_unless_the_images_are_symmetric(symmetric):
     assert (losses[0] == losses[1]) == symmetric
     if symmetric:
         tiny.assert_bit_equal(params[1], params[0])
-
-
-PROGRAM = """
-import sys
-import jax, numpy as np
-from jax.sharding import Mesh
-from experiments.evaluate import evaluate
-from experiments.harness import devices
-from experiments.harness.errors import ConfigError
-from experiments.sample import sample
-from experiments.train import check, train
-from tests.experiments import tiny
-
-four = devices.mesh()
-assert four.size == 4
-config = tiny.config(train__num_steps=3, train__warmup_steps=0, train__log_every=3)
-results = {}
-for name, mesh in (("one", Mesh(four.devices[:1], four.axis_names)), ("four", four)):
-    devices.mesh = lambda *_: mesh
-    workdir = f"{sys.argv[1]}/{name}"
-    state = train(config, workdir)
-    assert len(state.step.sharding.device_set) == mesh.size
-    for part in ("params", "ema_params", "opt_state", "window"):
-        for path, leaf in jax.tree_util.tree_flatten_with_path(getattr(state, part))[0]:
-            results[f"{name}/{part}{jax.tree_util.keystr(path)}"] = np.asarray(leaf)
-    evaluate(config, workdir)
-    sample(config, workdir)
-np.savez(sys.argv[1] + "/states.npz", **results)
-try:
-    check(tiny.config(train__batch_size=6))
-except ConfigError as error:
-    print(error)
-"""
-
-
-def test_four_devices_compute_what_one_does(tmp_path, quick_compiles):
-    """Three steps, an evaluation and samples, in a process of four devices on a CPU."""
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    finished = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path)],
-        env=quick_compiles | flags,
-        capture_output=True,
-        text=True,
-    )
-    assert finished.returncode == 0, finished.stderr
-    assert finished.stdout.strip().splitlines()[-1] == (
-        "config.train.batch_size = 6 does not split over 4 devices; use a multiple of 4, such as 8"
-    )
-    with np.load(tmp_path / "states.npz") as states:
-        names = [name.removeprefix("one/") for name in states if name.startswith("one/")]
-        assert len(names) > 20
-        for name in names:
-            one, four = states[f"one/{name}"], states[f"four/{name}"]
-            # A sum over the batch in another order: a few roundings of 6e-8, of the largest terms.
-            scale = np.abs(one).max()
-            np.testing.assert_allclose(four, one, rtol=0, atol=1e-5 * scale, err_msg=name)
-    one, four = ((tmp_path / name) for name in ("one", "four"))
-    with np.load(one / "evaluation.npz") as a, np.load(four / "evaluation.npz") as b:
-        assert set(a) == set(b)
-        for name in a:
-            np.testing.assert_allclose(b[name], a[name], rtol=1e-4, err_msg=name)
-    with np.load(one / "samples/samples.npz") as a, np.load(four / "samples/samples.npz") as b:
-        np.testing.assert_allclose(b["x_0"], a["x_0"], rtol=0, atol=1e-4 * np.abs(a["x_0"]).max())
