@@ -67,23 +67,6 @@ def test_labels_are_loaded_where_the_model_is_given_them():
         assert np.isin(told.labels, np.arange(splits.describe("digits", split).num_classes)).all()
 
 
-def test_the_class_past_the_last_is_no_label():
-    """And each label changes the prediction of its own example only."""
-    definition, params = define_model(conditional()), tiny.state_of(conditional()).params
-    x_t, log_snr = jax.random.normal(jax.random.key(0), (2, 8, 8, 1)), jnp.zeros(2)
-
-    def predict(labels):
-        reverse = definition.model(params, labels).reverse
-        return np.asarray(reverse.outputs(x_t, log_snr).prediction)
-
-    one, other = predict(np.array([1, 2])), predict(np.array([1, 4]))
-    np.testing.assert_array_equal(predict(None), predict(np.array([NONE, NONE])))
-    np.testing.assert_array_equal(one[0], other[0])
-    assert np.abs(one[1] - other[1]).max() > 0
-    model = definition.model(params).given(np.array([1, 2]))
-    np.testing.assert_array_equal(model.reverse.outputs(x_t, log_snr).prediction, one)
-
-
 @pytest.mark.parametrize("probability", [0.1, 0.6])
 def test_labels_are_withheld_with_their_probability(probability):
     """Over 200 keys and 100 labels: the share is binomial, and the other labels stay."""

@@ -18,7 +18,7 @@ from experiments.harness.data.sources.images import decode
 from experiments.harness.data.splits import describe, load
 from experiments.harness.errors import ConfigError
 from tests.experiments.tiny import refused
-from tests.mock_cifar10 import mock_tfds, write_cifar10
+from tests.mock_cifar10 import write_cifar10
 
 ROOT = pathlib.Path(__file__).parents[4]
 CIFAR10_SPLITS = {"train": "train[:45000]", "validation": "train[45000:]", "test": "test"}
@@ -104,18 +104,6 @@ def test_default_directory_is_tensorflow_datasets_own(cifar10, monkeypatch):
     data_dir, examples = cifar10
     monkeypatch.setattr(tfds.core.constants, "DATA_DIR", data_dir)
     np.testing.assert_array_equal(load("cifar10", "test", data_dir="").labels, examples["test"][1])
-
-
-@pytest.mark.parametrize(("name", "shape"), [("cifar10", (32, 32, 3)), ("mnist", (28, 28, 1))])
-def test_mocked_set(name, shape):
-    with mock_tfds(num_examples=6):
-        described = describe(name, "validation", splits=CIFAR10_SPLITS)
-        loaded = load(name, "validation", splits=CIFAR10_SPLITS)
-    assert described[:3] == (6, shape, 256)
-    assert described.num_classes == 10
-    assert loaded.images.shape == (6, *shape)
-    assert loaded.labels.shape == (6,)
-    assert len(np.unique(loaded.images, axis=0)) == 6
 
 
 def test_tensorflow_is_never_imported(cifar10, tmp_path):

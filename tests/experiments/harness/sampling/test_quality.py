@@ -114,12 +114,6 @@ def test_data_are_closer_to_data_than_noise_is(workdir):
     assert half.num_samples == 500
 
 
-def test_pixels_are_grey_levels_as_shares(workdir):
-    images = splits.load("digits", "test").images
-    found = features.pixels(config(), epath.Path(workdir)).function(images)
-    np.testing.assert_allclose(found, images.reshape(len(images), -1) / 16, rtol=1e-6)
-
-
 def test_every_image_is_featured_once(workdir):
     """The last batch is not whole: 1000 = 500 + 500, 447 < 500, and 501 = 500 + 1."""
     images = np.arange(501 * 64).reshape(501, 8, 8, 1) % 17
