@@ -267,7 +267,7 @@ def shown(value: Any) -> str:
     try:
         text = " ".join(repr(value).split())
     except ValueError:  # Python writes no whole number of more than 4300 digits
-        text = f"a {type(value).__name__} of thousands of digits"
+        text = "a value with a number of thousands of digits"
     return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
 

@@ -1,6 +1,6 @@
 """Runs `main.py` with hundreds of bad inputs, and checks that each is refused as promised.
 
-python -m tests.stress.inputs --only data --sample 25 --seed 0
+python -m tests.stress.inputs --only data paths --sample 25 --seed 0
 
 A bad input ends the program within ten seconds, with one line on standard error, a status that is
 not zero, and nothing written. The line contains a text that each case names. The program prints a
@@ -15,6 +15,7 @@ import random
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -100,9 +101,18 @@ TOO_LARGE = {
     "analytic.levels": 10**7,
 }
 
-NO_SETTINGS = {
+MISTAKES = {
     "--config.train.batchsize=64": "--config.train.batch_size?",
     "--config.schedul.name=cosine": "--config.schedule.name?",
+    "--config.schedule.name=cosin": "did you mean cosine?",
+    "--config.train.batch_size=many": "=many; it must be a whole number in [1, 10^7]",
+    "--config.train.batch_size=5000": "= 5000 is more than the 1000 training examples of digits",
+    "--config.train.warmup_steps=1501": "at most config.train.num_steps = 1500",
+    "--config.model.unet.channel_multipliers=2": "=2; it must be a tuple",
+    "--config.model.unet.channel_multipliers=(1e4,)": "entry 10000.0; it must be a whole number",
+    "--config.model.unet.fourier_exponents=3": "write '(3,)'",
+    "--config.train.num_steps=1e15": "= 1000000000000000; it must be a whole number",
+    "--config.train.num_steps=1.5e0": "=1.5e0; it must be a whole number",
     "--config.train=5": "config.train",
     "--config.train.unet.channels=5": "--config.train.unet.channels",
     "--config..=5": "parse '.'",
@@ -130,7 +140,7 @@ NO_SETTINGS = {
 
 def flags() -> Iterator[Case]:
     """Flags that are none, and configs that are none."""
-    for flag, contained in NO_SETTINGS.items():
+    for flag, contained in MISTAKES.items():
         yield Case(flag[:60], (flag,), contained)
     yield Case("no workdir", ("--workdir=",), "--workdir is missing")
     yield Case("a flag without a value", ("--experiment",), "experiment")
@@ -417,6 +427,17 @@ def _tree(here: pathlib.Path) -> dict[str, tuple[int, int]]:
     return {p: (s.st_mtime_ns, s.st_size) for p, s in states.items() if "__pycache__" not in p}
 
 
+def sample(cases: list[tuple[str, Case]], number: int, seed: int) -> list[tuple[str, Case]]:
+    """Some cases at random, about as many of each group."""
+    random.Random(seed).shuffle(cases)
+    seen = Counter()
+    ranked = []
+    for group, case in cases:
+        seen[group] += 1
+        ranked.append((seen[group], group, case))
+    return [(group, case) for _, group, case in sorted(ranked, key=lambda r: r[:2])[:number]]
+
+
 def main(argv: list[str] | None = None) -> int:
     """The exit status: 0 if every input was refused as promised."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -426,7 +447,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     cases = [(group, case) for group in arguments.only for case in GROUPS[group]()]
     if arguments.sample is not None:
-        cases = random.Random(arguments.seed).sample(cases, min(arguments.sample, len(cases)))
+        cases = sample(cases, arguments.sample, arguments.seed)
     good = 0
     for group, case in tqdm(cases, "bad inputs", unit="case"):
         found = exceptions(case)

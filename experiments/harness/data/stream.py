@@ -7,6 +7,7 @@ a backend starts, and decoding starts none.
 
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -20,7 +21,7 @@ from ml_collections import ConfigDict
 from experiments.harness.data.order import batch_indices
 from experiments.harness.data.sources.source import Source
 from experiments.harness.data.splits import Examples
-from experiments.harness.errors import RunError
+from experiments.harness.errors import RunError, in_short
 
 MEBIBYTE = 2**20
 _NEVER = 2**62  # bytes, more than any array has
@@ -146,12 +147,24 @@ class Stream:
             batch = next(self._iterator)
         except RuntimeError as error:
             if self._workers and not isinstance(error, RunError):
-                raise RunError(
-                    f"a process that decodes data has died, perhaps for lack of memory: {error}; "
-                    "the same command goes on from the last checkpoint"
-                ) from error
+                raise RunError(_death(error)) from error
             raise
         return as_examples(batch)
+
+
+def _death(error: RuntimeError) -> str:
+    """Why a worker died, as far as its exit code tells: a signal's is negative."""
+    if re.search(r"exit code [1-9]", str(error)):
+        reason = (
+            "with an error, printed above; in a script, call the training below "
+            'if __name__ == "__main__": since each such process imports the script'
+        )
+    else:
+        reason = "perhaps for lack of memory"
+    return (
+        f"a process that decodes data has died, {reason} ({in_short(error)}); the same command "
+        "goes on from the last checkpoint"
+    )
 
 
 def _without_none(**arrays: np.ndarray | None) -> dict[str, np.ndarray]:

@@ -1,4 +1,7 @@
-"""What a user types and reads: one line for a mistake, one line for a result."""
+"""What a user types and reads: one line for a mistake, one line for a result.
+
+`tests.stress.inputs` has a table of mistakes.
+"""
 
 import pathlib
 import re
@@ -11,8 +14,9 @@ import numpy as np
 import pytest
 
 from configs import base
-from experiments.harness import command_line
+from experiments.harness import arguments, command_line
 from experiments.harness.data import order
+from experiments.harness.errors import ConfigError
 from tests.experiments import tiny
 
 pytest_plugins = ["tests.experiments.tiny"]
@@ -77,91 +81,6 @@ def test_the_compilation_listener_listens():
     assert any("backend_compile" in event for event in heard)
 
 
-MISTAKES = {
-    "--config.schedule.name=cosin": (
-        "config.schedule.name = 'cosin' is unknown",
-        "linear_beta, cosine, sigmoid, linear_log_snr, betas",
-        "did you mean cosine?",
-    ),
-    "--config.schedul.name=cosine": ("--config.schedul.name", "--config.schedule.name?"),
-    "--config.train.batchsize=64": ("--config.train.batchsize", "--config.train.batch_size?"),
-    "--config.train.batch_size=many": (
-        "--config.train.batch_size=many; it must be a whole number in [1, 10^7]",
-    ),
-    "--config.train.batch_size=5000": ("config.train.batch_size = 5000", "1000 training examples"),
-    "--config.train.learning_rate=nan": ("config.train.learning_rate = nan; it must be a finite",),
-    "--config.train.hybrid.vlb_weight=inf": ("config.train.hybrid.vlb_weight = inf; it must be",),
-    "--config.train.warmup_steps=1501": ("config.train.warmup_steps = 1501", "num_steps = 1500"),
-    "--config.model.unet.channel_multipliers=2": ("channel_multipliers=2; it must be a tuple",),
-    "--config.model.unet.fourier_exponents=3": ("fourier_exponents=3; it must be a tuple",),
-    "--config.model.unet.channel_multipliers=(1.5,)": ("(1.5,): entry 1.5; it must be a whole",),
-    "--config.model.unet.channels=400000": ("config.model.unet.channels = 400000; it must be",),
-    "--config.model.unet.channels=65536": ("config.model.unet.channels = 65536 needs", "GiB"),
-    "--config.schedule.num_timesteps=100000000000000": ("num_timesteps = 100000000000000; it",),
-    "--config.schedule.cosine.native_timesteps=1000000000": ("native_timesteps = 1000000000;",),
-    "--config.sample.num_samples=1000000000": ("config.sample.num_samples = 1000000000 needs",),
-    "--config.data.image_size=-8": ("config.data.image_size = -8; it must be",),
-    "--config.data.channels=7": ("config.data.channels = 7 is unknown; known: 1, 3",),
-    "--config=configs/nothing.py": (
-        "configs/nothing.py",
-        "configs/cifar10.py",
-        "configs/digits.py",
-    ),
-    "--experiment=evalute": ("--experiment=evalute", "all|train|evaluate|sample"),
-    "--wrkdir=runs/a": ("wrkdir",),
-}
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_and_touches_nothing(mistake, tmp_path):
-    finished, seconds = main(f"--workdir={tmp_path}/run", mistake)
-    line = error_line(finished.stderr)
-    for part in MISTAKES[mistake]:
-        assert part in line
-    assert finished.returncode == 2
-    assert finished.stdout == ""
-    assert list(tmp_path.iterdir()) == []
-    # Of a core's time: the machine may be busy with other tests.
-    assert seconds < 10
-
-
-CONFIG_FILES = {
-    "def get_config(:\n": ("line 1", "invalid syntax"),
-    "x = 1\ny = x / 0\n": ("line 2: ZeroDivisionError: division by zero",),
-    "import absent_package\n": ("line 1: ModuleNotFoundError", "absent_package"),
-    "x = 1\n": ("no attribute 'get_config'",),
-    "def get_config(name):\n    pass\n": ("missing 1 required positional argument: 'name'",),
-    "def get_config():\n    pass\n": ("returns a NoneType; it must return a ConfigDict",),
-    "from configs.digits import get_config as digits\n\n\ndef get_config():\n"
-    "    config = digits()\n    config.train.batchsize = 3\n": ("line 6", '"batchsize"'),
-    "from configs.digits import get_config as digits\n\n\ndef get_config():\n"
-    "    config = digits()\n    config.sample.labels = 3\n": ("line 6: TypeError", "labels"),
-}
-
-
-@pytest.mark.parametrize("text", CONFIG_FILES)
-def test_an_error_in_a_config_file_is_one_line(text, tmp_path):
-    """With the file and, where the file itself raises, the line number."""
-    path = tmp_path / "mine.py"
-    path.write_text(text)
-    finished, _ = main(f"--config={path}", f"--workdir={tmp_path}/run")
-    line = error_line(finished.stderr)
-    assert finished.returncode == 2
-    assert line.startswith(f"--config={path}: ")
-    assert all(part in line for part in CONFIG_FILES[text]), line
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_work_directory_beneath_a_file_is_one_line(tmp_path):
-    (tmp_path / "file").write_text("kept")
-    finished, _ = main(f"--workdir={tmp_path}/file/run")
-    line = error_line(finished.stderr)
-    assert line.startswith(f"workdir={tmp_path}/file/run: {tmp_path}/file is a file")
-    assert finished.returncode == 2
-    assert {path.name for path in tmp_path.rglob("*")} == {"file"}
-    assert (tmp_path / "file").read_text() == "kept"
-
-
 def test_a_data_set_that_is_not_there_says_how_to_get_it(tmp_path):
     finished, seconds = main(
         "--config=configs/cifar10.py",
@@ -177,13 +96,15 @@ def test_a_data_set_that_is_not_there_says_how_to_get_it(tmp_path):
     assert seconds < 15
 
 
-def test_what_is_left_over_on_the_command_line_is_a_mistake(tmp_path):
-    """As after `experiment=sample`, whose dashes were forgotten."""
-    finished, _ = main(
-        f"--workdir={tmp_path}/run", "experiment=sample", "--config.train.num_steps=0"
-    )
-    assert finished.returncode == 2
-    assert "experiment=sample" in error_line(finished.stderr)
+def test_a_project_with_a_colon_in_its_path_runs_where_it_lies(tmp_path, monkeypatch):
+    """ml_collections cuts --config at a colon."""
+    monkeypatch.setattr(arguments, "_ROOT", tmp_path / "a:b")
+    (tmp_path / "a:b").mkdir()
+    monkeypatch.chdir(tmp_path / "a:b")
+    assert arguments._of_project("configs/digits.py") == "configs/digits.py"
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"has a colon.*; run main\.py in "):
+        arguments._of_project("configs/digits.py")
 
 
 def test_help_lists_the_flags_and_needs_no_jax():
@@ -298,6 +219,11 @@ def test_a_resume_with_other_settings_is_one_line(finished, capsys, no_compilati
     assert line.startswith(f"workdir={finished.workdir} holds a run of another config: ")
     assert "model.unet.dropout was 0.1, now 0.3" in line
     assert "train.learning_rate was 0.02, now 0.5" in line
+    assert "allow_changes" not in line  # another network cannot be trained further
+    longer = tiny.config("unet", train__num_steps=24)
+    status, line = run(capsys, "all", longer, finished.workdir)
+    assert status == 2
+    assert line.endswith("allow it by --config.train.allow_changes=\"('train.num_steps',)\"")
     assert tiny.files(finished.workdir) == before
 
 

@@ -67,6 +67,7 @@ def test_a_label_that_train_does_not_have_is_refused(tmp_path):
         ((8, 8), True, "test has images of shape (8, 8, 1), train (8, 8, 3)"),
         ((4, 4, 3), True, "test has images of shape (4, 4, 3), train (8, 8, 3)"),
         ((8, 8, 3), False, "not every example of npz, test, has a label"),
+        ((8, 8, 3), -1, "of npz, test, has a label (the one at 3 has -1)"),
     ],
 )
 def test_a_split_that_does_not_fit_the_model_is_found_before_training(
@@ -75,7 +76,10 @@ def test_a_split_that_does_not_fit_the_model_is_found_before_training(
     images, labels = random_set(0, 14, 8, 8, 3)
     for split in ("train", "validation"):
         np.savez(tmp_path / f"{split}.npz", images=images, labels=labels)
-    arrays = {"images": random_set(1, 14, *shape)[0]} | ({"labels": labels} if labelled else {})
+    arrays = {"images": random_set(1, 14, *shape)[0]}
+    if labelled:
+        labels[3] = min(labelled, labels[3])
+        arrays["labels"] = labels
     np.savez(tmp_path / "test.npz", **arrays)
     config = tiny.config(data__name="npz", data__data_dir=str(tmp_path), train__batch_size=8)
     config.model.class_conditional = True

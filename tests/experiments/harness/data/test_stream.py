@@ -197,6 +197,22 @@ def test_a_killed_worker_stops_the_run():
                 pass
 
 
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [(1, 'if __name__ == "__main__": since'), (-9, "perhaps for lack of memory")],
+)
+def test_why_a_worker_died_is_told_by_its_exit_code(code, reason):
+    def die():
+        raise RuntimeError(f"Worker process was terminated unexpectedly with exit code {code}.")
+        yield
+
+    stream = Stream(Batches(Probe.source(), 0, 2), 0, 10, workers=1)
+    stream._iterator = die()
+    with pytest.raises(RunError, match="process that decodes data has died") as error:
+        next(stream)
+    assert reason in str(error.value)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_damaged_image_is_named_in_its_turn(workers, images, tmp_path):
     for i in range(8):

@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 
 import flax.linen as nn
 import jax
@@ -188,6 +189,31 @@ def test_processes_that_are_told_too_little_say_so():
     ):
         with pytest.raises(ConfigError, match=expected):
             distributed.initialize(**told)
+
+
+def test_a_port_that_another_program_uses_is_refused():
+    with socket.create_server(("", 0)) as other:
+        address = f"localhost:{other.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=f"coordinator={address} cannot be used .*in use"):
+            distributed.initialize(address, 2, 0)
+
+
+def test_a_process_that_nobody_joins_ends_with_one_line(monkeypatch, capsys):
+    ended = threading.Event()
+    statuses = []
+
+    def leave(status):
+        statuses.append(status)
+        ended.set()
+
+    monkeypatch.setattr(distributed, "_PATIENCE", 0.1)
+    monkeypatch.setattr(distributed.os, "_exit", leave)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: ended.wait(60))
+    distributed.initialize(free_address(), 2, 0)
+    assert statuses == [2]
+    line = capsys.readouterr().err
+    assert line.startswith("error: --coordinator=localhost:")
+    assert "not all processes came within 0 s" in line
 
 
 @pytest.mark.parametrize(

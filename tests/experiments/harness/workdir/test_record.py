@@ -54,3 +54,11 @@ def test_a_run_of_this_version_is_opened_without_a_word(change, tmp_path, capsys
     change(lambda settings: settings["model"]["convolution"].update(width=3))
     record.open_run(tmp_path)
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "samples", "metrics.jsonl", "evaluation.json"])
+def test_a_directory_in_the_place_of_a_file_is_an_error_and_the_reverse(name, tmp_path):
+    wrong = "directory" if "." in name else "file"
+    (tmp_path / name).mkdir() if "." in name else (tmp_path / name).write_text("")
+    with pytest.raises(ConfigError, match=rf"{name} is a {wrong}, and a run has a .*move it away"):
+        record.open_run(tmp_path)
