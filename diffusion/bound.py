@@ -70,8 +70,8 @@ def step_terms(
     over coordinates, where expm1(λ_s − λ_t) = SNR_s/SNR_t − 1. If Σ_θ = β̃ this is
     ½ expm1(gap) ‖ε − ε̂‖².
 
-    In float32 the rounding of a prediction that is almost exact remains: 3e-3 of one KL at
-    λ = −20 for ε and score and at λ = 20 for x_0, 1e-6 for v, 3e-6 of the sum over t.
+    In float32 the rounding of a prediction that is almost exact remains: up to 2e-3 of one KL
+    near λ = −20 for ε and score and near λ = 20 for x_0, 1e-6 for v, 2e-5 of the sum over t.
     """
     outputs = reverse.outputs(diffuse(x_0, step.log_snr, eps), step.log_snr)
     error = reverse.eps_error(outputs.prediction, x_0, eps, step.log_snr) ** 2
