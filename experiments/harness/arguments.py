@@ -71,17 +71,20 @@ def _completed(argv: list[str]) -> list[str]:
     for name, _, places in [*_flags_with_values(argv)][::-1]:
         if name in settled:
             del rest[places]
-    return [argv[0], *(f"--{k}={v}" for k, v in settled.items()), *map(_whole, rest[1:])]
+    return [argv[0], *(f"--{k}={v}" for k, v in settled.items()), *_with_whole_numbers(rest)[1:]]
 
 
-def _whole(argument: str) -> str:
-    """An override --config.NAME=1e4 of a setting that is a whole number, as 10000."""
-    match = re.fullmatch(r"--?config\.([^=]+)=([\d.]+e\+?\d\d?)", argument, re.IGNORECASE)
-    setting = _SETTINGS.get(match[1]) if match else None
-    if setting is None or not isinstance(setting.kind, Int) or match[2].count(".") > 1:
-        return argument
-    number = Decimal(match[2])
-    return f"--config.{match[1]}={int(number)}" if number == int(number) else argument
+def _with_whole_numbers(argv: list[str]) -> list[str]:
+    """The arguments with 10000 in place of 1e4, in overrides of whole numbers."""
+    written = list(argv)
+    for place, name, text in _overrides(argv):
+        setting = _SETTINGS.get(name)
+        is_whole = setting and isinstance(setting.kind, Int)
+        if is_whole and re.fullmatch(r"\d+(\.\d*)?e\+?\d\d?", text, re.IGNORECASE):
+            number = Decimal(text)
+            if number == int(number):
+                written[place] = f"{argv[place].removesuffix(text)}{int(number)}"
+    return written
 
 
 def _line(error: Exception, argv: list[str], config: str) -> str:
@@ -101,7 +104,7 @@ def _line(error: Exception, argv: list[str], config: str) -> str:
     message = str(error)
     if "parsing config file" in message or "get_config" in message:
         return f"--config={config}: {in_short(chain[-1])}"
-    for name, text in _overrides(argv):
+    for _, name, text in _overrides(argv):
         setting = _SETTINGS.get(name)
         if setting is None and isinstance(error, AttributeError | KeyError | SyntaxError):
             if not any(other.startswith(f"{name}.") for other in _SETTINGS):
@@ -122,18 +125,18 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _overrides(argv: list[str]) -> Iterator[tuple[str, str]]:
-    """The names and texts of the overrides, such as ("train.batch_size", "64")."""
+def _overrides(argv: list[str]) -> Iterator[tuple[int, str, str]]:
+    """The overrides: the place of the argument with the text, the name and the text, as "64"."""
     for position, argument in enumerate(argv):
         match = re.fullmatch(r"--?(?:no)?config\.([^=]+)(?:=(.*))?", argument, re.DOTALL)
         if match:
-            following = argv[position + 1] if position + 1 < len(argv) else ""
-            yield match[1], following if match[2] is None else match[2]
+            place = position if match[2] is not None else min(position + 1, len(argv) - 1)
+            yield place, match[1], argv[place] if match[2] is None else match[2]
 
 
 def _check_tuples(argv: list[str]) -> None:
     """Raises ConfigError for a number in place of a tuple: ml_collections would wrap it."""
-    for name, text in _overrides(argv):
+    for _, name, text in _overrides(argv):
         setting = _SETTINGS.get(name)
         if setting and isinstance(setting.kind, Tuple) and re.fullmatch(r"[-+.\d]+\w*", text):
             raise ConfigError(

@@ -38,7 +38,7 @@ def test_a_config_of_the_project_is_found_from_any_directory(tmp_path):
 
 
 def test_a_whole_number_may_be_written_with_an_exponent(tmp_path):
-    flags = (f"--workdir={tmp_path}/run", "--config.train.num_steps=1e1")
+    flags = ("--workdir", f"{tmp_path}/run", "--config.train.num_steps", "1e1")
     ended = command.run([*flags, "--config.train.warmup_steps=1.1E+1"])
     assert "warmup_steps = 11; it must be at most config.train.num_steps = 10" in ended.stderr
 
