@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from models.diffusers_weights import unet2d_options
 from models.unet import UNet
 
 
@@ -32,25 +33,9 @@ def like(network: UNet, image_shape: tuple[int, int, int]) -> Any:
     import torch
 
     torch.manual_seed(0)
-    height, _, channels = image_shape
-    levels = range(len(network.channel_multipliers))
-    attention = [height // 2**level in network.attention_resolutions for level in levels]
-    return diffusers.UNet2DModel(
-        sample_size=height,
-        in_channels=channels * (1 + 2 * len(network.fourier_exponents)),
-        out_channels=network.out_channels or channels,
-        block_out_channels=tuple(network.channels * m for m in network.channel_multipliers),
-        layers_per_block=network.num_res_blocks,
-        down_block_types=tuple("AttnDownBlock2D" if has else "DownBlock2D" for has in attention),
-        up_block_types=tuple("AttnUpBlock2D" if has else "UpBlock2D" for has in attention[::-1]),
-        attention_head_dim=None,
-        downsample_padding=0,
-        flip_sin_to_cos=False,
-        freq_shift=1,
-        norm_eps=1e-6,
-        norm_num_groups=network.num_groups,
-        act_fn="silu",
-        add_attention=True,
-        center_input_sample=False,
-        dropout=network.dropout,
+    height, width, channels = image_shape
+    channels *= 1 + 2 * len(network.fourier_exponents)
+    plain = network.clone(
+        fourier_exponents=(), out_channels=network.out_channels or image_shape[-1]
     )
+    return diffusers.UNet2DModel(**unet2d_options(plain, (height, width, channels)))

@@ -142,8 +142,7 @@ def _their_network() -> Any:
 def _params_from(unet: Any, definition: ModelDefinition) -> Any:
     """diffusers' weights as parameters of our network."""
     weights = {name: value.cpu().numpy() for name, value in unet.state_dict().items()}
-    network, image_shape = definition.network, definition.image_shape
-    return {"network": params_from_unet2d(weights, unet.config, network, image_shape)}
+    return {"network": params_from_unet2d(weights, definition.network, definition.image_shape)}
 
 
 def _their_runs(unet: Any, shape: tuple[int, ...]) -> dict[str, Callable[[], Any]]:

@@ -26,6 +26,7 @@ SETTINGS = Group(
     analytic=results.analytic(),
     sigma=results.sigma(),
     spacing=results.spacing(),
+    diffusers=results.diffusers(),
 )
 """All settings. A test compares docs/settings.md with them."""
 

@@ -18,7 +18,7 @@ def get_config(workdir: str) -> ConfigDict:
     Raises:
       ValueError: if there is no such file, or it is damaged.
     """
-    config, path = base.get_config(), epath.Path(workdir) / "config.json"
+    path = epath.Path(workdir) / "config.json"
     if not path.exists():
         raise ValueError(f"--config=configs/recorded.py:{workdir}: {path} does not exist")
     try:
@@ -27,6 +27,12 @@ def get_config(workdir: str) -> ConfigDict:
         raise ValueError(f"{path} is nested too deep") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds no JSON object")
+    return from_json(settings)
+
+
+def from_json(settings: dict[str, Any]) -> ConfigDict:
+    """The settings of a JSON file, nested, over the defaults."""
+    config = base.get_config()
     with config.unlocked():  # a part that a notebook registered has a group of its own
         config.update(_with_tuples(settings))
     return config

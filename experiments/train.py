@@ -69,6 +69,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, checked: bool = False) ->
     setup = make_setup(config)
     source = splits.describe_data(config, "train")
     record.check(config, workdir)
+    record.check_trainable(workdir)
     data = record.DataSummary(source.num_examples, source.image_shape, source.fingerprint())
     record.check_data(config, workdir, data)
     require_same_data(source)

@@ -1,6 +1,6 @@
-"""Weights of diffusers' `UNet2DModel` as parameters of our `UNet`. Torch is not needed."""
+"""diffusers' `UNet2DModel`, options and weights, as our `UNet`, and back. Torch is not needed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,74 +26,194 @@ ATTENTION = {
     "value": "to_v",
     "out": "to_out.0",
 }
+# The names of older versions, as google/ddpm-cifar10-32 has them.
+OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+LABELS = {"label_embedding": "class_embedding.weight"}
 # Axes of convolutions from [out, in, h, w] to [h, w, in, out], and of matrices from [out, in].
 AXES = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}
 
-# Options of `UNet2DModel` that change what it computes but no name and no shape of a weight.
-OUR_OPTIONS = {
+# diffusers' defaults: a config without the option has the default.
+DEFAULTS = {
     "act_fn": "silu",
     "add_attention": True,
-    "attention_head_dim": None,  # a single head
+    "attention_head_dim": 8,
     "attn_norm_num_groups": None,
+    "block_out_channels": (224, 448, 672, 896),
     "center_input_sample": False,
     "class_embed_type": None,
-    "downsample_padding": 0,
-    "downsample_type": "conv",
-    "flip_sin_to_cos": False,
-    "freq_shift": 1,
-    "mid_block_scale_factor": 1,
-    "mid_block_type": "UNetMidBlock2D",
-    "norm_eps": 1e-6,
-    "num_class_embeds": None,
-    "resnet_time_scale_shift": "default",
-    "time_embedding_type": "positional",
-    "upsample_type": "conv",
-}
-# diffusers' defaults that differ from these: a config without the option has the default.
-THEIR_DEFAULTS = {
-    "attention_head_dim": 8,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
     "downsample_padding": 1,
+    "downsample_type": "conv",
+    "dropout": 0.0,
     "flip_sin_to_cos": True,
     "freq_shift": 0,
+    "in_channels": 3,
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "mid_block_type": "UNetMidBlock2D",
     "norm_eps": 1e-5,
     "norm_num_groups": 32,
+    "num_class_embeds": None,
+    "num_train_timesteps": None,
+    "out_channels": 3,
+    "resnet_time_scale_shift": "default",
+    "sample_size": None,
+    "time_embedding_dim": None,
+    "time_embedding_type": "positional",
+    "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    "upsample_type": "conv",
 }
-# The weights show these, or they change nothing that is computed.
-FREE_OPTIONS = {
-    "block_out_channels",
-    "down_block_types",
-    "dropout",
-    "in_channels",
-    "layers_per_block",
-    "num_train_timesteps",
-    "out_channels",
-    "sample_size",
-    "time_embedding_dim",
-    "up_block_types",
+# The values of an option that our network can express, where it cannot express all.
+SUPPORTED = {
+    "act_fn": ("silu", "swish"),
+    "class_embed_type": (None,),
+    "downsample_padding": (0, 1),
+    "downsample_type": ("conv",),
+    "freq_shift": (0, 1),
+    "mid_block_scale_factor": (1,),
+    "mid_block_type": ("UNetMidBlock2D",),
+    "resnet_time_scale_shift": ("default", "scale_shift"),
+    "time_embedding_type": ("positional",),
+    "upsample_type": ("conv",),
+}
+BLOCKS = {
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("UpBlock2D", "AttnUpBlock2D"),
 }
 
 
-def check_options(config: Mapping[str, Any], network: UNet) -> None:
-    """Raises ValueError unless a `UNet2DModel` of this config computes what our network does."""
-    ours = OUR_OPTIONS | {"norm_num_groups": network.num_groups}
-    theirs = {name: value for name, value in config.items() if not name.startswith("_")}
-    theirs = THEIR_DEFAULTS | theirs
-    if unknown := theirs.keys() - ours.keys() - FREE_OPTIONS:
+def full_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a `UNet2DModel`, each that is missing with diffusers' default.
+
+    Args:
+      config: `model.config` or the content of its config.json.
+
+    Raises:
+      ValueError: with one line that names an option which our network cannot express.
+    """
+    options = {name: value for name, value in config.items() if not name.startswith("_")}
+    if unknown := options.keys() - DEFAULTS.keys():
         raise ValueError(
-            f"the config of the UNet2DModel has the unknown option {min(unknown)}; the parameters "
-            "of such a network cannot be used"
+            f"the UNet2DModel has the unknown option {min(unknown)}; known: {', '.join(DEFAULTS)}"
         )
-    if wrong := [name for name in ours if name in theirs and theirs[name] != ours[name]]:
-        options = (f"{name} = {theirs[name]!r} (ours: {ours[name]!r})" for name in wrong)
-        raise ValueError(f"the UNet2DModel computes otherwise: {', '.join(options)}")
+    options = DEFAULTS | options
+    for name, values in SUPPORTED.items():
+        _require(options, name, options[name] in values, " or ".join(map(repr, values)))
+    channels = options["block_out_channels"]
+    for name, known in BLOCKS.items():
+        types = options[name]
+        fit = len(types) == len(channels) and set(types) <= set(known)
+        _require(options, name, fit, f"{len(channels)} of {' and '.join(known)}")
+    down, up = (["Attn" in block for block in options[name]] for name in BLOCKS)
+    _require(options, "up_block_types", up == down[::-1], "attention at the same resolutions up")
+    multiples = bool(channels) and all(count % channels[0] == 0 for count in channels)
+    _require(options, "block_out_channels", multiples, "multiples of the first")
+    _require(options, "norm_num_groups", options["norm_num_groups"] is not None, "a number")
+    groups = (None, options["norm_num_groups"])
+    _require(options, "attn_norm_num_groups", options["attn_norm_num_groups"] in groups, groups)
+    width = (None, 4 * channels[0])
+    _require(options, "time_embedding_dim", options["time_embedding_dim"] in width, width)
+    return options
+
+
+def _require(options: Mapping[str, Any], name: str, is_met: bool, remedy: Any) -> None:
+    if not is_met:
+        raise ValueError(f"the UNet2DModel has {name} = {options[name]!r}; supported: {remedy}")
+
+
+def unet_settings(config: Mapping[str, Any], height: int) -> dict[str, Any]:
+    """The attributes of the `UNet` that computes what a `UNet2DModel` does.
+
+    Its `timestep_of` must be `ddpm_timestep(…)` of the levels that the weights were trained on.
+
+    Args:
+      config: as for `full_options`.
+      height: that of the images.
+
+    Raises:
+      ValueError: as `full_options`.
+    """
+    options = full_options(config)
+    channels, types = options["block_out_channels"], options["down_block_types"]
+    is_added = options["resnet_time_scale_shift"] == "default"
+    has_norm = is_added or options["attn_norm_num_groups"] is not None
+    middle = "normalized" if has_norm else "unnormalized"
+    return {
+        "channels": channels[0],
+        "channel_multipliers": tuple(count // channels[0] for count in channels),
+        "num_res_blocks": options["layers_per_block"],
+        "attention_resolutions": tuple(
+            height // 2**level for level, block in enumerate(types) if "Attn" in block
+        ),
+        "dropout": float(options["dropout"]),
+        "num_groups": options["norm_num_groups"],
+        "fourier_exponents": (),
+        "center_input": options["center_input_sample"],
+        "head_channels": options["attention_head_dim"] or 0,
+        "middle_attention": middle if options["add_attention"] else "none",
+        "norm_epsilon": float(options["norm_eps"]),
+        "scale_shift": not is_added,
+        "symmetric_downsampling": options["downsample_padding"] == 1,
+        "frequency_shift": float(options["freq_shift"]),
+        "cosines_first": options["flip_sin_to_cos"],
+    }
+
+
+def unet2d_options(network: UNet, image_shape: Sequence[int]) -> dict[str, Any]:
+    """The options of the `UNet2DModel` that computes what our network does.
+
+    Args:
+      network: the network.
+      image_shape: (height, width, channels) of the images.
+
+    Raises:
+      ValueError: with one line that names an attribute which a `UNet2DModel` cannot express.
+    """
+    if network.fourier_exponents:
+        raise ValueError(
+            f"model.unet.fourier_exponents = {network.fourier_exponents}; a UNet2DModel has no "
+            "Fourier features of its input: only () can be exported"
+        )
+    if network.middle_attention == "unnormalized" and not network.scale_shift:
+        raise ValueError(
+            "model.unet.middle_attention = 'unnormalized'; a UNet2DModel has it with "
+            "model.unet.scale_shift = True only"
+        )
+    height, width, channels = image_shape
+    levels = range(len(network.channel_multipliers))
+    has_attention = [height // 2**level in network.attention_resolutions for level in levels]
+    is_normalized = network.middle_attention == "normalized"
+    return DEFAULTS | {
+        "add_attention": network.middle_attention != "none",
+        "attention_head_dim": network.head_channels or None,
+        "attn_norm_num_groups": network.num_groups if is_normalized else None,
+        "block_out_channels": tuple(network.channels * m for m in network.channel_multipliers),
+        "center_input_sample": network.center_input,
+        "down_block_types": tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in has_attention),
+        "downsample_padding": int(network.symmetric_downsampling),
+        "dropout": network.dropout,
+        "flip_sin_to_cos": network.cosines_first,
+        "freq_shift": int(network.frequency_shift),
+        "in_channels": channels,
+        "layers_per_block": network.num_res_blocks,
+        "norm_eps": network.norm_epsilon,
+        "norm_num_groups": network.num_groups,
+        "num_class_embeds": network.num_classes + 1 if network.num_classes else None,
+        "out_channels": network.out_channels or channels,
+        "resnet_time_scale_shift": "scale_shift" if network.scale_shift else "default",
+        "sample_size": height if height == width else (height, width),
+        "up_block_types": tuple(
+            "AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(has_attention)
+        ),
+    }
 
 
 def module_names(num_levels: int, num_res_blocks: int) -> dict[str, str]:
     """Our name and diffusers' name of every layer that such a U-Net can have.
 
-    Some networks lack some of these layers: shortcuts, and attention outside of the middle. Their
-    up blocks are numbered from the smallest resolution, ours by the resolution's level.
+    Some networks lack some of these layers: shortcuts, and attention. Their up blocks are numbered
+    from the smallest resolution, ours by the resolution's level.
     """
     blocks = {"middle_block_0": "mid_block.resnets.0", "middle_block_1": "mid_block.resnets.1"}
     attentions = {"middle_attention_0": "mid_block.attentions.0"}
@@ -120,20 +240,24 @@ def module_names(num_levels: int, num_res_blocks: int) -> dict[str, str]:
     return names
 
 
+def _weight_names(network: UNet, paths: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Our path and diffusers' name of each parameter."""
+    modules = module_names(len(network.channel_multipliers), network.num_res_blocks)
+    for path in paths:
+        module, _, leaf = path.rpartition("/")
+        yield path, LABELS.get(leaf) or f"{modules[module]}.{LEAVES[leaf]}"
+
+
 def params_from_unet2d(
-    state_dict: Mapping[str, Any],
-    config: Mapping[str, Any],
-    network: UNet,
-    image_shape: Sequence[int],
+    state_dict: Mapping[str, Any], network: UNet, image_shape: Sequence[int]
 ) -> dict[str, Any]:
     """The weights of a `UNet2DModel` as parameters of a network of the same architecture.
 
-    The architecture is that of google/ddpm-cifar10-32, with the options OUR_OPTIONS. The network
-    needs `timestep_of=ddpm_timestep(…)` of the levels that the weights were trained on.
+    `unet_settings` makes that network. A table of labels without a row for 'no label' gets a row of
+    zeros: such a network never predicts without a label.
 
     Args:
-      state_dict: numpy arrays by name.
-      config: the options of the model, `model.config` or its config.json.
+      state_dict: arrays by name; each is read once.
       network: the network.
       image_shape: (height, width, channels) of its images.
 
@@ -141,26 +265,49 @@ def params_from_unet2d(
       The collection `params`, in float32.
 
     Raises:
-      ValueError: if an option does not fit, a weight is missing or left over, or a shape differs.
+      ValueError: if a weight is missing or left over, or a shape differs.
     """
-    check_options(config, network)
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     log_snr = jax.ShapeDtypeStruct((1,), jnp.float32)
     shapes = jax.eval_shape(network.init, jax.random.key(0), images, log_snr)["params"]
-    modules = module_names(len(network.channel_multipliers), network.num_res_blocks)
-    names, params = {}, {}
-    for path in flatten_dict(shapes, sep="/"):
-        module, leaf = path.rsplit("/", 1)
-        names[path] = f"{modules[module]}.{LEAVES[leaf]}"
-    differences = set(names.values()) ^ set(state_dict)
+    shapes = flatten_dict(shapes, sep="/")
+    names, stored = dict(_weight_names(network, list(shapes))), {_name(n): n for n in state_dict}
+    differences = set(names.values()) ^ set(stored)
     if differences:
         raise ValueError(f"weights missing or left over: {', '.join(sorted(differences)[:6])}")
-    for path, shape in flatten_dict(shapes, sep="/").items():
-        weight = np.asarray(state_dict[names[path]], np.float32)
-        params[path] = jnp.asarray(weight.transpose(AXES[weight.ndim]))
+    params = {}
+    for path, shape in shapes.items():
+        name = names[path]
+        weight = np.asarray(state_dict[stored[name]]).astype(np.float32, copy=False)
+        if path in LABELS:
+            missing_rows = shape.shape[0] - len(weight)
+            params[path] = np.pad(weight, ((0, missing_rows == 1), (0, 0)))
+        else:
+            params[path] = weight.transpose(AXES[weight.ndim])
         if params[path].shape != shape.shape:
             raise ValueError(
-                f"{names[path]} has shape {params[path].shape} in our order of axes; the network "
+                f"{name} has shape {params[path].shape} in our order of axes; the network "
                 f"needs {shape.shape}"
             )
+        params[path] = jnp.asarray(params[path])
     return unflatten_dict(params, sep="/")
+
+
+def _name(stored: str) -> str:
+    """The present name of a weight that may have the name of an older version."""
+    for new, old in OLD_ATTENTION.items():
+        if ".attentions." in stored:
+            stored = stored.replace(f".{old}.", f".{new}.")
+    return stored
+
+
+def unet2d_from_params(params: Mapping[str, Any], network: UNet) -> dict[str, np.ndarray]:
+    """The parameters of a network as weights of a `UNet2DModel`, by diffusers' names."""
+    flat = flatten_dict(params, sep="/")
+    weights = {}
+    for path, name in _weight_names(network, list(flat)):
+        weight = np.asarray(flat[path], np.float32)
+        if path not in LABELS:
+            weight = weight.transpose(np.argsort(AXES[weight.ndim]))
+        weights[name] = np.ascontiguousarray(weight)
+    return weights

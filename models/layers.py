@@ -21,23 +21,27 @@ GROUP_NORM_EPSILON = 1e-6
 fan_average = variance_scaling(1.0, "fan_avg", "uniform")
 
 
-def sinusoidal_embedding(timestep: Float[Array, "b"], dim: int) -> Float[Array, "b {dim}"]:
+def sinusoidal_embedding(
+    timestep: Float[Array, "b"], dim: int, frequency_shift: float = 1.0, cosines_first: bool = False
+) -> Float[Array, "b {dim}"]:
     """Sines, then cosines, of a timestep at geometrically spaced frequencies.
 
     Args:
       timestep: real timesteps; the frequencies run from 1 to 1/10000 radians a timestep.
       dim: length of an embedding, at least 4; an odd one ends in a zero.
+      frequency_shift: s of frequency k, 10000^(−k/(dim/2 − s)). The last one is 1/10000 for the 1
+        of Ho et al. 2020; it is larger for the 0 of Vaswani et al. 2017.
+      cosines_first: whether the cosines come before the sines.
 
     Returns:
       An embedding for each timestep.
-
-    Vaswani et al. 2017, with the denominator half_dim − 1 of Ho et al. 2020.
     """
     half_dim = dim // 2
     # In float64: a timestep near 1000 multiplies the rounding error of its frequency.
-    frequencies = MAX_PERIOD ** (-np.arange(half_dim) / (half_dim - 1))
+    frequencies = MAX_PERIOD ** (-np.arange(half_dim) / (half_dim - frequency_shift))
     angles = jnp.asarray(timestep)[:, None] * frequencies.astype(np.float32)
-    embedding = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    waves = [jnp.sin(angles), jnp.cos(angles)]
+    embedding = jnp.concatenate(waves[::-1] if cosines_first else waves, axis=-1)
     return jnp.pad(embedding, ((0, 0), (0, dim % 2)))
 
 
@@ -95,11 +99,13 @@ class GroupNorm(nn.Module):
 
     Attributes:
       num_groups: number of groups; it must divide the number of channels.
+      epsilon: added to the variance.
 
     Wu and He 2018.
     """
 
     num_groups: int
+    epsilon: float = GROUP_NORM_EPSILON
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
@@ -115,7 +121,7 @@ class GroupNorm(nn.Module):
         mean = group_mean(x)
         # E[x²] − E[x]² would lose precision to cancellation if the mean is large.
         variance = group_mean(jnp.square(x - mean))
-        slope = scale * jax.lax.rsqrt(variance + GROUP_NORM_EPSILON)
+        slope = scale * jax.lax.rsqrt(variance + self.epsilon)
         return (x * slope + (bias - mean * slope)).astype(dtype)
 
 
@@ -127,22 +133,33 @@ class ResBlock(nn.Module):
       num_groups: number of groups of the group norms.
       dropout: probability of dropping an activation before the second convolution.
       dtype: precision of the convolutions; None for that of their input.
+      norm_epsilon: of the group norms.
+      scale_shift: whether the embedding scales and shifts the second norm's output, and is not
+        added before it. Nichol and Dhariwal 2021.
     """
 
     features: int
     num_groups: int
     dropout: float
     dtype: DTypeLike | None = None
+    norm_epsilon: float = GROUP_NORM_EPSILON
+    scale_shift: bool = False
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "b h w c"], embedding: Float[Array, "b e"], train: bool
     ) -> Float[Array, "b h w {self.features}"]:
-        y = nn.swish(GroupNorm(self.num_groups, name="norm_1")(x))
+        norm = functools.partial(GroupNorm, self.num_groups, self.norm_epsilon)
+        y = nn.swish(norm(name="norm_1")(x))
         y = conv3x3(self.features, "conv_1", dtype=self.dtype, train=train)(y)
-        added = dense(self.features, "embedding")(nn.swish(embedding))
-        y = y + added[:, None, None, :].astype(y.dtype)
-        y = nn.swish(GroupNorm(self.num_groups, name="norm_2")(y))
+        projected = dense(self.features * (1 + self.scale_shift), "embedding")(nn.swish(embedding))
+        projected = projected[:, None, None, :].astype(y.dtype)
+        if self.scale_shift:
+            scale, shift = jnp.split(projected, 2, axis=-1)
+            y = norm(name="norm_2")(y) * (1 + scale) + shift
+        else:
+            y = norm(name="norm_2")(y + projected)
+        y = nn.swish(y)
         y = nn.Dropout(self.dropout, deterministic=not train)(y)
         y = conv3x3(self.features, "conv_2", zeros_init(), self.dtype, train)(y)
         if x.shape[-1] != self.features:
@@ -152,40 +169,57 @@ class ResBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Single-head self-attention over all pixels, added to its input.
+    """Self-attention over all pixels, added to its input.
 
     Attributes:
-      num_groups: number of groups of the group norm.
+      num_groups: number of groups of the group norm; 0 for no norm.
       dtype: precision of the matrix products; None for that of their input. The softmax is in
         float32 at least.
+      norm_epsilon: of the group norm.
+      head_channels: channels of a head, which divide those of the input; 0 for a single head.
     """
 
     num_groups: int
     dtype: DTypeLike | None = None
+    norm_epsilon: float = GROUP_NORM_EPSILON
+    head_channels: int = 0
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         b, h, w, c = x.shape
-        pixels = GroupNorm(self.num_groups, name="norm")(x).reshape(b, h * w, c)
+        pixels = x
+        if self.num_groups:
+            pixels = GroupNorm(self.num_groups, self.norm_epsilon, name="norm")(x)
+        pixels = pixels.reshape(b, h * w, c)
+        width = self.head_channels or c
         query, key, value = (
-            dense(c, name, dtype=self.dtype)(pixels) for name in ("query", "key", "value")
+            dense(c, name, dtype=self.dtype)(pixels).reshape(b, h * w, c // width, width)
+            for name in ("query", "key", "value")
         )
         wide = jnp.promote_types(query.dtype, jnp.float32)
-        logits = jnp.einsum("bqc,bkc->bqk", query, key, preferred_element_type=wide)
-        weights = nn.softmax(logits / np.sqrt(c)).astype(value.dtype)
-        pixels = jnp.einsum("bqk,bkc->bqc", weights, value)
-        return x + dense(c, "out", zeros_init(), self.dtype)(pixels).reshape(b, h, w, c)
+        logits = jnp.einsum("bqnc,bknc->bnqk", query, key, preferred_element_type=wide)
+        weights = nn.softmax(logits / np.sqrt(width)).astype(value.dtype)
+        pixels = jnp.einsum("bnqk,bknc->bqnc", weights, value)
+        out = dense(c, "out", zeros_init(), self.dtype)
+        return x + out(pixels.reshape(b, h * w, c)).reshape(b, h, w, c)
 
 
 class Downsample(nn.Module):
-    """Halves height and width by a strided convolution, padded at the bottom and right only."""
+    """Halves height and width by a strided convolution.
+
+    Attributes:
+      dtype: precision of the convolution; None for that of its input.
+      symmetric: whether it is padded on all sides, and not at the bottom and right only.
+    """
 
     dtype: DTypeLike | None = None
+    symmetric: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h//2 w//2 c"]:
         conv = functools.partial(nn.Conv, kernel_init=fan_average, dtype=self.dtype)
-        return conv(x.shape[-1], (3, 3), 2, ((0, 1), (0, 1)), name="conv")(x)
+        padding = (int(self.symmetric), 1)
+        return conv(x.shape[-1], (3, 3), 2, (padding, padding), name="conv")(x)
 
 
 class Upsample(nn.Module):

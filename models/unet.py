@@ -11,6 +11,7 @@ from jaxtyping import Float, Shaped
 
 from diffusion.schedules import Array
 from models.layers import (
+    GROUP_NORM_EPSILON,
     Downsample,
     GroupNorm,
     ResBlock,
@@ -69,10 +70,18 @@ class UNet(nn.Module):
       num_res_blocks: number of residual blocks at each resolution of the encoder; the decoder has
         one more.
       attention_resolutions: heights of the feature maps with self-attention after each residual
-        block. The middle always has attention.
+        block.
       dropout: probability of dropping an activation in a residual block.
       num_groups: number of groups of the group norms.
       fourier_exponents: exponents for `fourier_features` of the input; DDPM has none.
+      center_input: whether the network receives 2 x_t − 1.
+      head_channels: channels of an attention head; 0 for a single head.
+      middle_attention: "normalized", "unnormalized" (without a group norm) or "none".
+      norm_epsilon: of the group norms.
+      scale_shift: whether the embedding scales and shifts in a residual block, and is not added.
+      symmetric_downsampling: whether strided convolutions are padded on all sides.
+      frequency_shift: of the sinusoidal embedding.
+      cosines_first: whether the embedding's cosines come before its sines.
       out_channels: number of channels of the prediction; None for the image's own.
       num_classes: number of classes of the condition; 0 for an unconditional network.
       timestep_of: maps log-SNRs to the input of the sinusoidal embedding, of the order of 0 … 1000.
@@ -89,6 +98,14 @@ class UNet(nn.Module):
     dropout: float = 0.1
     num_groups: int = 32
     fourier_exponents: Sequence[int] = ()
+    center_input: bool = False
+    head_channels: int = 0
+    middle_attention: str = "normalized"
+    norm_epsilon: float = GROUP_NORM_EPSILON
+    scale_shift: bool = False
+    symmetric_downsampling: bool = False
+    frequency_shift: float = 1.0
+    cosines_first: bool = False
     out_channels: int | None = None
     num_classes: int = 0
     timestep_of: Callable[[Float[Array, "b"]], Float[Array, "b"]] = log_snr_to_timestep
@@ -133,6 +150,19 @@ class UNet(nn.Module):
             f"it must divide the channel counts {sorted(set(features))}: "
             f"use a divisor of {np.gcd.reduce(features)}",
         )
+        with_attention = [
+            count
+            for level, count in enumerate(features[1:])
+            if heights[level] in self.attention_resolutions
+            or (level == halvings and self.middle_attention != "none")
+        ]
+        check(
+            not self.head_channels
+            or all(count % self.head_channels == 0 for count in with_attention),
+            "head_channels",
+            f"it must divide the channel counts {sorted(set(with_attention))} of the blocks with "
+            "attention; 0 is a single head",
+        )
         check(
             not unknown,
             "attention_resolutions",
@@ -173,11 +203,12 @@ class UNet(nn.Module):
         def res_block(x, features, name):
             # Argument 3, counted from `self`, is `train`: a constant of the compiled program.
             block = nn.remat(ResBlock, static_argnums=3) if self.remat else ResBlock
-            block = block(features, self.num_groups, self.dropout, self.dtype, name=name)
+            options = self.dtype, self.norm_epsilon, self.scale_shift
+            block = block(features, self.num_groups, self.dropout, *options, name=name)
             return block(x, embedding, train)
 
         last = len(self.channel_multipliers) - 1
-        x = fourier_features(x_t, self.fourier_exponents)
+        x = fourier_features(2 * x_t - 1 if self.center_input else x_t, self.fourier_exponents)
         x = conv3x3(self.channels, "conv_in", dtype=self.dtype)(x)
         skips = [x]
         for level in range(last + 1):
@@ -185,11 +216,14 @@ class UNet(nn.Module):
                 x = self._stage(x, res_block, "down", level, index)
                 skips.append(x)
             if level < last:
-                x = Downsample(self.dtype, name=f"down_{level}_downsample")(x)
+                name = f"down_{level}_downsample"
+                x = Downsample(self.dtype, self.symmetric_downsampling, name=name)(x)
                 skips.append(x)
 
         x = res_block(x, x.shape[-1], "middle_block_0")
-        x = self._attention("middle_attention_0")(x)
+        if self.middle_attention != "none":
+            num_groups = self.num_groups * (self.middle_attention == "normalized")
+            x = self._attention("middle_attention_0", num_groups)(x)
         x = res_block(x, x.shape[-1], "middle_block_1")
 
         for level in reversed(range(last + 1)):
@@ -199,7 +233,8 @@ class UNet(nn.Module):
             if level > 0:
                 x = Upsample(self.dtype, name=f"up_{level}_upsample")(x, train)
 
-        x = nn.swish(GroupNorm(self.num_groups, name="norm_out")(at_least_float32(x)))
+        norm = GroupNorm(self.num_groups, self.norm_epsilon, name="norm_out")
+        x = nn.swish(norm(at_least_float32(x)))
         return conv3x3(self.out_channels or x_t.shape[-1], "conv_out", zeros_init())(x)
 
     # Parts of `__call__`: their layers have its scope.
@@ -217,20 +252,22 @@ class UNet(nn.Module):
         features = self.channels * self.channel_multipliers[level]
         x = res_block(x, features, f"{direction}_{level}_block_{index}")
         if x.shape[1] in self.attention_resolutions:
-            x = self._attention(f"{direction}_{level}_attention_{index}")(x)
+            x = self._attention(f"{direction}_{level}_attention_{index}", self.num_groups)(x)
         return x
 
     @nn.nowrap
-    def _attention(self, name: str) -> nn.Module:
+    def _attention(self, name: str, num_groups: int) -> nn.Module:
         block = nn.remat(SelfAttention) if self.remat else SelfAttention
-        return block(self.num_groups, self.dtype, name=name)
+        return block(num_groups, self.dtype, self.norm_epsilon, self.head_channels, name=name)
 
     @nn.nowrap
     def _embedding(
         self, log_snr: Float[Array, "b"], condition: Shaped[Array, "b"] | None
     ) -> Float[Array, "b e"]:
         """The embedding of the noise level, plus that of the label if the network has classes."""
-        embedding = sinusoidal_embedding(self.timestep_of(log_snr), self.channels)
+        embedding = sinusoidal_embedding(
+            self.timestep_of(log_snr), self.channels, self.frequency_shift, self.cosines_first
+        )
         embedding = dense(4 * self.channels, "embedding_1")(embedding)
         embedding = dense(4 * self.channels, "embedding_2")(nn.swish(embedding))
         if not self.num_classes:

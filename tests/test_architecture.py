@@ -19,7 +19,7 @@ CONFIGS = {"ml_collections", "etils"}  # etils: a recorded config may lie in a b
 LEVELS = (
     ("errors", "seeds"),
     ("checks", "paths", "memory", "processes", "devices"),
-    ("data", "pictures", "workdir"),
+    ("data", "pictures", "pipelines", "workdir"),
     ("setup",),
     ("training", "evaluation", "sampling", "command_line", "arguments"),
 )

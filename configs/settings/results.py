@@ -301,3 +301,16 @@ def spacing() -> Group:
         checkpoint=Setting("best", CHECKPOINT, "The best checkpoint on validation, or the latest."),
         draws=Setting(2, Int("[2, 10^6]"), "Independent noises of each example and t."),
     )
+
+
+def diffusers() -> Group:
+    return Group(
+        "Pipelines of diffusers: --experiment=import and --experiment=export.",
+        source=Setting(
+            "",
+            Text(),
+            "What import reads: the folder of a saved pipeline, or of a UNet2DModel alone.",
+        ),
+        target=Setting("", Text(), "The new folder that export writes a pipeline to."),
+        checkpoint=Setting("best", CHECKPOINT, "The exported checkpoint."),
+    )

@@ -176,6 +176,36 @@ def model() -> Group:
             ),
             dropout=Setting(0.1, Float("[0, 1)"), "Probability that an activation is dropped."),
             num_groups=Setting(32, Int("[1, 65536]"), "Groups of the group norms."),
+            norm_epsilon=Setting(1e-6, POSITIVE, "Added to the variance in the group norms."),
+            scale_shift=Setting(
+                False,
+                Bool(),
+                "Whether the noise level scales and shifts activations (iDDPM), or is added.",
+            ),
+            head_channels=Setting(
+                0, Int("[0, 65536]"), "Channels of an attention head; 0: a single head."
+            ),
+            middle_attention=Setting(
+                "normalized",
+                Choice("normalized", "unnormalized", "none"),
+                "Attention at the lowest resolution, between down and up: after a group norm "
+                "(normalized), without one, or none.",
+            ),
+            symmetric_downsampling=Setting(
+                False,
+                Bool(),
+                "Whether strided convolutions are padded on all sides, or at the bottom and right "
+                "only (DDPM).",
+            ),
+            center_input=Setting(False, Bool(), "Whether the network receives 2 x_t − 1."),
+            frequency_shift=Setting(
+                1.0,
+                Float("[0, 1]"),
+                "s of the frequencies 10000^(−k/(channels/2 − s)) of the embedding.",
+            ),
+            cosines_first=Setting(
+                False, Bool(), "Whether the embedding's cosines come before its sines."
+            ),
             fourier_exponents=Setting(
                 (),
                 Tuple(Int("[0, 30]")),

@@ -23,7 +23,17 @@ from configs.settings.declaration import Int, Setting, Tuple, suggestion
 from experiments.harness import paths
 from experiments.harness.errors import ConfigError, in_short, one_line
 
-EXPERIMENTS = ("all", "train", "evaluate", "sample", "variance", "sigma", "spacing")
+EXPERIMENTS = (
+    "all",
+    "train",
+    "evaluate",
+    "sample",
+    "variance",
+    "sigma",
+    "spacing",
+    "import",
+    "export",
+)
 _ROOT = Path(__file__).parents[2]
 
 

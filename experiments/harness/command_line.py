@@ -3,6 +3,7 @@
 import errno
 import importlib
 import importlib.util
+import keyword
 import os
 import sys
 import traceback
@@ -72,7 +73,9 @@ def _run(
     leftover: Sequence[str],
     join: Callable[[], None],
 ) -> int:
-    module = importlib.import_module(f"experiments.{experiment}")
+    # A module cannot have the name of a keyword, `import`.
+    name = experiment + "_" * keyword.iskeyword(experiment)
+    module = importlib.import_module(f"experiments.{name}")
     if leftover:
         raise ConfigError(f"{leftover[0]!r} is no flag; flags begin with --, as in --workdir=…")
     join()

@@ -82,13 +82,14 @@ _GROUPS = {
     "speed": """data.stream data.memory_limit_mb data.workers data.prefetch devices.fsdp
         profile.first_step profile.num_steps train.steps_per_dispatch evaluate.batch_size
         evaluate.chunk_size sample.batch_size""",
-    "place": "data.data_dir",  # the fingerprints of the files count: see `DataFiles`
+    # The fingerprints of the data's files count: see `DataFiles`.
+    "place": "data.data_dir diffusers.source diffusers.target",
     "monitoring": """train.log_every train.checkpoint_every train.sample_every
         train.sample_timesteps train.keep_checkpoints train.validation_timesteps
         train.skip_nonfinite train.allow_changes""",
     "tables": """sigma.num_timesteps sigma.split sigma.checkpoint sigma.draws spacing.num_timesteps
         spacing.split spacing.draws variance.split variance.checkpoint variance.examples
-        variance.draws variance.num_samples variance.num_timesteps""",
+        variance.draws variance.num_samples variance.num_timesteps diffusers.checkpoint""",
 }
 GROUPS: dict[str, tuple[str, ...]] = {key: tuple(text.split()) for key, text in _GROUPS.items()}
 

@@ -22,6 +22,7 @@ from experiments.harness.workdir.provenance import differences, flatten
 CONFIG_FILE = "config.json"
 CHANGES_FILE = "config_changes.jsonl"
 DATA_FILE = "data.json"
+IMPORT_FILE = "import.json"  # where an imported network comes from
 EVALUATIONS = "evaluations"  # the directory of all evaluations of the run
 
 
@@ -120,6 +121,16 @@ def _some(names: list[str]) -> str:
     """The first names of a list, and the number of the others."""
     more = [f"{len(names) - 4} more"] if len(names) > 5 else []
     return ", ".join([*names[: 4 if more else 5], *more])
+
+
+def check_trainable(workdir: epath.PathLike) -> None:
+    """Raises ConfigError if the directory holds an imported network, whose weights are alone."""
+    if (epath.Path(workdir) / IMPORT_FILE).exists():
+        raise ConfigError(
+            f"workdir={workdir} holds an imported network, which has no state of a training; "
+            f"train it in another one: --config=configs/recorded.py:{workdir} --workdir=NEW "
+            f"--config.train.init_from={workdir}"
+        )
 
 
 def check_data(config: ConfigDict, workdir: epath.PathLike, data: DataSummary) -> None:
