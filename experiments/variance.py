@@ -16,13 +16,13 @@ from diffusion.exact.distributions import normal
 from diffusion.model import DiffusionModel
 from diffusion.reverse import Reverse
 from diffusion.schedules import linear_log_snr
-from diffusion.statistics.control import GaussianControl
+from diffusion.statistics.control import Control, GaussianControl
 from diffusion.statistics.standard_errors import bits_per_dim
 from diffusion.timesteps import Proposal
 from experiments.harness import checks, devices, memory
 from experiments.harness.data import splits
 from experiments.harness.evaluation import estimates, programs
-from experiments.harness.evaluation.allocate import Estimator, allocated_bound, fit_control
+from experiments.harness.evaluation.allocate import Estimator, allocated_bound, fit_controls
 from experiments.harness.evaluation.subject import Subject, subject_of
 from experiments.harness.pictures import plots
 from experiments.harness.seeds import stream
@@ -33,6 +33,7 @@ from experiments.harness.workdir import metrics
 from experiments.harness.workdir.files import write_json
 
 GOAL = 0.001  # bits/dim: the error whose cost is reported
+CONTROLS = ("", ", Gaussian control", ", Gaussian and pixel controls")  # by their number
 
 
 class Row(NamedTuple):
@@ -65,14 +66,14 @@ class Case(NamedTuple):
       subject: the model and the examples.
       straight: the same model with the straight line between the same ends as its schedule; None
         if the schedule is not learned.
-      control: the control variate of the data.
+      controls: the control variates of the data, as many as `CONTROLS` names or fewer.
       truth: −log p of the examples in bits/dim, if it is known.
     """
 
     name: str
     subject: Subject
     straight: Subject | None
-    control: GaussianControl
+    controls: tuple[Control, ...]
     truth: float | None
 
 
@@ -129,7 +130,7 @@ def trained_case(run: Run) -> Case:
         straight = subject_of(config, define_model(config), run.params, dataset)
     name = f"{config.data.name}, {split}, step {run.step}, T = {subject.levels.num_timesteps}"
     name += "" if dataset.labels is None else ", given labels"
-    return Case(name, subject, straight, fit_control(config, subject), None)
+    return Case(name, subject, straight, fit_controls(config, subject), None)
 
 
 def gaussian_case(config: ConfigDict) -> Case:
@@ -156,13 +157,13 @@ def gaussian_case(config: ConfigDict) -> Case:
     )
     control = GaussianControl.fit(np.asarray(distribution.sample(jax.random.key(0), 500)), 1e-3)
     log_prob = np.asarray(distribution.log_prob(x_0), np.float64)
-    return Case(name, subject, None, control, float(bits_per_dim(-log_prob.mean(), 4)))
+    return Case(name, subject, None, (control,), float(bits_per_dim(-log_prob.mean(), 4)))
 
 
 def measure_all(config: ConfigDict, case: Case) -> list[Row]:
     """Every estimator on one case."""
-    at_t = Draws(config, case.subject, case.control, continuous=False)
-    at_infinity = Draws(config, case.subject, case.control, continuous=True)
+    at_t = Draws(config, case.subject, case.controls, continuous=False)
+    at_infinity = Draws(config, case.subject, case.controls, continuous=True)
     rows = [
         *trajectory_rows(config, case.subject),
         at_t.one_log_ratio(),
@@ -171,7 +172,7 @@ def measure_all(config: ConfigDict, case: Case) -> list[Row]:
         *at_infinity.few_timesteps(),
     ]
     if case.straight is not None:
-        on_line = Draws(config, case.straight, case.control, continuous=True)
+        on_line = Draws(config, case.straight, case.controls, continuous=True)
         on_line.prefix += "straight line, "
         rows += on_line.one_timestep()
     if case.truth is not None:
@@ -223,11 +224,15 @@ class Draws:
     """Estimators of a subject's bound at T, or as T → ∞, from draws of its integrand."""
 
     def __init__(
-        self, config: ConfigDict, subject: Subject, control: GaussianControl, continuous: bool
+        self,
+        config: ConfigDict,
+        subject: Subject,
+        controls: tuple[Control, ...],
+        continuous: bool,
     ):
         self.subject, self.pilot_times = subject, config.evaluate.pilot
         self.target, self.prefix = ("∞", "T → ∞: ") if continuous else ("T", "")
-        self.estimator = Estimator(subject, control, continuous)
+        self.estimator = Estimator(subject, controls, continuous)
         self.shape = (subject.num_examples, config.variance.draws)
         self.rng = np.random.default_rng([config.seed, continuous])
         prior, reconstruction = self.estimator.ends(63, config.variance.draws)
@@ -238,13 +243,12 @@ class Draws:
         """(13.10) at one uniform t: T − 1 times its log-ratio, with the ends of (13.26)."""
         subject, run = self.subject, programs.make_log_ratios(self.subject)
         time = self.rng.random(self.shape)
-        slot = np.broadcast_to(np.arange(self.shape[1]), time.shape)
 
-        def log_ratios(index):
-            points = programs.Points.at(subject, time[index], slot[index], continuous=False)
+        def log_ratios(index, slot):
+            points = programs.Points.at(subject, time[index, slot], slot, continuous=False)
             return run(subject, index, points, np.full(len(index), 70))
 
-        values = subject.over_examples(log_ratios)
+        values = subject.over_draws(log_ratios, self.shape[1])
         # The log-ratios have another term, which telescopes: the sum over t of its expectation is
         # E[log q(x_T | x_0) − log q(x_1 | x_0)] = d/2 log(σ_1²/σ_T²).
         sigma2 = subject.levels.sigma2
@@ -260,7 +264,8 @@ class Draws:
 
     def few_timesteps(self) -> list[Row]:
         """One timestep per example, drawn in different ways; and allocated ones."""
-        return self.one_timestep() + [self.allocated(control) for control in (False, True)]
+        counts = range(len(self.estimator.controls) + 1)
+        return self.one_timestep() + [self.allocated(num_controls) for num_controls in counts]
 
     def one_timestep(self) -> list[Row]:
         """One timestep per example: uniform, stratified across examples, and by importance."""
@@ -287,13 +292,13 @@ class Draws:
         mean = (values.mean(axis=1) + self.ends).mean()
         return self._named(name, Estimates(mean, variance, 1, n * draws))
 
-    def allocated(self, use_control: bool) -> Row:
+    def allocated(self, num_controls: int) -> Row:
         """Several strata per example, more where there is more noise; the pilot is counted."""
-        result = allocated_bound(self.estimator, 2 * GOAL, 0, self.pilot_times, use_control)
+        result = allocated_bound(self.estimator, 2 * GOAL, 0, self.pilot_times, num_controls)
         # Per evaluation, so that the rows can be compared.
         variance = result.noise_variance.mean() * result.evaluations / len(result.prior)
-        name = "allocated, control variate" if use_control else "allocated"
-        return self._named(name, Estimates(result.total.mean(), variance, 1, result.evaluations))
+        draws = Estimates(result.total.mean(), variance, 1, result.evaluations)
+        return self._named(f"allocated{CONTROLS[num_controls]}", draws)
 
     def row(self, name: str, diffusion: Float[np.ndarray, "draw n"], evaluations: int) -> Row:
         """From independent draws of the diffusion term; the noise of the ends is added."""

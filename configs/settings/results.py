@@ -61,7 +61,10 @@ def evaluate() -> Group:
             0, Int("[0, 10^15]"), "Most network evaluations to spend on that target; 0: any number."
         ),
         pilot=Setting(
-            4, LEVELS, "Half of the network evaluations per example in the pilot for that target."
+            2,
+            LEVELS,
+            "Timesteps per example in the pilot for that target, each with two evaluations, of at "
+            "most 1000 examples.",
         ),
         also=Setting(
             (),

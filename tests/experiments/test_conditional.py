@@ -175,16 +175,16 @@ def measurements():
     dataset = splits.load_data(config, "test", splits.first(B))
     params = tiny.state_of(config, 0.3).ema_params
     subject = subject_of(config, define_model(config), params, dataset)
-    control = GaussianControl.fit(np.asarray(subject.to_data(dataset.images)), 0.01)
+    controls = (GaussianControl.fit(np.asarray(subject.to_data(dataset.images)), 0.01),)
     index, draw = np.arange(B, dtype=np.int32), np.zeros(B, np.int32)
-    time, slot = np.tile([0.1, 0.5, 0.6, 0.9], (B, 1)), np.tile(np.arange(4), (B, 1))
+    time, slot = np.array([0.1, 0.5, 0.6, 0.9]), np.arange(B)
     at_t, in_time = (programs.Points.at(subject, time, slot, is_) for is_ in (False, True))
     ode = config.evaluate.ode
     calls = {
         "bound": (programs.make_bound(subject), ()),
         "terms_at": (programs.make_terms_at(subject, 0), (np.tile(np.int32([2, 4, 7]), (B, 1)),)),
-        "rates": (programs.make_rates(subject, False), (at_t, draw, control)),
-        "continuous_rates": (programs.make_rates(subject, True), (in_time, draw, control)),
+        "rates": (programs.make_rates(subject, False), (at_t, draw, controls)),
+        "continuous_rates": (programs.make_rates(subject, True), (in_time, draw, controls)),
         "log_ratios": (programs.make_log_ratios(subject), (at_t, draw)),
         "ends": (programs.make_ends(subject), (draw, slot)),
         "trajectory": (programs.make_trajectory(subject), (draw,)),

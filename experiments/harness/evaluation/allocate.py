@@ -1,18 +1,24 @@
 """The bound to a given Monte-Carlo error: evaluations are spent where the noise is largest.
 
 A pilot measures the standard deviation of the diffusion term's integrand over time, and how much of
-it the control variate explains. Times are then drawn with a density proportional to the remaining
-standard deviation (Neyman's allocation), stratified for each example, with unbiased weights.
-Replicates of the whole design give the error; they are independent of the pilot and of each other.
+it the control variates explain. Times are then drawn with a density proportional to the remaining
+standard deviation (Neyman's allocation), stratified for each example, with unbiased weights. The
+pilot's curve of the integrand over time, whose mean is known, takes out the spread within strata.
+
+Replicates of the whole design give the estimate and its error. They are independent of the pilot
+and of each other, and the pilot alone determines how many there are: a rule that stops once an
+estimated error is small enough prefers errors that are estimated too low (Stein, 1945).
 """
 
+import copy
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
-from diffusion.statistics.control import GaussianControl
+from diffusion.statistics.control import Control, GaussianControl, PixelControl
 from diffusion.statistics.standard_errors import bits_per_dim
 from diffusion.timesteps import Proposal, jittered
 from experiments.harness import devices
@@ -24,12 +30,15 @@ from experiments.harness.evaluation.subject import Subject
 from experiments.harness.processes.progress import progress
 
 MAX_BINS = 32
-PAIRS_PER_BIN = 20
-FIRST_REPLICATES = 2
-LEAST_FREEDOM = 30  # degrees of freedom of an error: examples times (replicates − 1)
-MAX_PER_REPLICATE = 512  # evaluations of an example
-SAFETY = 1.25  # factor on the variance that the pilot predicts
+LEAST_PAIRS = 50  # of the pilot, for a regression
+DRAWS_PER_BIN = 400  # of the curves; a bin where times are rare has a twentieth of them
+PILOT_EXAMPLES, PILOT_ENDS = 1000, 200  # at most: for the integrand and the reconstruction
+LEAST_REPLICATES = 2
+LEAST_FREEDOM = 300  # degrees of freedom of an error: examples times (replicates − 1)
+LEAST_PER_REPLICATE, MAX_PER_REPLICATE = 8, 512  # evaluations of an example
+MARGIN = 1.25  # factor on the variance that the pilot predicts
 CONTROL_EXAMPLES = 10_000
+UNLIMITED = 10**18  # evaluations
 
 
 class Plan(NamedTuple):
@@ -37,30 +46,68 @@ class Plan(NamedTuple):
 
     Attributes:
       proposal: the density of time.
-      coefficient: of the control variate, in each bin of time.
+      coefficients: of the control variates, in each bin of time.
+      curve: the mean integrand over examples at the edges of the bins, linear between them.
       variance: predicted variance, in nats², of one weighted value of the integrand, given its
-        example and time. With few strata the spread over time within them adds to it.
+        example and time. The spread over time within strata, from the curve, adds to it.
       end_variance: the same for one draw of the reconstruction.
       evaluations: network evaluations of the pilot.
     """
 
     proposal: Proposal
-    coefficient: Float[np.ndarray, "bins"]
+    coefficients: Float[np.ndarray, "bins c"]
+    curve: Float[np.ndarray, "bins+1"]
     variance: float
     end_variance: float
     evaluations: int
 
-    def sizes(self, per_example: float, least: int) -> tuple[int, int]:
-        """Splits evaluations into draws of the integrand and of the reconstruction, by their std.
+    def diffusion(self, rates: Rates, time: Float[np.ndarray, "n m"]) -> Float[np.ndarray, "n"]:
+        """The diffusion term from the integrand at stratified times with the proposal's density."""
+        controls = rates.controls[..., : self.coefficients.shape[1]]
+        explained = (self.coefficients[self.proposal.bin(time)] * controls).sum(axis=-1)
+        edges = np.linspace(0, 1, len(self.curve))
+        residual = rates.value - explained - np.interp(time, edges, self.curve)
+        estimate = (residual / self.proposal.density_at(time)).sum(axis=1) / max(time.shape[1], 1)
+        # The mean over time of the curve, which is linear between the edges.
+        return estimate + 0.5 * (self.curve[1:] + self.curve[:-1]).mean()
 
-        At most `per_example` in total, but at least `least` of the integrand and one of the
-        reconstruction.
+    def design(self, wanted: float, affordable: float, n: int, least: int) -> "Design":
+        """The replicates for a number of evaluations per example.
+
+        Args:
+          wanted: evaluations per example that the target needs.
+          affordable: those that the budget allows. At least two replicates of `least` times and one
+            reconstruction are planned anyway.
+          n: the number of examples.
+          least: times of an example in one replicate, at least.
         """
+        per_example = min(wanted, affordable)
+        # Enough replicates to estimate the error, each small enough for memory.
+        memory = np.ceil(per_example / MAX_PER_REPLICATE)
+        freedom = min(1 + -(-LEAST_FREEDOM // n), per_example // LEAST_PER_REPLICATE)
+        replicates = max(freedom, memory, LEAST_REPLICATES)
+        size = max(min(np.ceil(wanted / replicates), affordable // replicates), least + 1)
+        # In proportion to the standard deviations.
         rate_std, end_std = np.sqrt(self.variance), np.sqrt(self.end_variance)
         share = rate_std / (rate_std + end_std) if rate_std + end_std else 0.0
-        total = max(int(per_example), least + 1)
-        m = int(np.clip(np.rint(total * share), least, total - 1))
-        return m, total - m
+        times = int(np.clip(np.rint(size * share), least, size - 1))
+        # What is left of a tight budget.
+        replicates = max(replicates, min(np.ceil(wanted / size), affordable // size))
+        return Design(times, int(size) - times, int(replicates))
+
+
+class Design(NamedTuple):
+    """The draws of an estimate.
+
+    Attributes:
+      times: of each example in one replicate.
+      ends: reconstructions of each example in one replicate.
+      replicates: their number.
+    """
+
+    times: int
+    ends: int
+    replicates: int
 
 
 class Allocated(NamedTuple):
@@ -104,70 +151,105 @@ class Estimator:
 
     Args:
       subject: the model and the examples.
-      control: the control variate, such as `fit_control`.
+      controls: the control variates, such as `fit_controls`.
       continuous: the bound as T → ∞ in place of that at T.
     """
 
-    def __init__(self, subject: Subject, control: GaussianControl, continuous: bool = False):
+    def __init__(self, subject: Subject, controls: tuple[Control, ...], continuous: bool = False):
         self.subject, self.continuous = subject, continuous
-        self.control = devices.place(control, devices.replicated(devices.mesh()))
+        self.controls = devices.place(controls, devices.replicated(devices.mesh()))
         self._rates = programs.make_rates(subject, continuous)
         self._ends = programs.make_ends(subject)
 
-    def rates(self, time: Float[np.ndarray, "n m"], draw: int) -> Rates:
+    def on_some(self, limit: int) -> "Estimator":
+        """The same for at most `limit` of the examples, evenly spaced."""
+        estimator = copy.copy(self)
+        estimator.subject = self.subject.some(limit)
+        return estimator
+
+    def rates(self, time: Float[np.ndarray, "n m"], draw: int, bar: tqdm | None = None) -> Rates:
         """The integrand at m times of every example, [n, m] in float64; `draw` numbers noises."""
         if not time.size:
-            return Rates(time, time, time)
-        slot = np.broadcast_to(np.arange(time.shape[1]), time.shape)
+            return Rates(time, np.zeros((*time.shape, len(self.controls))), time)
 
-        def run(index):
-            points = Points.at(self.subject, time[index], slot[index], self.continuous)
-            return self._rates(self.subject, index, points, np.full(len(index), draw), self.control)
+        def run(index, slot):
+            points = Points.at(self.subject, time[index, slot], slot, self.continuous)
+            draws = np.full(len(index), draw)
+            return self._rates(self.subject, index, points, draws, self.controls)
 
-        return self.subject.over_examples(run)
+        return self.subject.over_draws(run, time.shape[1], bar)
 
-    def ends(self, draw: int, m: int) -> tuple[np.ndarray, np.ndarray]:
+    def ends(self, draw: int, m: int, bar: tqdm | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The prior of every example, [n], and m draws of its reconstruction, [n, m]; float64."""
-        slot = np.arange(m, dtype=np.int32)
 
-        def run(index):
-            slots = np.broadcast_to(slot, (len(index), m))
-            return self._ends(self.subject, index, np.full(len(index), draw), slots)
+        def run(index, slot):
+            return self._ends(self.subject, index, np.full(len(index), draw), slot)
 
-        return self.subject.over_examples(run)
+        prior, reconstruction = self.subject.over_draws(run, m, bar)
+        return prior[:, 0], reconstruction
 
 
-def fit_control(config: ConfigDict, subject: Subject) -> GaussianControl:
-    """The control variate of the config's training data."""
+def fit_controls(config: ConfigDict, subject: Subject) -> tuple[Control, ...]:
+    """The control variates of the config's training data, or of a part of it."""
     images = splits.load_data(config, "train", splits.some(CONTROL_EXAMPLES)).images
-    return GaussianControl.fit(np.asarray(subject.to_data(images)), subject.spacing**2 / 12)
+    values = np.asarray(subject.to_data(np.arange(subject.dataset.num_levels)))
+    gaussian = GaussianControl.fit(values[images], subject.spacing**2 / 12)
+    return gaussian, PixelControl.fit(images, values, gaussian)
 
 
-def pilot(estimator: Estimator, times_per_example: int, use_control: bool = True) -> Plan:
-    """Draws two noises at each of a few times of each example, to plan the replicates.
+def pilot(estimator: Estimator, times_per_example: int, num_controls: int | None = None) -> Plan:
+    """Draws two noises at each of a few times of some examples, to plan the replicates.
 
     Half the squared difference of the two values estimates the variance of one. The regression of
-    the difference on that of the controls gives the coefficient.
+    the difference on those of the controls gives the coefficients.
+
+    Args:
+      estimator: draws the terms.
+      times_per_example: times at which it draws.
+      num_controls: how many of the control variates are used, from the first; None: all.
+
+    Raises:
+      RunError: if a term is not finite.
     """
-    n = estimator.subject.num_examples
-    time = jittered(np.random.default_rng([estimator.subject.seed, 0]), n, times_per_example)
-    first, second = (estimator.rates(time, draw) for draw in (0, 1))
-    num_bins = int(np.clip(time.size // PAIRS_PER_BIN, 1, MAX_BINS))
+    some = estimator.on_some(PILOT_EXAMPLES)
+    rng = np.random.default_rng([estimator.subject.seed, 0])
+    time = jittered(rng, some.subject.num_examples, times_per_example)
+    first, second = (some.rates(time, draw) for draw in (0, 1))
+    ends = some.on_some(PILOT_ENDS).ends(0, 2)[1]
+    value, controls = first.value - second.value, first.controls - second.controls
+    if not (np.isfinite(value).all() and np.isfinite(ends).all()):
+        raise RunError("a term of the bound is not finite, so its error cannot be predicted")
+    is_enough = time.size >= LEAST_PAIRS
+    controls = controls[..., : num_controls if is_enough else 0]
+    num_bins = int(np.clip(np.cbrt(time.size), 1, MAX_BINS))
     bins = Proposal(np.ones(num_bins)).bin(time)
-    value, control = first.value - second.value, first.control - second.control
 
     def per_bin(x):
-        return np.bincount(bins.ravel(), x.ravel(), num_bins)
+        sums = np.zeros((num_bins, *x.shape[2:]))
+        np.add.at(sums, bins, x)
+        return sums
 
-    squared = per_bin(control**2)
-    slope = np.divide(per_bin(value * control), squared, where=squared > 0, out=np.zeros(num_bins))
-    coefficient = slope if use_control else 0 * slope
-    count = np.maximum(per_bin(np.ones_like(value)), 1)
-    variance = 0.5 * per_bin((value - coefficient[bins] * control) ** 2) / count
-    proposal = Proposal.allocate(np.sqrt(variance))
-    predicted = float(np.mean(variance / proposal.density))
-    end_variance = float(estimator.ends(0, 2)[1].var(axis=1, ddof=1).mean())
-    return Plan(proposal, coefficient, predicted, end_variance, 2 * time.size + 2 * n)
+    products = per_bin(controls[..., None] * controls[..., None, :])
+    inverse = np.linalg.pinv(products, rcond=1e-10, hermitian=True)
+    moments = per_bin(controls * value[..., None])
+    coefficients = (inverse @ moments[..., None])[..., 0]
+    rest = value - (coefficients[bins] * controls).sum(axis=-1)
+    # Of new draws with these coefficients: more than the mean square of the pilot's residuals.
+    count, fitted = per_bin(np.ones_like(value)), controls.shape[-1]
+    variance = 0.5 * per_bin(rest**2) / np.maximum(count, 1)
+    variance *= (count + fitted) / np.maximum(count - fitted, 1)
+    proposal = Proposal.allocate(np.sqrt(variance), uniform_share=0.05)
+    edges = np.arange(num_bins + 1)
+    hats = np.maximum(1 - np.abs(time.reshape(-1, 1) * num_bins - edges), 0)
+    means = 0.5 * (first.value + second.value)
+    return Plan(
+        proposal=proposal,
+        coefficients=coefficients,
+        curve=np.linalg.lstsq(hats, is_enough * means.ravel())[0],
+        variance=float(np.mean(variance / proposal.density)),
+        end_variance=float(ends.var(axis=1, ddof=1).mean()),
+        evaluations=2 * time.size + ends.size,
+    )
 
 
 def allocated_bound(
@@ -175,17 +257,20 @@ def allocated_bound(
     target: float,
     max_evaluations: int,
     pilot_times: int,
-    use_control: bool = True,
+    num_controls: int | None = None,
 ) -> Allocated:
     """The bound to a Monte-Carlo error of `target` bits/dim, as far as the budget allows.
 
+    The pilot fixes the number of evaluations, with a margin. The error that the replicates then
+    show is reported as it is, even if it is larger than the target.
+
     Args:
       estimator: draws the terms.
-      target: the largest standard error over times and noise, with the examples fixed.
+      target: the standard error over times and noise, with the examples fixed.
       max_evaluations: of the network, with the pilot; 0 for no limit. The pilot and two replicates
         of one time and one reconstruction per example are always run.
       pilot_times: times per example of the pilot.
-      use_control: whether to subtract the control variate.
+      num_controls: how many of the control variates are used, from the first; None: all.
 
     Raises:
       RunError: if a term in the pilot is not finite.
@@ -194,74 +279,39 @@ def allocated_bound(
     n, num_dims = subject.num_examples, subject.num_dims
     # A bound with one level has no KL, so that only the reconstruction is drawn.
     least = int(estimator.continuous or subject.levels.num_timesteps > 1)
-    plan = pilot(estimator, least * pilot_times, use_control)
-    if not np.isfinite(plan.variance + plan.end_variance):
-        raise RunError("a term of the bound is not finite, so its error cannot be predicted")
-    budget = max_evaluations or np.inf
+    plan = pilot(estimator, least * pilot_times, num_controls)
     # With draws in proportion to √V their mean over n examples has the variance (Σ √V)²/(n m).
     variance = (np.sqrt(plan.variance) + np.sqrt(plan.end_variance)) ** 2
-    wanted = SAFETY * variance * (bits_per_dim(1.0, num_dims) / target) ** 2 / n
-    affordable = (budget - plan.evaluations) / n
-    per_example = min(wanted, affordable)
-    # Enough replicates to estimate the error, each small enough for memory.
-    first = max(FIRST_REPLICATES, 1 + -(-LEAST_FREEDOM // n), int(per_example // MAX_PER_REPLICATE))
-    first = int(min(first, max(affordable // (least + 1), FIRST_REPLICATES)))
-    replicates = _Replicates(estimator, plan, *plan.sizes(per_example / first, least))
-    with progress(None, "estimate", "replicate", leave=False) as bar:
-        while True:
-            replicates.add()
-            bar.update()
-            if replicates.count < first:
-                continue
-            result = replicates.result()
-            error = result.mc_se(num_dims)
-            bar.set_postfix_str(f"Monte-Carlo error ± {error:.5f}")
-            # `not error > target` is also true for NaN, with which the loop would never end.
-            if not error > target or result.evaluations + n * replicates.size > budget:
-                return result
+    wanted = MARGIN * variance * (bits_per_dim(1.0, num_dims) / target) ** 2 / n
+    affordable = ((max_evaluations or UNLIMITED) - plan.evaluations) / n
+    return _replicate(estimator, plan, plan.design(wanted, affordable, n, least))
 
 
-class _Replicates:
-    """Replicates of the design: each has m times and `ends` reconstructions per example."""
-
-    def __init__(self, estimator: Estimator, plan: Plan, m: int, ends: int):
-        self.estimator, self.plan, self.m, self.ends = estimator, plan, m, ends
-        self.diffusion, self.reconstruction, self.prior = [], [], None
-        bins = len(plan.proposal.density)
-        self.sums = np.zeros((3, bins))  # by bin: of values, of errors, and the number of draws
-
-    @property
-    def count(self) -> int:
-        return len(self.diffusion)
-
-    @property
-    def size(self) -> int:
-        """Evaluations of each example in one replicate."""
-        return self.m + self.ends
-
-    def add(self) -> None:
-        """Draws one more replicate, with its own noise."""
-        estimator, proposal = self.estimator, self.plan.proposal
-        draw = 2 + self.count  # the pilot has draws 0 and 1
-        rng = np.random.default_rng([estimator.subject.seed, draw])
-        time = proposal.time(jittered(rng, estimator.subject.num_examples, self.m))
-        rates, bins = estimator.rates(time, draw), proposal.bin(time)
-        value = rates.value - self.plan.coefficient[bins] * rates.control
-        self.diffusion.append((value / proposal.density[bins]).sum(axis=1) / max(self.m, 1))
-        self.prior, reconstruction = estimator.ends(draw, self.ends)
-        self.reconstruction.append(reconstruction.mean(axis=1))
-        for row, x in enumerate((value, rates.eps_error, np.ones_like(value))):
-            self.sums[row] += np.bincount(bins.ravel(), x.ravel(), self.sums.shape[1])
-
-    def result(self) -> Allocated:
-        """The estimate from all replicates so far."""
-        value, error, count = self.sums
-        evaluations = self.count * self.estimator.subject.num_examples * self.size
-        return Allocated(
-            self.prior,
-            np.stack(self.diffusion),
-            np.stack(self.reconstruction),
-            value / np.maximum(count, 1),
-            error / np.maximum(count, 1),
-            self.plan.evaluations + evaluations,
-        )
+def _replicate(estimator: Estimator, plan: Plan, design: Design) -> Allocated:
+    """Draws the replicates, each with its own times and noise."""
+    n, proposal = estimator.subject.num_examples, plan.proposal
+    times = n * design.times * design.replicates
+    curve = Proposal(np.ones(int(np.clip(times // DRAWS_PER_BIN, 1, MAX_BINS))))
+    sums = np.zeros((3, len(curve.density)))  # by bin: of weights, values and errors
+    evaluations = times + n * design.ends * design.replicates
+    diffusion, reconstruction = [], []
+    with progress(evaluations, "estimate", "eval", unit_scale=True, leave=False) as bar:
+        for replicate in range(design.replicates):
+            draw = 2 + replicate  # the pilot has draws 0 and 1
+            rng = np.random.default_rng([estimator.subject.seed, draw])
+            time = proposal.time(jittered(rng, n, design.times))
+            rates, weight = estimator.rates(time, draw, bar), 1 / proposal.density_at(time)
+            diffusion.append(plan.diffusion(rates, time))
+            prior, ends = estimator.ends(draw, design.ends, bar)
+            reconstruction.append(ends.mean(axis=1))
+            for row, x in enumerate((weight, weight * rates.value, weight * rates.eps_error)):
+                sums[row] += np.bincount(curve.bin(time).ravel(), x.ravel(), sums.shape[1])
+    rate, eps_error = sums[1:] / np.where(sums[0], sums[0], 1)
+    return Allocated(
+        prior=prior,
+        diffusion=np.stack(diffusion),
+        reconstruction=np.stack(reconstruction),
+        rate=rate,
+        eps_error=eps_error,
+        evaluations=plan.evaluations + evaluations,
+    )

@@ -14,13 +14,12 @@ from ml_collections import ConfigDict
 
 from diffusion.statistics.standard_errors import bits_per_dim, estimate
 from diffusion.trajectory import k_sample_bound
-from experiments.harness.data.batches import over_examples
 from experiments.harness.evaluation import programs
 from experiments.harness.evaluation.allocate import (
     Allocated,
     Estimator,
     allocated_bound,
-    fit_control,
+    fit_controls,
 )
 from experiments.harness.evaluation.subject import Subject
 from experiments.harness.processes.progress import progress
@@ -38,7 +37,7 @@ def continuous(config: ConfigDict, subject: Subject) -> dict[str, Any]:
 def allocate(config: ConfigDict, subject: Subject, continuous: bool = False) -> Allocated:
     """The bound at T, or as T → ∞, to the target and within the budget of the config."""
     settings = config.evaluate
-    estimator = Estimator(subject, fit_control(config, subject), continuous)
+    estimator = Estimator(subject, fit_controls(config, subject), continuous)
     target = settings.target or DEFAULT_TARGET
     return allocated_bound(estimator, target, settings.max_evaluations, settings.pilot)
 
@@ -83,16 +82,10 @@ def k_sample_bounds(totals: Float[np.ndarray, "draws n"]) -> Float[np.ndarray, "
 
 def trajectories(subject: Subject, num_draws: int) -> Float[np.ndarray, "draws n"]:
     """Totals of (13.10) along whole trajectories, in float64 nats."""
-    run, n = programs.make_trajectory(subject), subject.num_examples
-    num_rows, smallest = num_draws * n, subject.batch_size
-    # One timestep is evaluated at once, so a batch may have `chunk_size` times more examples.
-    batch_size = min(smallest * subject.chunk_size, -(-num_rows // smallest) * smallest)
-    cost = subject.levels.num_timesteps
-    with progress(num_rows * cost, "trajectories", "eval", unit_scale=True, leave=False) as bar:
-        totals = over_examples(
-            lambda row: run(subject, row % n, row // n), num_rows, batch_size, bar, cost
-        )
-    return totals.reshape(num_draws, n)
+    run, cost = programs.make_trajectory(subject), subject.levels.num_timesteps
+    total = subject.num_examples * num_draws * cost
+    with progress(total, "trajectories", "eval", unit_scale=True, leave=False) as bar:
+        return subject.over_draws(lambda *row: run(subject, *row), num_draws, bar, cost).T
 
 
 def ode(config: ConfigDict, subject: Subject) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def make_terms_at(subject: Subject, draw: int) -> Callable[..., Bound]:
 
 
 class Points(NamedTuple):
-    """m points for each example at which the integrand of the diffusion term is evaluated.
+    """Points at which the integrand of the diffusion term is evaluated, one for each row.
 
     Attributes:
       log_snr: λ.
@@ -80,16 +80,16 @@ class Points(NamedTuple):
       slot: numbers the point's noise; points of one example with the same slot share it.
     """
 
-    log_snr: Float[Array, "b m"]
-    rate: Float[Array, "b m"]
-    slot: Int[Array, "b m"]
+    log_snr: Float[Array, "b"]
+    rate: Float[Array, "b"]
+    slot: Int[Array, "b"]
 
     @classmethod
     def at(
         cls,
         subject: Subject,
-        time: Float[np.ndarray, "b m"],
-        slot: Int[np.ndarray, "b m"],
+        time: Float[np.ndarray, "b"],
+        slot: Int[np.ndarray, "b"],
         continuous: bool,
     ) -> "Points":
         """From times in [0, 1), in float64. At T levels the T − 1 KLs share [0, 1) equally."""
@@ -110,74 +110,56 @@ class Rates(NamedTuple):
 
     Attributes:
       value: in nats.
-      control: the control variate, with mean zero over the noise (`statistics.control`), in nats.
+      controls: the control variates, of mean zero over the noise (`statistics.control`), in nats.
       eps_error: ‖ε − ε̂‖².
     """
 
-    value: Float[Array, "b m"]
-    control: Float[Array, "b m"]
-    eps_error: Float[Array, "b m"]
+    value: Float[Array, "*b"]
+    controls: Float[Array, "*b c"]
+    eps_error: Float[Array, "*b"]
 
 
 def make_rates(subject: Subject, continuous: bool) -> Callable[..., Rates]:
-    """The integrand as (subject, index, points, draw [b], control) -> Rates.
+    """The integrand as (subject, index, points, draw [b], controls) -> Rates [b].
 
-    `draw` numbers independent noises of the same slots; `control` is a GaussianControl.
+    `draw` numbers independent noises of the same slots; `controls` is a tuple of `Control`s.
     """
     num_terms = max(subject.levels.num_timesteps - 1, 1)
 
-    def rates(model, x_0, index, points, draw, control):
-        noise = slot_noise(subject, index, draw)
-
-        def at(point):
-            eps = noise(point.slot)
-            if continuous:
-                terms = continuous_rate(model.reverse, x_0, eps, point.log_snr, -point.rate)
-                scale = 0.5 * point.rate
-            else:
-                terms = step_terms(model.reverse, x_0, eps, Step(point.log_snr, point.rate))
-                terms = terms._replace(kl=num_terms * terms.kl)
-                scale = 0.5 * num_terms * jnp.expm1(point.rate)
-            return Rates(terms.kl, scale * control(x_0, eps, point.log_snr), terms.eps_error)
-
-        m = points.slot.shape[1]
-        chunk_size = min(subject.chunk_size, m)
-        # Padded to whole chunks, so that the network is compiled for one shape.
-        padded = jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (0, -m % chunk_size)), "edge"), points)
-        by_point = jax.tree.map(jnp.transpose, padded)
-        values = jax.lax.map(at, by_point, batch_size=chunk_size)
-        return jax.tree.map(lambda a: a[:m].T, values)
+    def rates(model, x_0, index, points, draw, controls):
+        eps = slot_noise(subject, index, draw)(points.slot)
+        if continuous:
+            terms = continuous_rate(model.reverse, x_0, eps, points.log_snr, -points.rate)
+            scale = 0.5 * points.rate
+        else:
+            terms = step_terms(model.reverse, x_0, eps, Step(points.log_snr, points.rate))
+            terms = terms._replace(kl=num_terms * terms.kl)
+            scale = 0.5 * num_terms * jnp.expm1(points.rate)
+        variates = [scale * control(x_0, eps, points.log_snr) for control in controls]
+        return Rates(terms.kl, jnp.stack(variates, axis=-1), terms.eps_error)
 
     return compile_program(subject, rates, num_shared=1)
 
 
-def make_log_ratios(subject: Subject) -> Callable[..., Float[Array, "b m"]]:
+def make_log_ratios(subject: Subject) -> Callable[..., Float[Array, "b"]]:
     """T − 1 times the log-ratio of (13.10) at single steps: (subject, index, points, draw [b])."""
     num_terms = subject.levels.num_timesteps - 1
 
     def log_ratios(model, x_0, index, points, draw):
         noise = slot_noise(subject, index, draw)
-
-        def at(point):
-            noises = noise(2 * point.slot), noise(2 * point.slot + 1)
-            step = Step(point.log_snr, point.rate)
-            return num_terms * step_log_ratio(model.reverse, x_0, *noises, step)[1]
-
-        return jax.lax.map(at, jax.tree.map(jnp.transpose, points)).T
+        noises = noise(2 * points.slot), noise(2 * points.slot + 1)
+        step = Step(points.log_snr, points.rate)
+        return num_terms * step_log_ratio(model.reverse, x_0, *noises, step)[1]
 
     return compile_program(subject, log_ratios)
 
 
-def make_ends(subject: Subject) -> Callable[..., tuple[Float[Array, "b"], Float[Array, "b m"]]]:
-    """(subject, index, draw [b], slot [b m]) -> prior [b] and reconstructions [b m]."""
+def make_ends(subject: Subject) -> Callable[..., tuple[Float[Array, "b"], Float[Array, "b"]]]:
+    """(subject, index, draw [b], slot [b]) -> prior [b] and reconstruction [b]."""
 
     def ends(model, x_0, index, draw, slot):
-        noise = slot_noise(subject, index, draw)
-
-        def at(slot):
-            return reconstruction(model, x_0, noise(ENDS_SLOT + slot))
-
-        return _prior(model, x_0), jax.lax.map(at, slot.T).T
+        eps = slot_noise(subject, index, draw)(ENDS_SLOT + slot)
+        return _prior(model, x_0), reconstruction(model, x_0, eps)
 
     return compile_program(subject, ends)
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
@@ -56,9 +57,27 @@ class Subject(NamedTuple):
     def num_dims(self) -> int:
         return int(np.prod(self.shape))
 
+    def some(self, limit: int) -> "Subject":
+        """The same with at most `limit` of the examples, evenly spaced."""
+        examples = self.dataset.examples(slice(None, None, -(-self.num_examples // limit)))
+        return self._replace(dataset=self.dataset._replace(**examples._asdict()))
+
     def over_examples(self, function: Callable, bar: tqdm | None = None, cost: int = 1) -> Any:
         """A function of example numbers over the whole data set; see `batches.over_examples`."""
         return over_examples(function, self.num_examples, self.batch_size, bar, cost)
+
+    def over_draws(self, function: Callable, m: int, bar: tqdm | None = None, cost: int = 1) -> Any:
+        """A function of (example numbers, draw numbers), for m draws of every example.
+
+        Returns:
+          Its results as [n, m, …]. A call has up to `chunk_size` times `batch_size` rows.
+        """
+        n, smallest = self.num_examples, self.batch_size
+        batch_size = min(smallest * self.chunk_size, -(-n * m // smallest) * smallest)
+        results = over_examples(
+            lambda row: function(row // m, row % m), n * m, batch_size, bar, cost
+        )
+        return jax.tree.map(lambda a: a.reshape(n, m, *a.shape[1:]), results)
 
 
 def subject_of(

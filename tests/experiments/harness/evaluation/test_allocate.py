@@ -15,11 +15,16 @@ from diffusion.exact.distributions import normal
 from diffusion.model import DiffusionModel
 from diffusion.reverse import Reverse
 from diffusion.schedules import linear_log_snr
-from diffusion.statistics.control import GaussianControl
+from diffusion.statistics.control import GaussianControl, PixelControl
 from experiments.harness.data import splits
 from experiments.harness.errors import RunError
 from experiments.harness.evaluation import allocate
-from experiments.harness.evaluation.allocate import Estimator, allocated_bound, fit_control, pilot
+from experiments.harness.evaluation.allocate import (
+    Estimator,
+    allocated_bound,
+    fit_controls,
+    pilot,
+)
 from experiments.harness.evaluation.subject import Subject, subject_of
 from experiments.harness.setup.definition import define_model
 from tests.diffusion.problems import constant
@@ -40,8 +45,17 @@ MODEL = normal(
 )
 
 
+SPACING = 0.25
+VALUES = SPACING * np.arange(-16, 17)
+
+
+def grey_levels(n=N):
+    sample = np.asarray(MODEL.sample(jax.random.key(7), N))[:n]
+    return np.abs(sample[..., None] - VALUES).argmin(axis=-1)
+
+
 def examples(n=N):
-    return np.asarray(MODEL.sample(jax.random.key(7), N))[:n]
+    return np.float32(VALUES[grey_levels(n)])
 
 
 def sigma_points():
@@ -55,9 +69,10 @@ def exact_control():
     return GaussianControl.fit(MODEL.mean + sigma_points() @ root.T, 0.0)
 
 
-def poor_control():
-    """A control of other data, broader and without correlations."""
-    return GaussianControl.fit(sigma_points() * [1.5, 0.7, 0.4], 0.0)
+def poor_controls():
+    """Controls of other data, broader and without correlations."""
+    gaussian = GaussianControl.fit(sigma_points() * [1.5, 0.7, 0.4], 0.0)
+    return gaussian, PixelControl.fit(grey_levels(), VALUES, gaussian)
 
 
 def make(num_timesteps=50, n=N, continuous=False, denoiser=MODEL.denoiser, **settings):
@@ -75,7 +90,7 @@ def make(num_timesteps=50, n=N, continuous=False, denoiser=MODEL.denoiser, **set
         spacing=0.0,
         **{"seed": 0, "batch_size": N, "chunk_size": 4} | settings,
     )
-    return Estimator(subject, poor_control(), continuous)
+    return Estimator(subject, poor_controls(), continuous)
 
 
 class Repeated(Estimator):
@@ -85,11 +100,11 @@ class Repeated(Estimator):
         self.__dict__ |= of.__dict__
         self.offset, self.subject = 1000 * number, of.subject._replace(seed=number)
 
-    def rates(self, time, draw):
-        return super().rates(time, self.offset + draw)
+    def rates(self, time, draw, bar=None):
+        return super().rates(time, self.offset + draw, bar)
 
-    def ends(self, draw, m):
-        return super().ends(self.offset + draw, m)
+    def ends(self, draw, m, bar=None):
+        return super().ends(self.offset + draw, m, bar)
 
 
 def truth(estimator):
@@ -128,21 +143,17 @@ def expected(estimator):
     return truth(estimator)
 
 
-@pytest.mark.parametrize("use_control", [True, False])
-def test_the_estimate_misses_the_truth_by_as_much_as_it_says(estimator, expected, use_control):
+@pytest.mark.parametrize("num_controls", [2, 0])
+def test_the_estimate_misses_the_truth_by_as_much_as_it_says(estimator, expected, num_controls):
     """z = (estimate − truth)/error has mean 0 and variance 1 over repeats.
 
     Their own errors: 1/√R of the mean, and 1/√(2R) of the standard deviation. The error is known
     from N squared differences, so that z is Student's with at most N degrees of freedom, and its
     standard deviation a few per cent above 1.
     """
-    budget = 22 * N  # an example's pilot takes 10, then two replicates 6 each
     found = [
-        allocated_bound(Repeated(estimator, r), NEVER, budget, 4, use_control)
-        for r in range(REPEATS)
+        allocated_bound(Repeated(estimator, r), 0.08, 0, 4, num_controls) for r in range(REPEATS)
     ]
-    assert {of.diffusion.shape for of in found} == {(2, N)}
-    assert {of.evaluations for of in found} == {22 * N}
     errors = np.array([of.total.mean() - expected.mean() for of in found])
     z = errors / [mc_se(of) for of in found]
     assert abs(z.mean()) < 3 / np.sqrt(REPEATS)
@@ -161,11 +172,11 @@ def test_the_control_and_the_allocation_pay(estimator, expected):
     """A control of other data lowers the error at the same price."""
     budget = 22 * N
     repeats = [Repeated(estimator, r) for r in range(10)]
-    plans = [[pilot(of, 4, use) for use in (True, False)] for of in repeats]
+    plans = [[pilot(of, 4, number) for number in (2, 0)] for of in repeats]
     assert all(with_.variance < without.variance for with_, without in plans)
     stated = [
-        np.mean([mc_se(allocated_bound(of, NEVER, budget, 4, use)) ** 2 for of in repeats])
-        for use in (True, False)
+        np.mean([mc_se(allocated_bound(of, NEVER, budget, 4, number)) ** 2 for of in repeats])
+        for number in (2, 0)
     ]
     assert stated[0] < 0.8 * stated[1]
 
@@ -173,15 +184,15 @@ def test_the_control_and_the_allocation_pay(estimator, expected):
 def test_the_best_denoiser_and_its_own_control_leave_no_noise_but_times(estimator):
     """Then the control is the error's own deviation from its mean, and its coefficient one."""
     estimator = Repeated(estimator, 0)
-    estimator.control = exact_control()
+    estimator.controls = (exact_control(),)
     plan = pilot(estimator, 4)
-    np.testing.assert_allclose(plan.coefficient, 1, rtol=1e-4)
+    np.testing.assert_allclose(plan.coefficients, 1, rtol=1e-4)
     # float32: values lose about 1e-6 of themselves.
-    assert plan.variance < 1e-8 * pilot(estimator, 4, use_control=False).variance
+    assert plan.variance < 1e-8 * pilot(estimator, 4, num_controls=0).variance
     time = np.random.default_rng(0).random((N, 5))
     first, second = (estimator.rates(time, draw) for draw in (10, 11))
     assert np.abs(first.value - second.value).max() > 1
-    left = [of.value - of.control for of in (first, second)]
+    left = [of.value - of.controls[..., 0] for of in (first, second)]
     np.testing.assert_allclose(*left, rtol=1e-4, atol=1e-4 * np.abs(left).max())
 
 
@@ -189,7 +200,7 @@ def test_the_control_has_mean_zero_and_the_integrand_the_bounds_mean(estimator, 
     """At times that are one in each of many strata, the mean over draws is the diffusion term."""
     time = (np.arange(49) + 0.5) / 49 * np.ones((N, 1))
     found = [estimator.rates(time, draw) for draw in range(20, 60)]
-    control = np.stack([of.control for of in found])
+    control = np.stack([of.controls[..., 0] for of in found])
     z = control.mean(axis=0) / (control.std(axis=0, ddof=1) / np.sqrt(len(found)))
     # Of 1470 correlated z's, Student's and skewed, the mean is small and the square about one.
     assert abs(z.mean()) < 0.2
@@ -205,18 +216,39 @@ def test_the_control_has_mean_zero_and_the_integrand_the_bounds_mean(estimator, 
 def test_the_curve_of_the_integrand_sums_to_the_diffusion_term(estimator):
     """Equal bins of time share it; that they are drawn unequally is accounted for."""
     found = allocated_bound(Repeated(estimator, 3), NEVER, 80 * N, 8)
-    assert len(found.rate) == len(found.eps_error) == 2 * N * 8 // (2 * allocate.PAIRS_PER_BIN)
+    assert 1 < len(found.rate) == len(found.eps_error) <= allocate.MAX_BINS
     assert found.rate.mean() == pytest.approx(found.diffusion.mean(), rel=0.05)
     # An error of d dimensions: ε̂ is near ε where there is nothing but noise.
     assert found.eps_error[0] > found.eps_error[-1] > 0
 
 
+class Redrawn(Repeated):
+    """The same estimator with the same pilot, and other noise in its replicates."""
+
+    def __init__(self, of, number):
+        super().__init__(of, 0)
+        self.redrawn = 1000 * number
+
+    def rates(self, time, draw, bar=None):
+        return super().rates(time, draw + self.redrawn * (draw > 1), bar)
+
+
+def test_the_pilot_alone_determines_the_evaluations(estimator):
+    """A rule that stops at a small estimated error prefers errors that are too low."""
+    found = [allocated_bound(Redrawn(estimator, r), 0.05, 0, 4) for r in range(4)]
+    assert len({of.evaluations for of in found}) == 1
+    assert len({mc_se(of) for of in found}) == 4
+
+
 def test_the_target_is_reached_at_about_the_price_foretold():
-    """Twice the precision for four times the replicated evaluations, give or take the pilot."""
-    estimator, used = make(chunk_size=1), []
+    """Half the error for four times the replicates' evaluations, give or take the pilot.
+
+    With 30 examples and a pilot of 120 pairs, the error scatters by 0.2 around the target.
+    """
+    estimator, used = make(), []
     for target in (0.06, 0.03):
         found = allocated_bound(estimator, target, 0, 4)
-        assert mc_se(found) / BITS <= target
+        assert 0.5 < mc_se(found) / BITS / target < 1.5
         used.append(found.evaluations)
         assert abs(found.total.mean() - truth(estimator).mean()) < 4 * target * BITS
     assert used[0] < used[1] < 8 * used[0]
@@ -299,15 +331,18 @@ def test_every_example_counts_once_whatever_the_batches():
     np.testing.assert_allclose(one.total, other.total, rtol=1e-4)
 
 
-def test_the_control_is_fitted_to_the_training_data():
+def test_the_controls_are_fitted_to_the_training_data():
     """Mean and covariance of the digits, with the variance of rounding to a grey level added."""
     config = tiny.config()
     subject = subject_of(config, define_model(config), None, splits.load_data(config, "test"))
-    mean, log_variance, basis = fit_control(config, subject)
-    images = splits.load_data(config, "train").images.reshape(-1, 64) / 8.0 - 1
-    spacing = subject.spacing
+    gaussian, pixels = fit_controls(config, subject)
+    levels = splits.load_data(config, "train").images.reshape(-1, 64)
+    images, spacing = levels / 8.0 - 1, subject.spacing
     assert spacing == 1 / 8
-    np.testing.assert_allclose(mean, images.mean(axis=0), atol=1e-6)
+    np.testing.assert_allclose(gaussian.mean, images.mean(axis=0), atol=1e-6)
     covariance = np.cov(images.T, bias=True) + spacing**2 / 12 * np.eye(64)
-    fitted = basis * np.exp(log_variance) @ np.transpose(basis)
+    fitted = gaussian.basis * np.exp(gaussian.log_variance) @ np.transpose(gaussian.basis)
     np.testing.assert_allclose(fitted, covariance, atol=1e-6)
+    np.testing.assert_allclose(pixels.values, np.arange(17) / 8 - 1, atol=1e-6)
+    shares = (levels[..., None] == np.arange(17)).mean(axis=0)
+    np.testing.assert_allclose(np.exp(pixels.log_marginal), shares, atol=17 / len(levels))
