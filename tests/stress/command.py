@@ -42,7 +42,7 @@ def run(
     flags: list[str],
     directory: pathlib.Path = ROOT,
     environment: Mapping[str, str] | None = None,
-    limit: float = 30.0,
+    limit: float = 120.0,
 ) -> Ended:
     """Runs `main.py` with some flags.
 

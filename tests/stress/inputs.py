@@ -88,7 +88,7 @@ def settings() -> Iterator[Case]:
         for text in bad_values(setting.kind):
             yield Case(f"{name}={text}", (f"--config.{name}={text}",), name)
     for name, text in TOO_LARGE.items():
-        yield Case(f"{name}={text}", (f"--config.{name}={text}",), "GiB of memory")
+        yield Case(f"{name}={text}", (f"--config.{name}={text}",), "config.")
 
 
 TOO_LARGE = {
@@ -405,7 +405,7 @@ def _broken(ended: command.Ended, contained: str) -> Iterator[str]:
     """The promises on the end of a process that it broke."""
     line = ended.stderr.strip("\n")
     if ended.status is None:
-        yield "did not end within half a minute"
+        yield "did not end within two minutes"
     elif ended.seconds > LIMIT:
         yield f"took {ended.seconds:.0f} s"
     if ended.status == 0:
