@@ -44,7 +44,8 @@ def main(argv: list[str]) -> int:
     from experiments.harness import command_line
     from experiments.harness.processes import allocator, compilation, distributed
 
-    allocator.keep_memory()
+    if _EXPERIMENT.value not in ("import", "export"):  # they use no memory a second time
+        allocator.keep_memory()
     compilation.keep_programs()
     join = functools.partial(
         distributed.initialize,

@@ -10,6 +10,7 @@ scaling and the decoder, unless our own export wrote the pipeline. docs/checkpoi
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
@@ -97,11 +98,12 @@ def import_network(config: ConfigDict, workdir: epath.PathLike) -> Report:
         network = params_from_unet2d(pipeline.weights, definition.network, definition.image_shape)
     except ValueError as error:
         raise ConfigError(f"{folder.SOURCE} = {config.diffusers.source!r}: {error}") from error
-    params = {"network": network}
+    params, files = {"network": network}, pipeline.files
+    del pipeline  # and with it the memory that its files are mapped to
     eps_error = _eps_errors(config, definition, params)
     report = Report(
         source=config.diffusers.source,
-        files=pipeline.files,
+        files=files,
         num_parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
         recognised=recognised,
         assumed=assumed,
@@ -205,17 +207,24 @@ def _network(
 def _eps_errors(config: ConfigDict, definition: ModelDefinition, params: Any) -> dict[str, float]:
     """The mean (ε − ε̂)² of a few training images at four levels, from a quarter of T on."""
     data = splits.load_measured(config, "train", splits.first(CHECKED_IMAGES))
-    n, num_timesteps = len(data.images), definition.levels.num_timesteps
-    noise = example_noise(stream(config.seed, "estimate"), np.arange(n), definition.image_shape)
-    x_0 = definition.quantization.to_data(data.images)
-    reverse = definition.model(params, data.labels).reverse
-    times = dict.fromkeys(max(num_timesteps * k // 4, 1) for k in range(1, 5))
-    squared_error = jax.jit(reverse.squared_eps_error)
+    root, num_timesteps = stream(config.seed, "estimate"), definition.levels.num_timesteps
+
+    @jax.jit
+    def mean_error(params, examples, index, log_snr):
+        x_0 = definition.quantization.to_data(examples.images)
+        eps = example_noise(root, index, definition.image_shape)(jnp.zeros_like(index))
+        reverse = definition.model(params, examples.labels).reverse
+        return jnp.mean(reverse.squared_eps_error(x_0, eps, log_snr))
+
     errors = {}
-    for t in times:
-        log_snr = np.full(n, definition.levels.log_snr[t], np.float32)
-        error = squared_error(x_0, noise(np.full(n, t)), log_snr)
-        errors[f"{log_snr[0]:.2f}"] = float(np.mean(error))
+    for t in dict.fromkeys(max(num_timesteps * k // 4, 1) for k in range(1, 5)):
+        log_snr = np.full(1, definition.levels.log_snr[t], np.float32)
+        # One image at a time, which takes the least memory.
+        at = [
+            mean_error(params, data.examples(index), index, log_snr)
+            for index in np.arange(len(data.images))[:, None]
+        ]
+        errors[f"{log_snr[0]:.2f}"] = float(np.mean(at))
     return errors
 
 
