@@ -1,0 +1,194 @@
+"""Other people's networks as denoisers, called on the host: PyTorch, ONNX, or any NumPy function.
+
+A foreign function takes (x, noise, condition) as NumPy arrays and returns a prediction of x's
+shape. `denoiser` makes it a `Denoiser`, which bounds and samplers take within compiled programs:
+
+    predict = torch_function(unet)  # an ε̂ that receives the index of the level
+    p = Reverse(denoiser(predict, timestep(levels.log_snr[1:])), "eps", "beta")
+
+What is predicted is `Reverse.parameterization`, for x_t = α x_0 + σ ε.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Float, PyTree
+
+from diffusion.gaussian import expand
+from diffusion.schedules import Array, alpha
+
+Function = Callable[[np.ndarray, np.ndarray, Any], np.ndarray]
+"""(x [b, …], noise level [b], condition or None) -> the prediction [b, …], on the host."""
+
+NoiseInput = Callable[[np.ndarray], np.ndarray]
+"""Log-SNRs [b] -> what a network receives as its noise level [b]."""
+
+
+def log_snr(log_snr: np.ndarray) -> np.ndarray:
+    """λ itself."""
+    return log_snr.astype(np.float32)
+
+
+def sigma(log_snr: np.ndarray) -> np.ndarray:
+    """The noise of x_0 + σ̃ ε: σ̃ = σ/α = e^(−λ/2)."""
+    return np.exp(-0.5 * log_snr.astype(np.float64)).astype(np.float32)
+
+
+def c_noise(log_snr: np.ndarray) -> np.ndarray:
+    """¼ log σ̃, the noise input of EDM's networks. Karras et al. (2022), table 1."""
+    return (-0.125 * log_snr.astype(np.float64)).astype(np.float32)
+
+
+def timestep(level_log_snrs: Float[Array, "levels"], nearest: bool = False) -> NoiseInput:
+    """The 0-based index of a level, as DDPM's networks expect it.
+
+    Args:
+      level_log_snrs: log-SNRs of the levels t = 1 … T that the network was trained on.
+      nearest: whether the index is rounded to an integer, for networks with a table. Otherwise it
+        is linear in log-SNR between levels, as the probability flow needs it.
+    """
+    noise = -np.asarray(level_log_snrs, np.float32)
+
+    def index(log_snr: np.ndarray) -> np.ndarray:
+        # Exact at a level, since both are rounded to float32.
+        place = np.interp(-log_snr.astype(np.float32), noise, np.arange(noise.size))
+        return np.rint(place).astype(np.int64) if nearest else place.astype(np.float32)
+
+    return index
+
+
+def denoiser(
+    function: Function,
+    noise_input: NoiseInput,
+    *,
+    exploding: bool = False,
+    learned_variance: bool = False,
+    difference_step: float | None = None,
+) -> Callable[..., Array]:
+    """A foreign function as a denoiser.
+
+    Args:
+      function: the foreign function; it must be a function of its arguments alone.
+      noise_input: what it receives as its noise level: `log_snr`, `sigma`, `c_noise`,
+        `timestep(…)`, or a function of your own.
+      exploding: whether it receives x_t/α = x_0 + σ̃ ε, as EDM's networks do, and not x_t.
+      learned_variance: whether the last axis of its output is twice as long as x's.
+      difference_step: the step of central differences that stand for derivatives by x_t, which
+        the likelihood of the probability flow needs, relative to the direction's size. Their error
+        is about 1e-7/step + step², so 1e-2 suits float32. None: such derivatives are refused.
+
+    Returns:
+      A denoiser. A wrong shape of the output raises an error when it is called.
+    """
+
+    def call(x, level, condition):
+        # Within vmap there are further axes in front.
+        x, level = np.asarray(x), np.asarray(level)
+        shape = (*x.shape[:-1], x.shape[-1] * (2 if learned_variance else 1))
+        flat_level = level.reshape(-1)
+        flat_condition = jax.tree.map(
+            lambda leaf: np.asarray(leaf).reshape(-1, *leaf.shape[level.ndim :]), condition
+        )
+        flat_x = x.reshape(-1, *x.shape[level.ndim :])
+        output = np.asarray(function(flat_x, noise_input(flat_level), flat_condition))
+        expected = (flat_x.shape[0], *shape[level.ndim :])
+        if output.shape != expected:
+            raise ValueError(
+                f"the foreign denoiser returns an array of shape {output.shape}; it must be "
+                f"{expected}"
+            )
+        return output.astype(x.dtype).reshape(shape)
+
+    @jax.custom_jvp
+    def evaluate(x_t, log_snr, condition):
+        last = x_t.shape[-1] * (2 if learned_variance else 1)
+        result = jax.ShapeDtypeStruct((*x_t.shape[:-1], last), x_t.dtype)
+        x = x_t / expand(alpha(log_snr), x_t) if exploding else x_t
+        return jax.pure_callback(call, result, x, log_snr, condition, vmap_method="broadcast_all")
+
+    def evaluate_jvp(primals, tangents):
+        x_t, log_snr, condition = primals
+        direction, others = tangents[0], jax.tree.leaves(tangents[1:], is_leaf=_is_zero)
+        if difference_step is None:
+            raise TypeError(
+                "a foreign denoiser has no derivative; give denoiser(…, difference_step=1e-2) for "
+                "central differences, or use an estimate without the probability flow"
+            )
+        if isinstance(direction, SymbolicZero) or not all(map(_is_zero, others)):
+            raise TypeError("a foreign denoiser can be differentiated by x_t only")
+        axes = tuple(range(1, x_t.ndim))
+        size = jnp.sqrt(jnp.mean(direction**2, axes, keepdims=True))
+        step = difference_step / jnp.where(size > 0, size, 1.0)
+        ahead, behind = (
+            evaluate(x_t + sign * step * direction, log_snr, condition) for sign in (1, -1)
+        )
+        return evaluate(x_t, log_snr, condition), (ahead - behind) / (2 * step)
+
+    evaluate.defjvp(evaluate_jvp, symbolic_zeros=True)
+
+    def denoise(
+        x_t: Float[Array, "b *d"], log_snr: Float[Array, "b"], condition: PyTree | None = None
+    ) -> Float[Array, "b ..."]:
+        return evaluate(jnp.asarray(x_t), jnp.asarray(log_snr), condition)
+
+    return denoise
+
+
+def _is_zero(tangent: Any) -> bool:
+    return isinstance(tangent, SymbolicZero)
+
+
+def torch_function(module: Any) -> Function:
+    """A PyTorch module (x [b, c, h, w], noise level, labels if there are any) -> prediction.
+
+    Its output may be an object with the attribute `sample`, as diffusers' models have it. It is
+    evaluated without dropout, on the device of its parameters.
+
+    Raises:
+      ImportError: without PyTorch.
+    """
+    import torch
+
+    module.eval()
+    device = next((p.device for p in module.parameters()), "cpu")
+
+    def function(x, noise, condition):
+        arguments = [_channels_first(x), noise, *jax.tree.leaves(condition)]
+        tensors = [torch.from_numpy(np.array(a)).to(device) for a in arguments]
+        with torch.no_grad():
+            output = module(*tensors)
+        return _channels_last(getattr(output, "sample", output).float().cpu().numpy())
+
+    return function
+
+
+def onnx_function(session: Any) -> Function:
+    """An ONNX session whose inputs are (x [b, c, h, w], noise level, labels if there are any).
+
+    Args:
+      session: an onnxruntime.InferenceSession; its first output is the prediction.
+    """
+    inputs = [(entry.name, entry.type) for entry in session.get_inputs()]
+    types = {"tensor(int64)": np.int64, "tensor(double)": np.float64, "tensor(int32)": np.int32}
+
+    def function(x, noise, condition):
+        arguments = [_channels_first(x), noise, *jax.tree.leaves(condition)]
+        feed = {
+            name: np.asarray(argument, types.get(kind, np.float32))
+            for (name, kind), argument in zip(inputs, arguments, strict=True)
+        }
+        return _channels_last(session.run(None, feed)[0])
+
+    return function
+
+
+def _channels_first(x: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(np.moveaxis(x, -1, 1))
+
+
+def _channels_last(x: np.ndarray) -> np.ndarray:
+    return np.moveaxis(x, 1, -1)

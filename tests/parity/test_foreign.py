@@ -1,0 +1,94 @@
+"""The bound of a PyTorch network: imported, called on the host, and computed in PyTorch."""
+
+import jax
+import numpy as np
+import pytest
+
+from diffusion import bound, forward
+from diffusion.reverse import Reverse
+from experiments.harness.data import splits
+from models import foreign
+from tests.parity.test_pipelines import (
+    T,
+    imported,
+    no_self_check,  # noqa: F401
+    saved,
+)
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+N = 6
+
+
+def in_pytorch(model, made, x_0, eps):
+    """The bound in nats, term by term as the lecture has it, from β and float64.
+
+    Args:
+      model: ε̂ of (x_t, t − 1).
+      made: the scheduler; its Σ_θ is β.
+      x_0: images of 17 grey levels in [−1, 1], [n, c, h, w].
+      eps: noises of t = 1 … T.
+    """
+    normal = torch.distributions.Normal
+    beta = made.betas.double()
+    alpha_bar = torch.cumprod(1 - beta, 0)
+    prior = torch.distributions.kl_divergence(
+        normal(alpha_bar[-1].sqrt() * x_0, (1 - alpha_bar[-1]).sqrt()),
+        normal(torch.zeros_like(x_0), 1.0),
+    )
+    total = prior.sum((1, 2, 3))
+    for i in range(T):
+        x_t = alpha_bar[i].sqrt() * x_0 + (1 - alpha_bar[i]).sqrt() * eps[i]
+        with torch.no_grad():
+            eps_hat = model(x_t.float(), i).sample.double()
+        x_0_hat = (x_t - (1 - alpha_bar[i]).sqrt() * eps_hat) / alpha_bar[i].sqrt()
+        if i == 0:
+            variance = beta[1] * (1 - alpha_bar[0]) / (1 - alpha_bar[1])  # β̃_2
+            decoder, half = normal(x_0_hat, variance.sqrt()), 1 / 16
+            upper = torch.where(x_0 > 0.999, torch.inf, x_0 + half)
+            lower = torch.where(x_0 < -0.999, -torch.inf, x_0 - half)
+            probability = decoder.cdf(upper) - decoder.cdf(lower)
+            total -= probability.clamp_min(1e-300).log().sum((1, 2, 3))
+            continue
+        before = alpha_bar[i - 1]
+        weight_0 = before.sqrt() * beta[i] / (1 - alpha_bar[i])
+        weight_t = (1 - beta[i]).sqrt() * (1 - before) / (1 - alpha_bar[i])
+        posterior = (1 - before) / (1 - alpha_bar[i]) * beta[i]
+        kl = torch.distributions.kl_divergence(
+            normal(weight_0 * x_0 + weight_t * x_t, posterior.sqrt()),
+            normal(weight_0 * x_0_hat + weight_t * x_t, beta[i].sqrt()),
+        )
+        total += kl.sum((1, 2, 3))
+    return total.numpy()
+
+
+def test_three_routes_to_the_bound_agree(tmp_path):
+    """With the same noise: to 1e-5 of the imported network, and to float32 of PyTorch's."""
+    made = diffusers.DDPMScheduler(
+        num_train_timesteps=T, beta_end=0.3, beta_start=0.02, variance_type="fixed_large"
+    )
+    model = saved(tmp_path / "theirs", made)
+    run, _ = imported(
+        tmp_path / "theirs", tmp_path / "W", **{"decoder.name": "discretized_gaussian"}
+    )
+    images = splits.load_data(run.config, "test", splits.first(N)).images
+    x_0 = np.asarray(run.definition.quantization.to_data(images))
+    noise = forward.example_noise(jax.random.key(0), np.arange(N), x_0.shape[1:])
+    ours = run.model()
+    timestep = foreign.timestep(run.definition.levels.log_snr[1:])
+    called = foreign.denoiser(foreign.torch_function(model), timestep)
+    theirs = ours._replace(reverse=Reverse(called, "eps", "beta"))
+    totals = [
+        np.asarray(jax.jit(lambda x, m=m: bound.bound(m, x, noise, 4).total)(x_0))
+        for m in (ours, theirs)
+    ]
+    np.testing.assert_allclose(totals[1], totals[0], rtol=1e-5)
+    to_torch = [np.moveaxis(np.asarray(a, np.float64), -1, 1) for a in (x_0, *_noises(noise))]
+    x, *eps = (torch.from_numpy(np.ascontiguousarray(a)) for a in to_torch)
+    np.testing.assert_allclose(totals[0], in_pytorch(model, made, x, eps), rtol=1e-4)
+
+
+def _noises(noise):
+    """ε of t = 1 … T."""
+    return [noise(np.full(N, t)) for t in range(1, T + 1)]
