@@ -188,7 +188,7 @@ def _network(
             "(variance_type of the scheduler says whether the network has a second output)"
         )
     settings = {f"model.unet.{name}": value for name, value in settings.items()}
-    settings["model.unet.noise_input"] = "ddpm_timestep"
+    settings |= {"model.name": "unet", "model.unet.noise_input": "ddpm_timestep"}
     rows, classes = options["num_class_embeds"], source.num_classes
     settings["model.class_conditional"] = rows is not None
     if rows is None:

@@ -130,7 +130,7 @@ def test_examples_import_what_exists(page):
                     assert resolve(f"{node.module}.{alias.name}"), alias.name
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/extending.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/extending.md", "docs/checkpoints.md"])
 def test_examples_run(name):
     """One after another, but for those that need a work directory."""
     namespace = {"__name__": "example"}
