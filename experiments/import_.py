@@ -25,7 +25,7 @@ from experiments.harness.pipelines.folder import SIDECAR, Pipeline
 from experiments.harness.seeds import stream
 from experiments.harness.setup.definition import ModelDefinition, define_model
 from experiments.harness.workdir import lock, record
-from experiments.harness.workdir.checkpoints import Checkpoints, is_new
+from experiments.harness.workdir.checkpoints import Checkpoints
 from experiments.harness.workdir.files import write_json
 from models.diffusers_weights import full_options, params_from_unet2d, unet_settings
 
@@ -86,11 +86,18 @@ def import_network(config: ConfigDict, workdir: epath.PathLike) -> Report:
     """
     if not config.diffusers.source:
         raise ConfigError("config.diffusers.source = ''; name the folder of a saved pipeline")
+    record.check_new(workdir)
     record.check(config, workdir)
-    if not is_new(workdir):
-        raise ConfigError(f"workdir={workdir} holds a run; import into a new directory")
     pipeline = folder.load(config.diffusers.source)
-    config, recognised, assumed = _configure(config, pipeline)
+    try:
+        config, recognised, assumed = _configure(config, pipeline)
+    except ConfigError:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{folder.SOURCE} = {config.diffusers.source!r}: an option has a wrong type "
+            f"({in_short(error)})"
+        ) from error
     checks.check(config, "evaluate", "sample")
     definition = define_model(config)
     memory.check_memory(config, definition.image_shape, "evaluate")
@@ -134,12 +141,7 @@ def _configure(
         names = "schedule and parameterisation are config.schedule and config.model"
         assumed.append(f"{names}, since {source} has no {folder.SCHEDULER}")
     elif pipeline.sidecar is None:
-        try:
-            process = scheduler.to_settings(pipeline.scheduler)
-        except (TypeError, ValueError) as error:
-            if isinstance(error, ConfigError):
-                raise
-            raise ConfigError(f"{folder.SCHEDULER} is damaged ({in_short(error)})") from error
+        process = scheduler.to_settings(pipeline.scheduler)
         recognised, assumed = process.settings, assumed + process.assumed
     variance = recognised.get("model.variance", config.model.variance)
     network, remarks = _network(config, pipeline.unet, variance)
@@ -153,9 +155,7 @@ def _from_sidecar(config: ConfigDict, sidecar: dict[str, Any]) -> ConfigDict:
     try:
         exported = recorded.from_json(sidecar["config"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{SIDECAR} is damaged, or of another version ({in_short(error)})") from (
-            error
-        )
+        raise ConfigError(f"{SIDECAR} does not fit this version ({in_short(error)})") from error
     exported.diffusers = config.diffusers
     exported.data.data_dir = config.data.data_dir or exported.data.data_dir
     return exported
@@ -171,7 +171,7 @@ def _network(
     try:
         options = full_options(unet)
         settings = unet_settings(unet, height)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ConfigError(f"{place}: {error}") from error
     size = options["sample_size"] or (height, width)
     size = (size, size) if isinstance(size, int) else tuple(size)

@@ -283,7 +283,8 @@ def params_from_unet2d(
             missing_rows = shape.shape[0] - len(weight)
             params[path] = np.pad(weight, ((0, missing_rows == 1), (0, 0)))
         else:
-            params[path] = weight.transpose(AXES[weight.ndim])
+            # Of another number of axes it has a wrong shape too.
+            params[path] = weight.transpose(AXES.get(weight.ndim, range(weight.ndim)))
         if params[path].shape != shape.shape:
             raise ValueError(
                 f"{name} has shape {params[path].shape} in our order of axes; the network "

@@ -13,6 +13,7 @@ import pytest
 
 from configs import recorded
 from experiments import export, import_, train
+from experiments.harness import command_line
 from experiments.harness.errors import ConfigError
 from experiments.harness.setup import trained
 from experiments.harness.training.state import make_setup
@@ -115,6 +116,14 @@ def test_an_imported_network_is_trained_in_another_work_directory(pipeline, tmp_
     tiny.assert_bit_equal(params, trained.load(config, tmp_path / "W", writes=False).params)
 
 
+def test_the_command_line_runs_both(pipeline, tmp_path, capsys):
+    """The module of `import` cannot have this name."""
+    config = tiny.config("unet", diffusers__source=str(tmp_path / "nowhere"))
+    for experiment, message in (("import", "is no folder"), ("export", "config.diffusers.target")):
+        assert command_line.run(experiment, config, str(tmp_path / "W")) == 2
+        assert message in capsys.readouterr().err
+
+
 def classes(num_rows):
     """A pipeline whose table of labels has this many rows."""
 
@@ -129,9 +138,9 @@ def truncate(pipeline):
     path.write_bytes(path.read_bytes()[:-5])
 
 
-def reshape(pipeline):
+def reshape(pipeline, shape=(9,)):
     weights = safetensors.load_file(pipeline / UNET)
-    safetensors.save_file(weights | {"conv_in.bias": np.zeros(9, np.float32)}, pipeline / UNET)
+    safetensors.save_file(weights | {"conv_in.bias": np.zeros(shape, np.float32)}, pipeline / UNET)
 
 
 def options(name, **changes):
@@ -147,6 +156,7 @@ BAD = [
     (remove(UNET), "holds no weights; expected diffusion_pytorch_model.safetensors"),
     (truncate, "safetensors is damaged or incomplete"),
     (reshape, r"conv_in.bias has shape \(9,\)"),
+    (lambda p: reshape(p, (2, 2, 2)), r"conv_in.bias has shape \(2, 2, 2\)"),
     (options("unet/config.json", layers_per_block=2), "weights missing or left over: down_blocks"),
     (options("unet/config.json", sample_size=32), r"images of shape \(32, 32, 1\), .*'digits'"),
     (options("unet/config.json", down_block_types=["SkipDownBlock2D"] * 2), "supported: 2 of Down"),
@@ -157,6 +167,11 @@ BAD = [
     (options("unet/config.json", _class_name="UNet2DConditionModel"), "receives a text"),
     (options("model_index.json", vqvae=["diffusers", "VQModel"]), "a bound on their density"),
     (options("model_index.json", tokenizer=["transformers", "T"]), "text-conditional"),
+    (options("unet/config.json", sample_size=8.5), "an option has a wrong type"),
+    (options("unet/config.json", layers_per_block="1"), "an option has a wrong type"),
+    (options("unet/config.json", norm_eps=float("inf")), "norm_epsilon = inf; it must be"),
+    (options("scheduler/scheduler_config.json", beta_end="x"), "an option has a wrong type"),
+    (options("scheduler/scheduler_config.json", beta_end=2.0), "beta_end = 2.0; it must be"),
     (classes(7), "num_class_embeds = 7; digits has 10 classes"),
 ]
 
@@ -184,7 +199,7 @@ def test_a_source_that_is_no_folder_is_named(source, message, tmp_path):
 
 def test_import_needs_a_new_work_directory_and_export_a_new_folder(pipeline, tmp_path):
     with pytest.raises(ConfigError, match="holds a run; import into a new directory"):
-        import_from(pipeline, pipeline.parent / "run")
+        import_from(pipeline, pipeline.parent / "run", seed=7)
     config = exportable(diffusers__target=str(pipeline))
     with pytest.raises(ConfigError, match="exists; name a new folder"):
         export.export(config, pipeline.parent / "run")

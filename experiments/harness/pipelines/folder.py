@@ -111,7 +111,11 @@ def load(source: str) -> Pipeline:
 
 def _check_components(path: Path, index: dict[str, Any]) -> None:
     """Raises ConfigError for a pipeline of more than a network and a scheduler."""
-    parts = {name for name, part in index.items() if isinstance(part, list) and part[0]}
+    parts = {
+        name
+        for name, part in index.items()
+        if not name.startswith("_") and isinstance(part, list) and any(part)
+    }
     if text := parts & {"text_encoder", "tokenizer", "bert", "prior"}:
         raise ConfigError(
             f"{path} lists {min(text)}: a text-conditional model has no bound on log p(image) "

@@ -123,6 +123,13 @@ def _some(names: list[str]) -> str:
     return ", ".join([*names[: 4 if more else 5], *more])
 
 
+def check_new(workdir: epath.PathLike) -> None:
+    """Raises ConfigError if the directory holds a run, or an imported network."""
+    with _readable(workdir):
+        if not is_new(workdir):
+            raise ConfigError(f"workdir={workdir} holds a run; import into a new directory")
+
+
 def check_trainable(workdir: epath.PathLike) -> None:
     """Raises ConfigError if the directory holds an imported network, whose weights are alone."""
     if (epath.Path(workdir) / IMPORT_FILE).exists():
