@@ -27,6 +27,7 @@ SETTINGS = Group(
     sigma=results.sigma(),
     spacing=results.spacing(),
     diffusers=results.diffusers(),
+    compress=results.compress(),
 )
 """All settings. A test compares docs/settings.md with them."""
 

@@ -306,6 +306,49 @@ def spacing() -> Group:
     )
 
 
+def compress() -> Group:
+    return Group(
+        "--experiment=compress: images as a file, without loss, at the rate of the bound.",
+        split=Setting("test", SPLIT, "The split to compress."),
+        images=Setting(
+            "",
+            Text(),
+            "Folder of images to compress in its place, all of the model's shape; empty: none.",
+        ),
+        num_images=Setting(0, COUNT_OR_NONE, "How many, the first ones; 0: all."),
+        decompress=Setting(
+            "",
+            Text(),
+            "Compressed file to decompress instead, to a .npz file beside it; empty: none.",
+        ),
+        checkpoint=Setting("best", CHECKPOINT, "The best checkpoint on validation, or the latest."),
+        order=Setting(
+            "bit_swap",
+            Choice("diffusion.coding:ORDERS"),
+            "bit_swap codes one transition after another (13.10), and borrows about two latents an "
+            "image; bb_ans codes by the posterior (13.26), and borrows all T.",
+        ),
+        num_timesteps=Setting(50, LEVELS, "T: noise levels, each a network evaluation an image."),
+        spacing=Setting(
+            "uniform",
+            Choice("diffusion.spacing:SPACINGS", "bound_optimal"),
+            "Spacing of the levels, as for samples.",
+        ),
+        variance=Setting("", SIGMA, f"Σ_θ. {SIGMA_HELP}"),
+        bins_per_std=Setting(
+            8.0,
+            Float("[0.25, 64]"),
+            "Bins of a level's grid in the least standard deviation that codes there.",
+        ),
+        batch_size=Setting(
+            16, Int("[1, 10^6]"), "Images coded side by side; each takes initial bits."
+        ),
+        verify=Setting(
+            True, Bool(), "Decode the file before it is written under its name, and compare."
+        ),
+    )
+
+
 def diffusers() -> Group:
     return Group(
         "Pipelines of diffusers: --experiment=import and --experiment=export.",

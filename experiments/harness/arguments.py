@@ -31,6 +31,7 @@ EXPERIMENTS = (
     "variance",
     "sigma",
     "spacing",
+    "compress",
     "import",
     "export",
 )

@@ -37,7 +37,7 @@ def check(config: ConfigDict, *parts: str) -> None:
 
     Args:
       config: the config.
-      parts: names of experiments: train, evaluate, sample, variance, sigma or spacing.
+      parts: names of experiments: train, evaluate, sample, variance, sigma, spacing or compress.
 
     Raises:
       ConfigError: with one line that names the setting, its value and what would be right.
@@ -78,8 +78,8 @@ def _needs_unconditional(c: ConfigDict) -> bool:
 
 
 TRAIN, EVALUATE, SAMPLE = ("train",), ("evaluate",), ("train", "sample")
-MEASURE = ("evaluate", "variance", "sigma", "spacing")
-ALL = ("train", "evaluate", "sample", "variance", "sigma", "spacing")
+MEASURE = ("evaluate", "variance", "sigma", "spacing", "compress")
+ALL = ("train", "evaluate", "sample", "variance", "sigma", "spacing", "compress")
 _TRAINED_WITH = (
     "a learned Σ_θ needs a network that was trained with it, and this one has "
     "config.model.variance = {model.variance!r}; use that, a fixed or an analytic one"
@@ -137,7 +137,8 @@ RULES = (
          f"{_WITHOUT_LABELS}; use True"),
     Rule(EVALUATE, "evaluate.variance", _lacks("evaluate.variance"), _TRAINED_WITH),
     Rule(("evaluate", "sample"), "sample.variance", _lacks("sample.variance"), _TRAINED_WITH),
-    Rule(("spacing",), "spacing.variance", _lacks("spacing.variance"), _TRAINED_WITH),
+    *(Rule((name,), f"{name}.variance", _lacks(f"{name}.variance"), _TRAINED_WITH)
+      for name in ("spacing", "compress")),
     Rule(EVALUATE, "schedule.num_timesteps", lambda c: "continuous" in c.evaluate.also
          and c.schedule.num_timesteps < 2, "the bound as T → ∞ needs at least 2"),
     Rule(EVALUATE, "evaluate.also", lambda c: "ode" in c.evaluate.also

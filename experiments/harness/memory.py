@@ -76,7 +76,9 @@ def needs(
     if "train" in parts:
         rows = config.train.batch_size / config.train.accumulate / num_devices
         yield Need("train.batch_size", rows * image)
-    if {"evaluate", "variance", "sigma", "spacing"} & set(parts):
+    if "compress" in parts:
+        yield Need("compress.batch_size", config.compress.batch_size / num_devices * image)
+    if {"evaluate", "variance", "sigma", "spacing", "compress"} & set(parts):
         rows = evaluate.batch_size / num_devices
         yield Need("evaluate.batch_size", rows * image)
         yield Need("evaluate.chunk_size", rows * image * evaluate.chunk_size)

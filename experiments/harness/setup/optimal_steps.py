@@ -49,7 +49,11 @@ def to_json(optimal: dict[int, Levels]) -> dict[str, list[float]]:
 
 
 def optimal_levels(
-    workdir: epath.PathLike, num_timesteps: int, step: int, schedule: Schedule
+    workdir: epath.PathLike,
+    num_timesteps: int,
+    step: int,
+    schedule: Schedule,
+    section: str = "sample",
 ) -> Levels:
     """The K levels with the lowest bound, as --experiment=spacing has saved them.
 
@@ -58,6 +62,7 @@ def optimal_levels(
       num_timesteps: K.
       step: the training step of the weights; the levels must belong to it.
       schedule: the schedule; the levels must have its ends.
+      section: of the config, whose `spacing` asks for them.
 
     Raises:
       ConfigError: if the file is missing, or belongs to another step, schedule or K.
@@ -69,7 +74,7 @@ def optimal_levels(
     )
 
     def refuse(wrong: str) -> NoReturn:
-        raise ConfigError(f"config.sample.spacing = 'bound_optimal': {wrong}; {remedy}")
+        raise ConfigError(f"config.{section}.spacing = 'bound_optimal': {wrong}; {remedy}")
 
     recorded = read(path, _parse, remedy)
     if recorded is None:

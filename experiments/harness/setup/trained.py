@@ -52,13 +52,14 @@ class Run(NamedTuple):
         """The generative model, given labels; None for none."""
         return self.definition.model(self.params, labels)
 
-    def levels(self, num_timesteps: int = 0) -> Levels:
-        """The levels that a sampler steps through; 0 for as many as the schedule has.
+    def levels(self, num_timesteps: int = 0, section: str = "sample") -> Levels:
+        """The levels by the spacing of a section of the config; 0 for as many as the schedule has.
 
         Raises:
           ConfigError: if the config's spacing has no such levels.
         """
-        return make_levels(self.config, self.definition, num_timesteps, self.workdir, self.step)
+        workdir, step = self.workdir, self.step
+        return make_levels(self.config, self.definition, num_timesteps, workdir, step, section)
 
     def with_variance(self, name: str) -> "Run":
         """The same run with another Σ_θ.
@@ -183,23 +184,25 @@ def make_levels(
     num_timesteps: int,
     workdir: epath.PathLike,
     step: int,
+    section: str = "sample",
 ) -> Levels:
     """The levels that a sampler steps through, by the config's spacing.
 
     Args:
-      config: `sample.spacing` and its options.
+      config: has the spacing, and its options in `sample`.
       definition: has the schedule, a learned one tabulated.
       num_timesteps: number of levels; 0 for as many as the schedule has.
       workdir: holds the bound-optimal levels, if the spacing is that.
       step: the training step of the weights.
+      section: of the config, whose `spacing` is used.
 
     Raises:
       ConfigError: if there are no such levels.
     """
-    name, num_timesteps = config.sample.spacing, num_timesteps or definition.levels.num_timesteps
+    name, num_timesteps = config[section].spacing, num_timesteps or definition.levels.num_timesteps
     if name == "bound_optimal":
-        return optimal_levels(workdir, num_timesteps, step, definition.schedule)
+        return optimal_levels(workdir, num_timesteps, step, definition.schedule, section)
     try:
         return SPACINGS[name](definition.schedule, num_timesteps, **config.sample.get(name, {}))
     except ValueError as error:
-        raise ConfigError(f"config.sample.spacing = {name!r}: {error}") from error
+        raise ConfigError(f"config.{section}.spacing = {name!r}: {error}") from error

@@ -77,8 +77,8 @@ _GROUPS = {
     "classifier": "quality.classifier.",
     "quality": "quality.num_samples quality.neighbors",
     "level search": "spacing.candidates spacing.variance spacing.checkpoint",
-    # No kept result depends on the rest. Each run of the experiments sigma, spacing and variance
-    # writes its table anew, and nothing reads it.
+    # No kept result depends on the rest. Each run of the experiments sigma, spacing,
+    # variance and compress writes its table anew, and nothing reads it.
     "speed": """data.stream data.memory_limit_mb data.workers data.prefetch devices.fsdp
         profile.first_step profile.num_steps train.steps_per_dispatch evaluate.batch_size
         evaluate.chunk_size sample.batch_size""",
@@ -89,7 +89,10 @@ _GROUPS = {
         train.skip_nonfinite train.allow_changes""",
     "tables": """sigma.num_timesteps sigma.split sigma.checkpoint sigma.draws spacing.num_timesteps
         spacing.split spacing.draws variance.split variance.checkpoint variance.examples
-        variance.draws variance.num_samples variance.num_timesteps diffusers.checkpoint""",
+        variance.draws variance.num_samples variance.num_timesteps diffusers.checkpoint
+        compress.split compress.images compress.num_images compress.decompress compress.checkpoint
+        compress.order compress.num_timesteps compress.spacing compress.variance
+        compress.bins_per_std compress.batch_size compress.verify""",
 }
 GROUPS: dict[str, tuple[str, ...]] = {key: tuple(text.split()) for key, text in _GROUPS.items()}
 

@@ -19,6 +19,7 @@ from experiments.harness.data.sources.images import (
     SUFFIXES,
     UnusableImage,
     decode,
+    pixels,
 )
 from experiments.harness.data.sources.source import (
     Directory,
@@ -137,6 +138,42 @@ def folder(
     content = functools.partial(fingerprint, where, names)
     get(0)  # raises before training
     return Source(len(names), shape, 256, read, len(classes), get, content, unlabelled)
+
+
+def pictures(
+    directory: str, shape: tuple[int, int, int], limit: int
+) -> UInt8[np.ndarray, "n h w c"]:
+    """The images of a folder in the order of their names, neither cropped nor resized.
+
+    Args:
+      directory: the folder.
+      shape: of each image.
+      limit: how many, the first ones; 0: all.
+
+    Raises:
+      ConfigError: if there is none, or one is damaged, of another shape, or in colour for one
+        channel.
+    """
+    root = Path(directory)
+    names = _image_files(root)[: limit or None] if root.is_dir() else ()
+    if not names:
+        raise ConfigError(f"{directory!r} is no folder that holds images")
+    images = np.zeros((len(names), *shape), np.uint8)
+    for image, name in zip(images, names, strict=True):
+        try:
+            colours = pixels(root / name, 3)
+        except CORRUPT as error:  # an UnusableImage is a ValueError
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"{root / name} cannot be used ({reason})") from error
+        is_grey = np.ptp(colours, axis=-1).max() == 0
+        if colours.shape[:2] != shape[:2] or (shape[2] == 1 and not is_grey):
+            kind = "grey" if is_grey else "coloured"
+            raise ConfigError(
+                f"{root / name} is a {kind} image of {colours.shape[:2]} pixels; "
+                f"the others and the model have the shape {shape}"
+            )
+        image[:] = colours[..., : shape[2]]
+    return images
 
 
 def _existing(data_dir: Directory) -> Path:

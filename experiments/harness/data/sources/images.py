@@ -23,13 +23,17 @@ class UnusableImage(ValueError):
 
 
 def decode(path: Path, size: int, channels: int) -> UInt8[np.ndarray, "size size channels"]:
-    """The pixels of an image file, cropped and resized by `square`.
+    """The `pixels` of an image file, cropped and resized by `square`."""
+    return square(pixels(path, channels), size)
+
+
+def pixels(path: Path, channels: int) -> UInt8[np.ndarray, "h w channels"]:
+    """The pixels of an image file.
 
     Palettes become colours, and an opaque alpha channel is dropped.
 
     Args:
       path: the file. Of several frames the first one is taken.
-      size: side of the result.
       channels: 3, or 1 for ITU-R 601's luma.
 
     Raises:
@@ -57,7 +61,7 @@ def decode(path: Path, size: int, channels: int) -> UInt8[np.ndarray, "size size
             if image.getchannel("A").getextrema()[0] < 255:
                 raise UnusableImage("it has transparent pixels")
         image = image.convert("RGB" if channels == 3 else "L")
-        return square(np.asarray(image).reshape(image.height, image.width, channels), size)
+        return np.asarray(image).reshape(image.height, image.width, channels)
 
 
 def square(image: UInt8[np.ndarray, "h w c"], size: int) -> UInt8[np.ndarray, "size size c"]:

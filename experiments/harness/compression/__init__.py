@@ -1,0 +1,1 @@
+"""Lossless compression with a trained run: coder, file format, and both directions."""
