@@ -69,18 +69,21 @@ SUPPORTED = {
     "act_fn": ("silu", "swish"),
     "class_embed_type": (None,),
     "downsample_padding": (0, 1),
-    "downsample_type": ("conv",),
+    "downsample_type": ("conv", "resnet"),
     "freq_shift": (0, 1),
     "mid_block_scale_factor": (1,),
     "mid_block_type": ("UNetMidBlock2D",),
     "resnet_time_scale_shift": ("default", "scale_shift"),
     "time_embedding_type": ("positional",),
-    "upsample_type": ("conv",),
+    "upsample_type": ("conv", "resnet"),
 }
+# Blocks without and with attention. Those of the second form change the resolution by a residual
+# block; with attention the options downsample_type and upsample_type say so.
 BLOCKS = {
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("UpBlock2D", "AttnUpBlock2D"),
+    "down_block_types": ("DownBlock2D", "ResnetDownsampleBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("UpBlock2D", "ResnetUpsampleBlock2D", "AttnUpBlock2D"),
 }
+RESAMPLING = ("downsample_type", "upsample_type")
 
 
 def full_options(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,6 +110,15 @@ def full_options(config: Mapping[str, Any]) -> dict[str, Any]:
         _require(options, name, fit, f"{len(channels)} of {' and '.join(known)}")
     down, up = (["Attn" in block for block in options[name]] for name in BLOCKS)
     _require(options, "up_block_types", up == down[::-1], "attention at the same resolutions up")
+    resampling = {options[name] for name in RESAMPLING}
+    is_residual = resampling == {"resnet"}
+    _require(options, "upsample_type", len(resampling) == 1, "that of downsample_type")
+    for name, known in BLOCKS.items():
+        other = known[not is_residual]
+        remedy = (
+            f"{known[is_residual]} with {' and '.join(f'{n} = {options[n]}' for n in RESAMPLING)}"
+        )
+        _require(options, name, other not in options[name], remedy)
     multiples = bool(channels) and all(count % channels[0] == 0 for count in channels)
     _require(options, "block_out_channels", multiples, "multiples of the first")
     _require(options, "norm_num_groups", options["norm_num_groups"] is not None, "a number")
@@ -154,6 +166,7 @@ def unet_settings(config: Mapping[str, Any], height: int) -> dict[str, Any]:
         "middle_attention": middle if options["add_attention"] else "none",
         "norm_epsilon": float(options["norm_eps"]),
         "scale_shift": not is_added,
+        "residual_resampling": options["downsample_type"] == "resnet",
         "symmetric_downsampling": options["downsample_padding"] == 1,
         "frequency_shift": float(options["freq_shift"]),
         "cosines_first": options["flip_sin_to_cos"],
@@ -183,6 +196,8 @@ def unet2d_options(network: UNet, image_shape: Sequence[int]) -> dict[str, Any]:
     height, width, channels = image_shape
     levels = range(len(network.channel_multipliers))
     has_attention = [height // 2**level in network.attention_resolutions for level in levels]
+    plain = [known[network.residual_resampling] for known in BLOCKS.values()]
+    resampling = "resnet" if network.residual_resampling else "conv"
     is_normalized = network.middle_attention == "normalized"
     return DEFAULTS | {
         "add_attention": network.middle_attention != "none",
@@ -190,7 +205,7 @@ def unet2d_options(network: UNet, image_shape: Sequence[int]) -> dict[str, Any]:
         "attn_norm_num_groups": network.num_groups if is_normalized else None,
         "block_out_channels": tuple(network.channels * m for m in network.channel_multipliers),
         "center_input_sample": network.center_input,
-        "down_block_types": tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in has_attention),
+        "down_block_types": tuple("AttnDownBlock2D" if a else plain[0] for a in has_attention),
         "downsample_padding": int(network.symmetric_downsampling),
         "dropout": network.dropout,
         "flip_sin_to_cos": network.cosines_first,
@@ -204,8 +219,9 @@ def unet2d_options(network: UNet, image_shape: Sequence[int]) -> dict[str, Any]:
         "resnet_time_scale_shift": "scale_shift" if network.scale_shift else "default",
         "sample_size": height if height == width else (height, width),
         "up_block_types": tuple(
-            "AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(has_attention)
+            "AttnUpBlock2D" if a else plain[1] for a in reversed(has_attention)
         ),
+        **dict.fromkeys(RESAMPLING, resampling),
     }
 
 
@@ -228,6 +244,8 @@ def module_names(num_levels: int, num_res_blocks: int) -> dict[str, str]:
         down, up = f"down_blocks.{level}", f"up_blocks.{num_levels - 1 - level}"
         names[f"down_{level}_downsample/conv"] = f"{down}.downsamplers.0.conv"
         names[f"up_{level}_upsample/conv"] = f"{up}.upsamplers.0.conv"
+        blocks[f"down_{level}_downsample"] = f"{down}.downsamplers.0"
+        blocks[f"up_{level}_upsample"] = f"{up}.upsamplers.0"
         for i in range(num_res_blocks):
             blocks[f"down_{level}_block_{i}"] = f"{down}.resnets.{i}"
             attentions[f"down_{level}_attention_{i}"] = f"{down}.attentions.{i}"

@@ -136,6 +136,8 @@ class ResBlock(nn.Module):
       norm_epsilon: of the group norms.
       scale_shift: whether the embedding scales and shifts the second norm's output, and is not
         added before it. Nichol and Dhariwal 2021.
+      resampling: "down" to halve height and width by averages before the first convolution, "up"
+        to double them by repeats, or empty. Dhariwal and Nichol 2021.
     """
 
     features: int
@@ -144,13 +146,14 @@ class ResBlock(nn.Module):
     dtype: DTypeLike | None = None
     norm_epsilon: float = GROUP_NORM_EPSILON
     scale_shift: bool = False
+    resampling: str = ""
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "b h w c"], embedding: Float[Array, "b e"], train: bool
-    ) -> Float[Array, "b h w {self.features}"]:
+    ) -> Float[Array, "b new_h new_w {self.features}"]:
         norm = functools.partial(GroupNorm, self.num_groups, self.norm_epsilon)
-        y = nn.swish(norm(name="norm_1")(x))
+        x, y = (_resample(z, self.resampling) for z in (x, nn.swish(norm(name="norm_1")(x))))
         y = conv3x3(self.features, "conv_1", dtype=self.dtype, train=train)(y)
         projected = dense(self.features * (1 + self.scale_shift), "embedding")(nn.swish(embedding))
         projected = projected[:, None, None, :].astype(y.dtype)
@@ -166,6 +169,16 @@ class ResBlock(nn.Module):
             conv = functools.partial(nn.Conv, kernel_init=fan_average, dtype=self.dtype)
             x = conv(self.features, (1, 1), conv_general_dilated=product_1x1, name="shortcut")(x)
         return x + y
+
+
+def _resample(x: Float[Array, "b h w c"], resampling: str) -> Float[Array, "b new_h new_w c"]:
+    if resampling == "down":
+        return nn.avg_pool(x, (2, 2), (2, 2))
+    return _double(x) if resampling else x
+
+
+def _double(x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
+    return x.repeat(2, axis=1).repeat(2, axis=2)
 
 
 class SelfAttention(nn.Module):
@@ -230,4 +243,4 @@ class Upsample(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b 2*h 2*w c"]:
         conv = conv3x3(x.shape[-1], "conv", dtype=self.dtype, train=train)
-        return conv(x.repeat(2, axis=1).repeat(2, axis=2))
+        return conv(_double(x))

@@ -79,6 +79,7 @@ class UNet(nn.Module):
       middle_attention: "normalized", "unnormalized" (without a group norm) or "none".
       norm_epsilon: of the group norms.
       scale_shift: whether the embedding scales and shifts in a residual block, and is not added.
+      residual_resampling: whether residual blocks change the resolution, and not convolutions.
       symmetric_downsampling: whether strided convolutions are padded on all sides.
       frequency_shift: of the sinusoidal embedding.
       cosines_first: whether the embedding's cosines come before its sines.
@@ -103,6 +104,7 @@ class UNet(nn.Module):
     middle_attention: str = "normalized"
     norm_epsilon: float = GROUP_NORM_EPSILON
     scale_shift: bool = False
+    residual_resampling: bool = False
     symmetric_downsampling: bool = False
     frequency_shift: float = 1.0
     cosines_first: bool = False
@@ -200,10 +202,10 @@ class UNet(nn.Module):
         x_t = jnp.asarray(x_t)
         embedding = self._embedding(log_snr, condition)
 
-        def res_block(x, features, name):
+        def res_block(x, features, name, resampling=""):
             # Argument 3, counted from `self`, is `train`: a constant of the compiled program.
             block = nn.remat(ResBlock, static_argnums=3) if self.remat else ResBlock
-            options = self.dtype, self.norm_epsilon, self.scale_shift
+            options = self.dtype, self.norm_epsilon, self.scale_shift, resampling
             block = block(features, self.num_groups, self.dropout, *options, name=name)
             return block(x, embedding, train)
 
@@ -217,7 +219,10 @@ class UNet(nn.Module):
                 skips.append(x)
             if level < last:
                 name = f"down_{level}_downsample"
-                x = Downsample(self.dtype, self.symmetric_downsampling, name=name)(x)
+                if self.residual_resampling:
+                    x = res_block(x, x.shape[-1], name, "down")
+                else:
+                    x = Downsample(self.dtype, self.symmetric_downsampling, name=name)(x)
                 skips.append(x)
 
         x = res_block(x, x.shape[-1], "middle_block_0")
@@ -230,7 +235,9 @@ class UNet(nn.Module):
             for index in range(self.num_res_blocks + 1):
                 x = jnp.concatenate([x, skips.pop()], axis=-1)
                 x = self._stage(x, res_block, "up", level, index)
-            if level > 0:
+            if level > 0 and self.residual_resampling:
+                x = res_block(x, x.shape[-1], f"up_{level}_upsample", "up")
+            elif level > 0:
                 x = Upsample(self.dtype, name=f"up_{level}_upsample")(x, train)
 
         norm = GroupNorm(self.num_groups, self.norm_epsilon, name="norm_out")

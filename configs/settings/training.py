@@ -191,6 +191,11 @@ def model() -> Group:
                 "Attention at the lowest resolution, between down and up: after a group norm "
                 "(normalized), without one, or none.",
             ),
+            residual_resampling=Setting(
+                False,
+                Bool(),
+                "Whether residual blocks halve and double the resolution (ADM), or convolutions.",
+            ),
             symmetric_downsampling=Setting(
                 False,
                 Bool(),

@@ -62,6 +62,17 @@ ARCHITECTURES = {
         "up_block_types": ("UpBlock2D", "UpBlock2D"),
     },
     "learned variance, wide images": {"sample_size": (4, 8), "in_channels": 3, "out_channels": 6},
+    "guided diffusion's": {  # ADM: Dhariwal and Nichol (2021)
+        "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        "block_out_channels": (8, 16, 16),
+        "downsample_type": "resnet",
+        "upsample_type": "resnet",
+        "resnet_time_scale_shift": "scale_shift",
+        "attention_head_dim": 4,
+        "attn_norm_num_groups": 4,
+        "num_class_embeds": 4,
+    },
     "classes": {"num_class_embeds": 4},
     "centred, one resolution, epsilon": {
         "center_input_sample": True,
