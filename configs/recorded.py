@@ -27,7 +27,10 @@ def get_config(workdir: str) -> ConfigDict:
         raise ValueError(f"{path} is nested too deep") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds no JSON object")
-    return from_json(settings)
+    try:
+        return from_json(settings)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged or of another version: {error}") from error
 
 
 def from_json(settings: dict[str, Any]) -> ConfigDict:

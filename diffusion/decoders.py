@@ -50,14 +50,16 @@ class Quantization(NamedTuple):
         """Refuses data that are not on the grey levels; a traced array passes unchecked.
 
         Raises:
-          ValueError: if a value is a hundredth of the spacing, or more, from its nearest level.
+          ValueError: if a value is a hundredth of the spacing, or more, from its nearest level; in
+            half precision, more than rounding.
         """
         values = known_values(x)
         if values is None:
             return
         level = np.nan_to_num(np.round(values / self.spacing + (self.num_levels - 1) / 2))
         nearest = self.values[np.clip(level, 0, self.num_levels - 1).astype(int)]
-        is_off = ~(np.abs(values - nearest) < 0.01 * self.spacing)
+        tolerance = max(0.01 * self.spacing, 2 * float(jnp.finfo(values.dtype).eps))
+        is_off = ~(np.abs(values - nearest) < tolerance)
         if is_off.any():
             raise ValueError(
                 f"x_0 has the value {values[is_off][0]:g}, which is no grey level: the decoder's "
@@ -204,7 +206,13 @@ def gaussian(variance: float | None = None) -> Decoder:
       variance: the best one is the mean squared error of x̂_0 per coordinate, e^{−λ_1} E[(ε − ε̂)²].
         By default it is e^{−λ_1}: that of a density of x_0 which is flat over σ_1/α_1, where x̂_0
         is x_1/α_1. Another choice by a factor f costs ½ (log f + 1/f − 1) nats per coordinate.
+
+    Raises:
+      ValueError: if the variance is not positive, unless JAX traces it.
     """
+    known = None if variance is None else known_values(variance)
+    if known is not None and not (known > 0).all():
+        raise ValueError(f"variance = {variance}; it must be positive")
 
     def log_prob(x_0, x_1, x_0_hat, levels):
         del x_1

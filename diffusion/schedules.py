@@ -132,10 +132,15 @@ class Levels(NamedTuple):
         return Step(jnp.asarray(self.log_snr, float)[t], jnp.asarray(self.gap, float)[t])
 
     def check(self, t: Numbers, first: int = 1) -> None:
-        """Raises ValueError if a t is not in first … T; a traced t passes unchecked."""
+        """Raises TypeError or ValueError for a t that is no whole number in first … T.
+
+        A traced t passes unchecked.
+        """
         values = known_values(t)
         if values is None:
             return
+        if not np.issubdtype(values.dtype, np.integer):
+            raise TypeError(f"t is of type {values.dtype}; it must be of whole numbers")
         is_wrong = (values < first) | (values > self.num_timesteps)
         if is_wrong.any():
             raise ValueError(

@@ -3,6 +3,7 @@
 Nothing here imports JAX, so that help and most mistakes are on the screen at once.
 """
 
+import io
 import logging
 import os
 import re
@@ -41,7 +42,8 @@ _ROOT = Path(__file__).parents[2]
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses the flags. Chooses a config if --config is missing; exits at a wrong flag."""
     # An output without ± or a name's bytes, such as a pipe in ASCII, gets \\xb1 in their place.
-    sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # None where it is closed
+        sys.stdout.reconfigure(errors="backslashreplace")
     if {"--helpconfig", "-helpconfig"} & set(argv):
         print(listing.table(SETTINGS))
         raise SystemExit(0)
@@ -55,6 +57,13 @@ def parse_flags(argv: list[str]) -> list[str]:
         _check_tuples(argv)
     except ConfigError as error:
         raise SystemExit(_fail(error)) from error
+    except SystemExit as error:  # of --help, or of a config file
+        if line := _line_in_file(error, config):
+            raise SystemExit(_fail(line)) from error
+        raise
+    except BrokenPipeError:  # the reader of --help has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
     except Exception as error:
         raise SystemExit(_fail(_line(error, argv, config))) from error
     logging.disable(logging.NOTSET)
@@ -85,30 +94,32 @@ def _completed(argv: list[str]) -> list[str]:
     return [argv[0], *(f"--{k}={v}" for k, v in settled.items()), *_with_whole_numbers(rest)[1:]]
 
 
+def _whole(text: str) -> str:
+    """10000 for 1e4, and any other text as it is."""
+    if re.fullmatch(r"\d+(\.\d*)?e\+?\d\d?", text, re.IGNORECASE):
+        number = Decimal(text)
+        return str(int(number)) if number == int(number) else text
+    return text
+
+
 def _with_whole_numbers(argv: list[str]) -> list[str]:
     """The arguments with 10000 in place of 1e4, in overrides of whole numbers."""
     written = list(argv)
     for place, name, text in _overrides(argv):
         setting = _SETTINGS.get(name)
-        is_whole = setting and isinstance(setting.kind, Int)
-        if is_whole and re.fullmatch(r"\d+(\.\d*)?e\+?\d\d?", text, re.IGNORECASE):
-            number = Decimal(text)
-            if number == int(number):
-                written[place] = f"{argv[place].removesuffix(text)}{int(number)}"
+        if setting and isinstance(setting.kind, Int):
+            written[place] = f"{argv[place].removesuffix(text)}{_whole(text)}"
     return written
 
 
 def _line(error: Exception, argv: list[str], config: str) -> str:
     """An error line for an exception in the parsing of flags."""
-    path = Path(config.partition(":")[0]).resolve()
     chain = list(_chain(error))
     for cause in chain:
         if isinstance(cause, SyntaxError) and cause.filename != "<unknown>":
             return f"--config={config}: {cause.filename}, line {cause.lineno}: {cause.msg}"
-        for frame in reversed(traceback.extract_tb(cause.__traceback__)):
-            if Path(frame.filename).resolve() == path:
-                text = in_short(cause).partition(". Other fields present")[0]
-                return f"--config={config}: line {frame.lineno}: {text}"
+        if line := _line_in_file(cause, config):
+            return line
     value = flags.FLAGS["config"].value
     if value is not None and not isinstance(value, ConfigDict):
         return _no_config(config, value)
@@ -124,6 +135,16 @@ def _line(error: Exception, argv: list[str], config: str) -> str:
         elif setting and message.startswith(f"flag --config.{name}={text}:"):
             return f"--config.{name}={text}; it must be {setting.kind.describe()}"
     return " ".join(message.split())
+
+
+def _line_in_file(error: BaseException, config: str) -> str:
+    """An error line for an exception that the config file raised, else an empty one."""
+    path = Path(config.partition(":")[0]).resolve()
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if Path(frame.filename).resolve() == path:
+            text = in_short(error).partition(". Other fields present")[0]
+            return f"--config={config}: line {frame.lineno}: {text}"
+    return ""
 
 
 _SETTINGS: dict[str, Setting] = dict(SETTINGS.flat())
@@ -150,8 +171,9 @@ def _check_tuples(argv: list[str]) -> None:
     for _, name, text in _overrides(argv):
         setting = _SETTINGS.get(name)
         if setting and isinstance(setting.kind, Tuple) and re.fullmatch(r"[-+.\d]+\w*", text):
+            value = f"({_whole(text)},)"
             raise ConfigError(
-                f"--config.{name}={text}; it must be {setting.kind.describe()}; write '({text},)'"
+                f"--config.{name}={text}; it must be {setting.kind.describe()}; write '{value}'"
             )
 
 

@@ -6,6 +6,7 @@ accepts may still need more than there is.
 
 import math
 import os
+import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -113,7 +114,9 @@ def unet_parameters(unet: ConfigDict) -> int:
 
 
 def host_bytes() -> int:
-    """Memory of this machine."""
+    """Memory of this machine; unlimited where the platform does not say."""
+    if not hasattr(os, "sysconf"):
+        return sys.maxsize
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

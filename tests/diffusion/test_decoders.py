@@ -323,6 +323,7 @@ def test_data_off_the_grey_levels_are_refused(name):
     log_prob = decoder(x_0, x_0, x_0, levels)
     slightly = x_0 * np.float32(1 + 1e-4)  # a scaling in half precision
     np.testing.assert_allclose(decoder(slightly, x_0, x_0, levels), log_prob, rtol=1e-2)
+    Quantization(256).check(np.float16(Quantization(256).values))  # rounding of 1/80 of the spacing
     for wrong in (np.arange(17.0)[None], x_0 + 0.06, x_0 * np.nan, -np.inf + 0 * x_0):
         with pytest.raises(ValueError, match=r"no grey level: .* 17 levels are -1, -0.875 … 1;"):
             decoder(wrong, x_0, x_0, levels)
@@ -344,6 +345,9 @@ def test_default_variance_of_the_density_is_the_best_for_flat_data(scale, float6
     alpha, sigma = schedules.alpha(levels.log_snr[1]), schedules.sigma(levels.log_snr[1])
     x_1 = alpha * x_0 + sigma * eps
     x_0_hat = alpha * scale**2 / (alpha**2 * scale**2 + sigma**2) * x_1
+
+    with pytest.raises(ValueError, match=r"variance = -1\.0; it must be positive"):
+        decoders.gaussian(-1.0)
 
     def cost(variance=None):
         return -float(jnp.mean(decoders.gaussian(variance)(x_0, x_1, x_0_hat, levels)))

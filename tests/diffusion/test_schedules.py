@@ -294,6 +294,9 @@ def test_a_step_starts_from_1_to_T():
     for t in (0, -1, 6, [1, 2, 6], np.array([3, 0])):
         with pytest.raises(ValueError, match=r"t = (0|-1|6); it must lie in 1 … 5"):
             levels.step(t)
+    for t in (True, 1.5, [1.0, 2.0]):
+        with pytest.raises(TypeError, match=r"t is of type (bool|float64); .* whole numbers"):
+            levels.step(t)
     model = problems.without_decoder(problems.imperfect(), levels)
     with pytest.raises(ValueError, match=r"t = 1; it must lie in 2 … 5"):
         bound.terms_at(model, X_0, np.array([[2, 1], [3, 3]]), problems.constant(EPS))

@@ -199,7 +199,8 @@ def test_samples_far_from_the_data_are_said_with_a_remedy(model, treatment, caps
     largest = np.abs(x_0).max()
     assert largest > 100
     assert f"samples by ancestral at 8 levels reach {largest:,.4g} where data end at ±1 (" in out
-    assert "x_0_treatment = 'none'; try 'clip'" in out
+    assert "take more levels, or set config.sample.x_0_treatment to 'clip' or 'dynamic'" in out
+    assert "config.model.parameterization = 'v' (it is 'eps' now)" in out
     assert out.count("\n") == 1
 
 

@@ -174,14 +174,20 @@ class Drawer:
             )
 
     def _say_if_far(self, x_0: np.ndarray, num_timesteps: int) -> None:
-        settings, definition = self.config.sample, self.definition
-        if distributed.is_first() and (excess := far_from_data(definition, x_0)):
-            tqdm.write(
-                f"warning: samples by {settings.sampler} at {num_timesteps} levels {excess}: clip "
-                f"x̂_0 (config.sample.x_0_treatment = {settings.x_0_treatment!r}; try 'clip' or "
-                "'dynamic'), take more levels, or train a model that predicts v "
-                f"(config.model.parameterization = {definition.parameterization!r})"
+        settings, predicted = self.config.sample, self.definition.parameterization
+        if not (distributed.is_first() and (excess := far_from_data(self.definition, x_0))):
+            return
+        remedies = ["take more levels"]
+        if settings.x_0_treatment == "none":
+            remedies.append("set config.sample.x_0_treatment to 'clip' or 'dynamic'")
+        if predicted not in ("v", "x_0"):
+            remedies.append(
+                f"train with config.model.parameterization = 'v' (it is {predicted!r} now)"
             )
+        tqdm.write(
+            f"warning: samples by {settings.sampler} at {num_timesteps} levels {excess}; "
+            f"{', or '.join(remedies)}"
+        )
 
     def _first_state(self, params: Any, inputs: Inputs) -> State:
         noise = make_noise(self.config, self.definition, inputs.index)

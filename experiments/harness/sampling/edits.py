@@ -31,6 +31,7 @@ from experiments.harness.setup.trained import Run
 from experiments.harness.workdir.files import write_npz
 
 MASKS = ("left", "right", "top", "bottom", "border")
+LARGE_ERROR = 0.05  # of the range, after encoding and decoding
 _UNKNOWN = 0.0  # grey stands for the unknown part in a picture
 
 
@@ -157,7 +158,13 @@ def encode(run: Run) -> None:
     frames = np.stack([x_0[:rows], x_T[:rows], decoded[:rows]])
     save_strip(directory / "encode.png", definition, frames, ["data", "noise", "decoded"])
     write_npz(directory / "encode.npz", x_T=x_T, x_0=decoded, mean_absolute_error=error)
-    print(f"encoded and decoded {n} test images: mean error {error:.3%} of the range")
+    remark = ""
+    if error > LARGE_ERROR:
+        remark = (
+            f"; that is large: take more than config.sample.encode.num_timesteps = "
+            f"{levels.num_timesteps}"
+        )
+    print(f"encoded and decoded {n} test images: mean error {error:.3%} of the range{remark}")
 
 
 def _check_decoded(

@@ -150,7 +150,9 @@ def replace(path: epath.Path, content: bytes) -> None:
 
 
 def _sync_directory(directory: epath.Path) -> None:
-    """Has the disk store which files a directory names."""
+    """Has the disk store which files a directory names. Windows opens no directories."""
+    if os.name == "nt":
+        return
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

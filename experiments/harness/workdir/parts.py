@@ -82,7 +82,7 @@ def _import(module: str, workdir: epath.PathLike) -> str:
         ):
             return f"its module {module} lies in the work directory, and nothing there is imported"
         importlib.import_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return f"its module {module} cannot be imported ({in_short(error)})"
     return f"its module {module} does not register it when it is imported"
 

@@ -90,6 +90,9 @@ def open_run(workdir: epath.PathLike) -> None:
         return
     settings, path = flatten(recorded), epath.Path(workdir) / CONFIG_FILE
     unknown = list(undeclared(recorded, SETTINGS))
+    groups = {name[:end] for name, _ in SETTINGS.flat() for end in _dots(name)}
+    if values := sorted(groups & set(settings)):
+        raise ConfigError(f"{path} is damaged: {_some(values)} must hold settings of its own")
     missing = [name for name, _ in SETTINGS.flat() if name not in settings]
     lacks = f"lacks {_some(missing)}" if missing else ""
     if unknown:
@@ -104,6 +107,11 @@ def open_run(workdir: epath.PathLike) -> None:
             f"{path} is of an earlier version: it {lacks}; defaults are used, unless "
             "--config.NAME=VALUE sets others"
         )
+
+
+def _dots(name: str) -> Iterator[int]:
+    """The places of the dots of a setting's name."""
+    return (place for place, letter in enumerate(name) if letter == ".")
 
 
 def _check_kinds(workdir: epath.Path) -> None:

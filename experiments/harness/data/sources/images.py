@@ -10,7 +10,7 @@ from jaxtyping import UInt8
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 # Counted, but not read.
-NOT_READ = (".jfif", ".avif", ".tga", ".pnm", ".pbm", ".jp2", ".heic")
+NOT_READ = (".jfif", ".avif", ".tga", ".pnm", ".pbm", ".jp2", ".heic", ".heif", ".jpe", ".jxl")
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 _BITS_PER_SAMPLE = 258  # a TIFF tag
 

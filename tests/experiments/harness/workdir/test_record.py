@@ -40,6 +40,12 @@ def test_a_setting_that_this_version_lacks_is_an_error(change, tmp_path, capsys)
     assert "is of another version" in capsys.readouterr().err
 
 
+def test_a_value_in_the_place_of_a_group_is_damage(change, tmp_path):
+    change(lambda settings: settings.update(sigma="x", quality=[1]))
+    with pytest.raises(ConfigError, match=r"config\.json is damaged: quality, sigma must hold"):
+        record.open_run(tmp_path)
+
+
 def test_a_setting_that_an_earlier_version_lacked_has_its_default(change, tmp_path, capsys):
     change(lambda settings: [settings[name].clear() for name in ("sigma", "variance")])
     record.open_run(tmp_path)
