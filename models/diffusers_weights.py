@@ -97,36 +97,38 @@ def full_options(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     options = {name: value for name, value in config.items() if not name.startswith("_")}
     if unknown := options.keys() - DEFAULTS.keys():
-        raise ValueError(
-            f"the UNet2DModel has the unknown option {min(unknown)}; known: {', '.join(DEFAULTS)}"
-        )
+        raise ValueError(f"the UNet2DModel has the unknown option {min(unknown)}")
     options = DEFAULTS | options
     for name, values in SUPPORTED.items():
         _require(options, name, options[name] in values, " or ".join(map(repr, values)))
     channels = options["block_out_channels"]
-    for name, known in BLOCKS.items():
-        types = options[name]
-        fit = len(types) == len(channels) and set(types) <= set(known)
-        _require(options, name, fit, f"{len(channels)} of {' and '.join(known)}")
-    down, up = (["Attn" in block for block in options[name]] for name in BLOCKS)
-    _require(options, "up_block_types", up == down[::-1], "attention at the same resolutions up")
-    resampling = {options[name] for name in RESAMPLING}
-    is_residual = resampling == {"resnet"}
-    _require(options, "upsample_type", len(resampling) == 1, "that of downsample_type")
-    for name, known in BLOCKS.items():
-        other = known[not is_residual]
-        remedy = (
-            f"{known[is_residual]} with {' and '.join(f'{n} = {options[n]}' for n in RESAMPLING)}"
-        )
-        _require(options, name, other not in options[name], remedy)
-    multiples = bool(channels) and all(count % channels[0] == 0 for count in channels)
+    multiples = bool(channels) and min(channels) > 0 and not any(c % channels[0] for c in channels)
     _require(options, "block_out_channels", multiples, "multiples of the first")
+    _check_blocks(options)
     _require(options, "norm_num_groups", options["norm_num_groups"] is not None, "a number")
-    groups = (None, options["norm_num_groups"])
-    _require(options, "attn_norm_num_groups", options["attn_norm_num_groups"] in groups, groups)
-    width = (None, 4 * channels[0])
-    _require(options, "time_embedding_dim", options["time_embedding_dim"] in width, width)
+    for name, number in (
+        ("attn_norm_num_groups", options["norm_num_groups"]),
+        ("time_embedding_dim", 4 * channels[0]),
+    ):
+        _require(options, name, options[name] in (None, number), f"None or {number}")
     return options
+
+
+def _check_blocks(options: Mapping[str, Any]) -> None:
+    """Raises ValueError for types of blocks that our network does not have."""
+    count = len(options["block_out_channels"])
+    resampling = {name: options[name] for name in RESAMPLING}
+    same = len(set(resampling.values())) == 1
+    _require(options, "upsample_type", same, "that of downsample_type")
+    is_residual = "resnet" in resampling.values()
+    for name, known in BLOCKS.items():
+        allowed = known[is_residual], known[-1]
+        fit = len(options[name]) == count and set(options[name]) <= set(allowed)
+        remedy = f"{count} of {' and '.join(allowed)}, for downsample_type = "
+        _require(options, name, fit, f"{remedy}{options['downsample_type']!r}")
+    down, up = (["Attn" in block for block in options[name]] for name in BLOCKS)
+    remedy = "attention at the same resolutions as in down_block_types"
+    _require(options, "up_block_types", up == down[::-1], remedy)
 
 
 def _require(options: Mapping[str, Any], name: str, is_met: bool, remedy: Any) -> None:
