@@ -16,13 +16,14 @@ from experiments.harness.compression.container import Header
 from experiments.harness.compression.ledger import Ledger
 from experiments.harness.compression.programs import Programs, environment
 from experiments.harness.compression.stack import Stack, constriction
-from experiments.harness.errors import ConfigError, RunError
+from experiments.harness.errors import ConfigError, RunError, in_short
 from experiments.harness.processes.progress import progress
 from experiments.harness.setup import analytic
 from experiments.harness.setup.trained import Run
 from experiments.harness.workdir.provenance import fingerprint
 
-# The settings that a file records, so that a decoder needs none of them.
+# The settings of `compress` that a file records, so that a decoder needs none of them. Those of
+# `analytic` are recorded too: they decide what a measured Σ_θ is.
 RECORDED = ("order", "num_timesteps", "spacing", "variance", "bins_per_std", "batch_size")
 _WRONG = (
     "the decoded images are not those that were compressed; this machine does not compute what "
@@ -206,7 +207,8 @@ def to_bytes(codec: Codec, encoded: Encoded, images: UInt8[np.ndarray, "n h w c"
             seed=config.seed,
             num_initial=encoded.num_initial,
             is_labelled=codec.is_labelled,
-            settings={name: config.compress[name] for name in RECORDED},
+            settings={name: config.compress[name] for name in RECORDED}
+            | {"analytic": config.analytic.to_dict()},
             fingerprint=codec.fingerprint,
         ),
         encoded.words,
@@ -276,11 +278,14 @@ def check_images(
 def _settings_of(header: Header, config: ConfigDict, name: str) -> ConfigDict:
     """The config with the settings that a file records."""
     config = config.copy_and_resolve_references().unlock()
-    config.compress.update({key: header.settings.get(key) for key in RECORDED})
     try:
+        config.compress.update({key: header.settings.get(key) for key in RECORDED})
+        config.analytic.update(header.settings["analytic"])
         checks.check(config, "compress")
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{name} has settings of another version: {in_short(error)}") from error
     return config.lock()
 
 
