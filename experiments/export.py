@@ -36,7 +36,8 @@ def export(config: ConfigDict, workdir: epath.PathLike) -> None:
     checks.check(config)
     folder.check_target(config.diffusers.target)
     unet, process = _options(config)
-    run = trained.load(config, workdir, config.diffusers.checkpoint, writes=False)
+    checkpoint = config.diffusers.checkpoint
+    run = trained.load(config, workdir, checkpoint, writes=False, uses_data=False)
     weights = unet2d_from_params(run.params["network"], run.definition.network)
     if unet["num_class_embeds"] == run.definition.num_classes:
         # Without the row of no label, which this network never learned.

@@ -70,7 +70,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, checked: bool = False) ->
     source = splits.describe_data(config, "train")
     record.check(config, workdir)
     record.check_trainable(workdir)
-    data = record.DataSummary(source.num_examples, source.image_shape, source.fingerprint())
+    data = record.DataSummary(*source.summary())
     record.check_data(config, workdir, data)
     require_same_data(source)
     load, starts = initial_params(setup, workdir), is_new(workdir)

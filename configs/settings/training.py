@@ -344,7 +344,8 @@ def train() -> Group:
             (),
             Tuple(Name()),
             "Settings that may differ from those of the resumed run, as in "
-            "('train.learning_rate',) or ('data.',); config_changes.jsonl records the changes.",
+            "('train.learning_rate',) or ('data.',); config_changes.jsonl records the changes. "
+            "With 'data.' a run is also measured if its training images were replaced.",
         ),
     )
 

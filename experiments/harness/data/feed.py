@@ -23,8 +23,7 @@ StepInput = tuple[splits.Examples, Any]  # the examples, and the indices of the 
 
 def require_same_data(source: Source) -> None:
     """Raises ConfigError, in every process, if the processes have different training sets."""
-    summary = (source.num_examples, source.image_shape, source.fingerprint())
-    checksum = zlib.crc32(repr(summary).encode()) >> 1  # in 31 bits
+    checksum = zlib.crc32(repr(source.summary()).encode()) >> 1  # in 31 bits
     if distributed.in_any(checksum != distributed.broadcast_first(checksum)):
         raise ConfigError(
             f"process {jax.process_index()} has found {source.num_examples} training images of "

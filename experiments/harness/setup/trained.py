@@ -21,10 +21,9 @@ from experiments.harness.setup import analytic
 from experiments.harness.setup.definition import ModelDefinition, define_model
 from experiments.harness.setup.optimal_steps import optimal_levels
 from experiments.harness.setup.params import abstract_params
-from experiments.harness.workdir import provenance
+from experiments.harness.workdir import provenance, record
 from experiments.harness.workdir.checkpoints import Checkpoints, RemovedError
 from experiments.harness.workdir.files import read, require_shape, write_npz
-from experiments.harness.workdir.record import check_network, check_writable
 
 _ATTEMPTS = 5  # a training that goes on in the directory may remove the chosen checkpoint
 
@@ -115,7 +114,11 @@ class Run(NamedTuple):
 
 
 def load(
-    config: ConfigDict, workdir: epath.PathLike, checkpoint: str = "best", writes: bool = True
+    config: ConfigDict,
+    workdir: epath.PathLike,
+    checkpoint: str = "best",
+    writes: bool = True,
+    uses_data: bool = True,
 ) -> Run:
     """Loads the EMA weights of a work directory.
 
@@ -124,15 +127,21 @@ def load(
       workdir: holds the checkpoints.
       checkpoint: "best" or "latest", as for `load_ema`.
       writes: whether results will be written to the directory.
+      uses_data: whether the training data must be those of the training. If they were replaced,
+        examples that are held out now may have been trained on.
 
     Raises:
-      ConfigError: if the directory holds no such model, or results can't be written to it.
+      ConfigError: if the directory holds no such model, or one of other training data, or results
+        can't be written to it.
     """
-    check_network(config, workdir)
+    record.check_network(config, workdir)
     definition = define_model(config)
+    if uses_data:
+        data = splits.describe_data(config, "train").summary()
+        record.check_data(config, workdir, record.DataSummary(*data))
     params, step = load_ema(workdir, checkpoint, abstract_params(definition))
     if writes:
-        check_writable(workdir)
+        record.check_writable(workdir)
     return Run(config, epath.Path(workdir), definition.learned(params), params, step, writes)
 
 

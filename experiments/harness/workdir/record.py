@@ -154,19 +154,22 @@ def check_data(config: ConfigDict, workdir: epath.PathLike, data: DataSummary) -
     is_allowed = is_named("data.data_dir", tuple(config.train.allow_changes))
     if recorded is None or is_allowed or is_new(workdir):
         return
+    remedy = (
+        "the run may have been trained on images that are held out now, and would go on with "
+        "other batches; use the same data or another workdir, or allow it by "
+        "config.train.allow_changes=('data.',)"
+    )
     if recorded[:2] != data[:2]:
         raise ConfigError(
             f"workdir={workdir} holds a run on {recorded.num_examples} images of shape "
             f"{recorded.image_shape}; config.data now has {data.num_examples} of shape "
-            f"{data.image_shape}, and the batches would differ; use the same data or "
-            "another workdir, or allow it by config.train.allow_changes=('data.',)"
+            f"{data.image_shape}: {remedy}"
         )
     if recorded.fingerprint not in (None, data.fingerprint):
         raise ConfigError(
             f"workdir={workdir} holds a run on other training images: as many as those in "
             f"config.data.data_dir = {config.data.data_dir!r}, but the fingerprint of their files "
-            f"is {data.fingerprint}, and was {recorded.fingerprint}; use the same data or "
-            "another workdir, or allow it by config.train.allow_changes=('data.',)"
+            f"is {data.fingerprint}, and was {recorded.fingerprint}: {remedy}"
         )
 
 

@@ -51,6 +51,10 @@ class Source(NamedTuple):
         """Size of the decoded split."""
         return self.num_examples * int(np.prod(self.image_shape))
 
+    def summary(self) -> tuple[int, tuple[int, int, int], str]:
+        """What tells two training sets apart: number, shape and fingerprint of the images."""
+        return self.num_examples, self.image_shape, self.fingerprint()
+
 
 class Options(NamedTuple):
     """Settings for reading a set's files; configs/base.py explains them.

@@ -10,6 +10,7 @@ from PIL import Image
 from experiments.harness.data import splits
 from experiments.harness.data.sources import content
 from experiments.harness.errors import ConfigError
+from experiments.harness.setup import trained
 from experiments.harness.workdir import dependences, provenance, record
 from tests.experiments import tiny
 from tests.mock_cifar10 import mock_tfds, write_cifar10
@@ -73,7 +74,7 @@ def test_a_replaced_split_is_noticed_and_a_copy_is_not(name, write, tmp_path, mo
 
     def check_resumption(place):
         source = splits.describe_data(config_of(place), "train")
-        data = record.DataSummary(source.num_examples, source.image_shape, source.fingerprint())
+        data = record.DataSummary(*source.summary())
         record.check_data(config_of(place), tmp_path, data)
         record.record_data(tmp_path, data)
 
@@ -89,6 +90,23 @@ def test_a_replaced_split_is_noticed_and_a_copy_is_not(name, write, tmp_path, mo
     write(root / f"train{ending}", 8)
     with tiny.refused("other training images"):
         check_resumption(root)
+
+
+def test_a_run_is_not_measured_if_its_training_images_were_replaced(tmp_path):
+    settings = {"data__name": "npz", "data__data_dir": str(tmp_path / "set.npz")}
+    write_npz(tmp_path / "set.npz", 0)
+    config, workdir = tiny.config(**settings), tmp_path / "run"
+    tiny.untrained(workdir, config)
+    then = splits.describe_data(config, "train").summary()
+    record.record_data(workdir, record.DataSummary(*then))
+    assert trained.load(config, workdir).step == 1
+    write_npz(tmp_path / "set.npz", 1)
+    now = splits.describe_data(config, "train").summary()
+    with tiny.refused("other training images", then[2], now[2], "held out now"):
+        trained.load(config, workdir)
+    allowing = tiny.config(**settings, train__allow_changes=("data.",))
+    assert trained.load(allowing, workdir).step == 1
+    assert trained.load(config, workdir, uses_data=False).step == 1
 
 
 def test_a_run_without_a_fingerprint_adopts_one_and_says_so(tmp_path, capsys):
