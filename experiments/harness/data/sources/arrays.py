@@ -17,6 +17,7 @@ from experiments.harness.data.sources.source import (
     Options,
     Source,
     check_labels,
+    check_no_sibling_split,
     check_unpacked,
     choose_split,
     num_classes_of,
@@ -52,6 +53,7 @@ def npz(
     root = Path(data_dir or "")
     if root.is_file():
         existing, whole = {}, root
+        check_no_sibling_split(root, ".npz")
     else:
         existing = split_paths(root, ".npz", splits) if data_dir and root.is_dir() else {}
         if not data_dir or not existing:

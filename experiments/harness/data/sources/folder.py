@@ -25,6 +25,7 @@ from experiments.harness.data.sources.source import (
     Directory,
     Options,
     Source,
+    check_no_sibling_split,
     check_not_pooled,
     choose_split,
     part_of,
@@ -122,6 +123,7 @@ def folder(
             f"end in {', '.join(SUFFIXES)}"
         )
     if part is None:
+        check_no_sibling_split(root, "")
         check_not_pooled(root, names)
     classes, unlabelled = _classes([where] if part is None else list(existing.values()))
     if is_seeded:

@@ -1,5 +1,6 @@
 """Folders of image files: pixels, splits and classes against what was written, and its errors."""
 
+import contextlib
 import errno
 import os
 import pickle
@@ -9,7 +10,11 @@ import pytest
 from PIL import Image
 
 from experiments.harness.data.sources.images import UnusableImage, decode
-from experiments.harness.data.sources.source import Options
+from experiments.harness.data.sources.source import (
+    Options,
+    check_no_sibling_split,
+    check_not_pooled,
+)
 from experiments.harness.data.splits import describe, first, load, some
 from experiments.harness.errors import ConfigError
 from tests.experiments.tiny import refused
@@ -233,6 +238,14 @@ def test_usual_spellings_are_taken_for_what_they_are(names, tmp_path):
         (("train", "val_images", "test"), "config.data.splits.validation=val_images"),
         (("train", "val", "valid", "test"), "val and valid"),
         (("a/train", "a/test", "b/train", "b/test"), "like train;"),
+        (("trainA", "trainB", "testA", "testB"), "config.data.splits.train=trainA"),
+        (("trainset", "testset"), "config.data.splits.train=trainset"),
+        (("TrainImages", "TestImages"), "config.data.splits.train=TrainImages"),
+        (("imagesTr", "imagesTs"), "config.data.splits.train=imagesTr"),
+        (("trains", "tests"), "config.data.splits.train=trains"),
+        (("a/trainset", "b/testset"), "would be pooled and split by a seed"),
+        (("train", "dev", "test"), "config.data.splits.validation=dev"),
+        (("train", "eval"), "config.data.splits.test=eval"),
     ],
 )
 def test_what_looks_like_splits_without_being_taken_so_is_refused(names, message, tmp_path):
@@ -240,6 +253,56 @@ def test_what_looks_like_splits_without_being_taken_so_is_refused(names, message
         save(tmp_path / name / "0.png", random_image(0, 4, 4))
     with refused(message):
         describe("folder", "train", data_dir=str(tmp_path), options=Options(image_size=4))
+
+
+def test_file_names_that_look_like_splits_are_refused(tmp_path):
+    names = ("train_0", "train_1", "test_0")
+    for name in (*names, "x"):
+        save(tmp_path / f"{name}.png", random_image(0, 4, 4))
+    with refused("train_0.png", "test_0.png", "would be pooled"):
+        describe("folder", "train", data_dir=str(tmp_path), options=Options(image_size=4))
+    check_not_pooled(tmp_path, [f"{name}.png" for name in (*names, *"abcd")])  # by chance
+    check_not_pooled(tmp_path, ["train_test/a.png", "train_test/b.png", "other/c.png"])
+
+
+def test_folders_beside_the_splits_are_named_once(split_folder, capsys):
+    root, _ = split_folder
+    (root / "annotations").mkdir()
+    save(root / "loose.png", random_image(0, 4, 4))
+    for split in ("train", "test"):
+        describe("folder", split, data_dir=str(root), options=Options(image_size=4))
+    [line] = capsys.readouterr().out.splitlines()
+    assert "left out 'annotations', 'loose.png'" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "sibling", "is_refused"),
+    [
+        ("train", "test_images", True),
+        ("photos_train", "photos_test", True),
+        ("training", "trainset", False),
+        ("photos_train", "test_logs", False),
+        ("photos", "test", False),
+    ],
+)
+def test_a_split_beside_another_is_not_split_itself(name, sibling, is_refused, tmp_path):
+    for path in (tmp_path / name, tmp_path / sibling):
+        path.mkdir()
+        (tmp_path / f"{path.name}.npz").write_bytes(b"")
+    for path, ending in ((tmp_path / name, ""), (tmp_path / f"{name}.npz", ".npz")):
+        parts = path.name, sibling, str(tmp_path), "split by a seed"
+        with refused(*parts) if is_refused else contextlib.nullcontext():
+            check_no_sibling_split(path, ending)
+
+
+@pytest.mark.parametrize("name", ["folder", "npz"])
+def test_both_formats_look_beside_the_set(name, tmp_path):
+    for split in ("train", "test"):
+        save(tmp_path / split / "0.png", random_image(0, 4, 4))
+        np.savez(tmp_path / f"{split}.npz", images=np.zeros((9, 4, 4), np.uint8))
+    ending = ".npz" if name == "npz" else ""
+    with refused("beside it like test"):
+        describe(name, "train", data_dir=str(tmp_path / f"train{ending}"))
 
 
 def test_one_name_that_resembles_a_split_may_be_a_class(tmp_path):
