@@ -104,7 +104,7 @@ def compress(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
         "num_images": len(dataset.images),
         "image_shape": dataset.images.shape[1:],
         "step": loaded.step,
-        **{name: config.compress[name] for name in coding.RECORDED},
+        **{name: config.compress[name] for name in coding.CHOICES},
         "variance": config.compress.variance or config.model.variance,
         **_lengths(codec, encoded, content, dataset),
         "general": {name: size._asdict() for name, size in general.sizes(dataset.images).items()},

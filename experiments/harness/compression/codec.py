@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int, Integer, UInt8, UInt32
 from ml_collections import ConfigDict
 
+from configs.settings.declaration import value_of
 from diffusion.coding import ORDERS, Code, grid_spacing
 from experiments.harness import checks
 from experiments.harness.compression import container
@@ -22,9 +23,14 @@ from experiments.harness.setup import analytic
 from experiments.harness.setup.trained import Run
 from experiments.harness.workdir.provenance import fingerprint
 
-# The settings of `compress` that a file records, so that a decoder needs none of them. Those of
-# `analytic` are recorded too: they decide what a measured Σ_θ is.
-RECORDED = ("order", "num_timesteps", "spacing", "variance", "bins_per_std", "batch_size")
+# The settings that a file records, so that a decoder needs none of them.
+CHOICES = ("order", "num_timesteps", "spacing", "variance", "bins_per_std", "batch_size")
+_RECORDED = (
+    *(f"compress.{name}" for name in CHOICES),
+    "analytic.levels",  # an analytic Σ_θ is a function of these three too
+    "analytic.examples",
+    "evaluate.labels",
+)
 _WRONG = (
     "the decoded images are not those that were compressed; this machine does not compute what "
     "the encoder computed"
@@ -207,8 +213,7 @@ def to_bytes(codec: Codec, encoded: Encoded, images: UInt8[np.ndarray, "n h w c"
             seed=config.seed,
             num_initial=encoded.num_initial,
             is_labelled=codec.is_labelled,
-            settings={name: config.compress[name] for name in RECORDED}
-            | {"analytic": config.analytic.to_dict()},
+            settings={name: value_of(config, name) for name in _RECORDED},
             fingerprint=codec.fingerprint,
         ),
         encoded.words,
@@ -278,9 +283,9 @@ def check_images(
 def _settings_of(header: Header, config: ConfigDict, name: str) -> ConfigDict:
     """The config with the settings that a file records."""
     config = config.copy_and_resolve_references().unlock()
+    config.seed = header.seed
     try:
-        config.compress.update({key: header.settings.get(key) for key in RECORDED})
-        config.analytic.update(header.settings["analytic"])
+        config.update_from_flattened_dict({key: header.settings[key] for key in _RECORDED})
         checks.check(config, "compress")
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from error
