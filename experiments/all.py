@@ -1,6 +1,5 @@
 """The main job: train, evaluate and sample, as far as the work directory lacks it."""
 
-import json
 from typing import Any
 
 from etils import epath
@@ -41,38 +40,27 @@ def check(config: ConfigDict) -> None:
 
 def _evaluation(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any] | None:
     """The recorded evaluation; None unless it depends on the same settings as one of today."""
+    path = epath.Path(workdir) / evaluate.RESULT_FILE
+    wanted = _wanted(dependences.EVALUATION, config, workdir, config.evaluate.checkpoint)
 
     def parse(recorded):
         evaluate.result_line(recorded)  # it has all that the main job prints
-        return recorded
+        return recorded if provenance.is_current(path, recorded, wanted) else None
 
-    recorded = read(epath.Path(workdir) / evaluate.RESULT_FILE, parse)
-    if recorded is None:
-        return None
-    step = _step(workdir, config.evaluate.checkpoint)
-    wanted = provenance.identity(
-        dependences.EVALUATION, config, step, workdir, data=splits.fingerprints(config)
-    )
-    return recorded if provenance.is_same(recorded, wanted) else None
+    return read(path, parse)
 
 
 def _is_sampled(config: ConfigDict, workdir: epath.PathLike) -> bool:
     """Whether the samples in samples/ depend on the same settings as new ones would."""
-
-    def parse(saved):
-        return dict(json.loads(str(saved["identity"])))
-
-    recorded = read(epath.Path(workdir) / dependences.SAMPLES, parse)
-    if recorded is None:
-        return False
-    step = _step(workdir, config.sample.checkpoint)
-    wanted = provenance.identity(
-        dependences.SAMPLES, config, step, workdir, data=splits.fingerprints(config)
-    )
-    return provenance.is_same(recorded, wanted)
+    path = epath.Path(workdir) / dependences.SAMPLES
+    wanted = _wanted(dependences.SAMPLES, config, workdir, config.sample.checkpoint)
+    return bool(read(path, lambda saved: provenance.is_current(path, saved, wanted)))
 
 
-def _step(workdir: epath.PathLike, which: str) -> int:
-    """The step of the best or the latest checkpoint."""
+def _wanted(
+    result: str, config: ConfigDict, workdir: epath.PathLike, checkpoint: str
+) -> dict[str, Any]:
+    """The identity of a result of the best or the latest checkpoint."""
     with Checkpoints(workdir, read_only=True) as checkpoints:
-        return distributed.broadcast_first(checkpoints.choose(which))
+        step = distributed.broadcast_first(checkpoints.choose(checkpoint))
+    return provenance.identity(result, config, step, workdir, data=splits.fingerprints(config))

@@ -126,8 +126,9 @@ def _saved(path: epath.Path, identity: dict[str, Any]) -> dict[str, Entry]:
 
     def parse(recorded):
         entries = [Entry.from_dict(entry) for entry in recorded["entries"]]
-        is_same = provenance.is_same(recorded, identity)
-        if recorded["features"] != identity["features"] or not is_same:
+        if recorded["features"] != identity["features"]:
+            return {}
+        if not provenance.is_current(path, recorded, identity):
             return {}
         return {f"{entry.sampler} {entry.num_timesteps}": entry for entry in entries}
 

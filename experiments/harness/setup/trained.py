@@ -98,7 +98,7 @@ class Run(NamedTuple):
         shape = self.definition.image_shape
 
         def parse(saved):
-            if not provenance.is_same(json.loads(str(saved["identity"])), identity):
+            if not provenance.is_current(path, saved, identity, self.writes):
                 return None
             log_snr, error = saved["log_snr"], saved["error"]
             require_shape("log_snr", log_snr, (log_snr.size,))

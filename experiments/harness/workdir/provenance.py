@@ -1,7 +1,7 @@
 """The identity of a kept result: the settings and files that it is a function of.
 
-Caches compare the `identity` that they stored with the wanted one (`is_same`); a resumed run and a
-loaded network compare configs (`differences`). `dependences.py` has the table of what counts.
+Caches compare the `identity` that they stored with the wanted one (`is_current`); a resumed run
+and a loaded network compare configs (`differences`). `dependences.py` has the table of what counts.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from experiments.harness.workdir.dependences import (
     OPTIMAL_LEVELS,
@@ -22,7 +23,9 @@ from experiments.harness.workdir.dependences import (
     active,
     depends,
 )
-from experiments.harness.workdir.files import read
+from experiments.harness.workdir.files import read, write_json, write_npz
+
+_DATA_OF = "data of "  # begins the name of a split's fingerprint
 
 
 def identity(
@@ -50,7 +53,7 @@ def identity(
     names, entries = depends(result, settings), set(active(RESULTS[result], settings))
     splits = {entry.split for entry in entries if isinstance(entry, DataFiles)}
     splits = {settings.get(split, split) for split in splits}
-    contents = {f"data of {split}": data(split) for split in sorted(splits)}
+    contents = {f"{_DATA_OF}{split}": data(split) for split in sorted(splits)}
     files = {name: content for name, content in contents.items() if content is not None}
     if workdir is not None:
         files |= {
@@ -78,6 +81,44 @@ def is_same(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     return recorded.get("step") == wanted["step"] and not any(
         _differing(recorded[part], wanted[part]) for part in ("settings", "files")
     )
+
+
+def is_current(
+    path: epath.PathLike, content: Mapping[str, Any], wanted: Mapping[str, Any], writes: bool = True
+) -> bool:
+    """Whether a file holds the wanted result; adds fingerprints of data that its identity lacks.
+
+    An earlier version recorded none. A line reports that they are those of the present files.
+
+    Args:
+      path: a .json file, whose object has the identity's entries, or an .npz file, whose array
+        `identity` has them as JSON.
+      content: the object, or the arrays by name.
+      wanted: the identity of what would be computed now.
+      writes: whether the file may be changed; if not, the result is used unchecked.
+    """
+    path = epath.Path(path)
+    in_array = path.suffix == ".npz"
+    recorded = json.loads(str(content["identity"])) if in_array else content
+    if not is_same(recorded, wanted):
+        return False
+    former = _translate(recorded)
+    missing = {
+        name: text
+        for name, text in wanted["files"].items()
+        if name.startswith(_DATA_OF) and text and name not in former["files"]
+    }
+    if missing and writes:
+        tqdm.write(
+            f"{path} has no fingerprint of the {', the '.join(missing)}, since an earlier version "
+            "wrote it; that of the present files is recorded now, unchecked"
+        )
+        completed = former | {"files": former["files"] | missing}
+        if in_array:
+            write_npz(path, **dict(content) | {"identity": json.dumps(completed)})
+        else:
+            write_json(path, dict(content) | completed)
+    return True
 
 
 def differences(result: str, recorded: Mapping[str, Any], config: ConfigDict) -> dict[str, str]:

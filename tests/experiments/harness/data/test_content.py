@@ -1,5 +1,6 @@
 """Fingerprints of a data set's files, and what they decide."""
 
+import json
 import os
 import shutil
 
@@ -11,7 +12,7 @@ from experiments.harness.data import splits
 from experiments.harness.data.sources import content
 from experiments.harness.errors import ConfigError
 from experiments.harness.setup import trained
-from experiments.harness.workdir import dependences, provenance, record
+from experiments.harness.workdir import dependences, files, provenance, record
 from tests.experiments import tiny
 from tests.mock_cifar10 import mock_tfds, write_cifar10
 
@@ -118,6 +119,35 @@ def test_a_run_without_a_fingerprint_adopts_one_and_says_so(tmp_path, capsys):
     [line] = capsys.readouterr().out.splitlines()
     assert "has no fingerprint" in line
     assert record._recorded_data(tmp_path) == data
+
+
+@pytest.mark.parametrize("name", ["evaluation.json", "samples.npz"])
+def test_a_result_without_a_fingerprint_adopts_one_and_says_so(name, tmp_path, capsys):
+    path, config = tmp_path / name, tiny.config()
+
+    def wanted(content):
+        return provenance.identity(dependences.EVALUATION, config, 3, data=lambda _: content)
+
+    def is_current(content, writes=True):
+        return files.read(
+            path, lambda saved: provenance.is_current(path, saved, wanted(content), writes)
+        )
+
+    old = wanted(None)
+    if name.endswith("json"):
+        files.write_json(path, old | {"bits_per_dim": 2.0})
+    else:
+        files.write_npz(path, identity=json.dumps(old), bits_per_dim=2.0)
+    before = path.read_bytes()
+    assert is_current("b", writes=False)
+    assert is_current("")  # an embedded set
+    assert path.read_bytes() == before
+    for _ in range(2):
+        assert is_current("a")
+    [line] = capsys.readouterr().out.splitlines()
+    assert "has no fingerprint of the data of test" in line
+    assert not is_current("b")
+    assert files.read(path, lambda saved: float(saved["bits_per_dim"])) == 2.0
 
 
 def test_prepared_records_have_the_fingerprint_of_their_files(tmp_path):
