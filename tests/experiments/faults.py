@@ -33,7 +33,7 @@ def assert_ends_as(uninterrupted, workdir):
     assert tiny.saved_steps(workdir) == tiny.saved_steps(whole)
     assert tiny.best_step(workdir) == tiny.best_step(whole)
     names = {"checkpoints", "config.json", "data.json", "metrics.jsonl", "samples"}
-    names |= {"damaged_checkpoints", "sessions.jsonl"}
+    names |= {"damaged_checkpoints", "parts.json", "sessions.jsonl"}
     assert {p.name for p in workdir.iterdir() if "tfevents" not in p.name} <= names
 
 

@@ -118,7 +118,7 @@ def test_help_lists_the_flags_and_needs_no_jax():
         "--config:",
         "--workdir:",
         "helpconfig",
-        "<all|train|evaluate|sample|variance|sigma|spacing|import|export>",
+        "<" + "|".join(arguments.EXPERIMENTS) + ">",
     ):
         assert flag in finished.stdout
     assert "python main.py --config=configs/digits.py --workdir=runs/digits" in finished.stdout
