@@ -109,13 +109,11 @@ def conditionals(
     def posterior(model, x_t, x_0, t):
         return forward.posterior(x_t, x_0, steps(model, x_t, t))
 
-    def reverse(model, x_t, t):
-        return reverse_step(model, x_t, t)
-
     def pixels(model, x_1):
         return jnp.exp(pixel_log_probs(model, x_1, quantization))
 
-    return Conditionals(*map(compile_function, (marginal, transition, posterior, reverse, pixels)))
+    functions = marginal, transition, posterior, reverse_step, pixels
+    return Conditionals(*map(compile_function, functions))
 
 
 def reverse_step(model: DiffusionModel, x_t: Float[Array, "b *d"], t: Int[Array, ""]) -> Gaussian:

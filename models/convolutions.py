@@ -57,7 +57,7 @@ def convolution_3x3(
 def trained_3x3(
     x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"], *_: Any, **__: Any
 ) -> Float[Array, "b h w o"]:
-    """`convolution_3x3` whose gradients have the faster form too, for training.
+    """`convolution_3x3` for training: its gradients have the faster form too.
 
     It is differentiable in reverse mode only: `jax.jvp` raises a TypeError.
     """
@@ -163,7 +163,7 @@ def _input_tiles(x):
 
 
 def _tiles(x, side, image_shape):
-    """Tiles of this side, one every 4 pixels, as [side², tiles, channels]: by place in the tile."""
+    """Square tiles, one every 4 pixels, as [side², tiles, channels]; place in the tile first."""
     height, width = image_shape[1:3]
     places = [
         x[:, row : row + height - TILE + 1 : TILE, column : column + width - TILE + 1 : TILE]

@@ -139,7 +139,7 @@ class PixelControl(NamedTuple):
         """Of one example; slope (v − x_0) − ½ curvature (v − x_0)² is added to the log-prior."""
         values, num_levels = jnp.asarray(self.values), len(self.values)
         spacing = values[1] - values[0]
-        # A level is counted from that of x_0: −(K − 1) … K − 1, of which K exist.
+        # Levels relative to the level of x_0, from −(K − 1) to K − 1; K of these exist.
         steps = jnp.arange(1 - num_levels, num_levels)
         level = jnp.round((x_0 - values[0]) / spacing).astype(int)[:, None] + steps
         exists = (level >= 0) & (level < num_levels)

@@ -206,7 +206,7 @@ def _try(
     expected: dict[str, Any],
 ) -> bool:
     """One run with its stops; prints its row of the table."""
-    told = []
+    outcomes = []
     for stop in [*stops, None]:
         ended = start(workdir, stop)
         # Until main listens, SIGTERM does what it does to any program.
@@ -216,10 +216,10 @@ def _try(
             return False
         if stop is not None:
             how = f"reached {_last_step(workdir)}; exit {ended.status}, {ended.seconds:.1f} s"
-            told.append(f"{stop} ({how})")
+            outcomes.append(f"{stop} ({how})")
     wrong = differences(expected, result(workdir))
-    told.append("bit-equal" if not wrong else f"differs in {wrong[:5]}")
-    print(f"{workdir.name:>3}  {'; '.join(told)}", flush=True)
+    outcomes.append("bit-equal" if not wrong else f"differs in {wrong[:5]}")
+    print(f"{workdir.name:>3}  {'; '.join(outcomes)}", flush=True)
     return not wrong
 
 

@@ -2,12 +2,13 @@
 
 import pytest
 
-from tests.stress import command, inputs
+from tests.stress import bad_inputs, command, inputs
+from tests.stress.bad_inputs import GROUPS, Case
 
-QUICK = [*inputs.flags(), *inputs.config_files()]
-SLOW = [(group, case) for group in ("settings", "paths", "data") for case in inputs.GROUPS[group]()]
+QUICK = [*bad_inputs.flags(), *bad_inputs.config_files()]
+SLOW = [(group, case) for group in ("settings", "paths", "data") for case in GROUPS[group]()]
 SAMPLE = [case for _, case in inputs.sample(SLOW, 18, seed=0)]
-CASES = [*QUICK, *SAMPLE, *inputs.processes()]
+CASES = [*QUICK, *SAMPLE, *bad_inputs.processes()]
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name[:60] for case in CASES])
@@ -18,7 +19,7 @@ def test_a_bad_input_is_refused_in_one_line_and_nothing_is_written(case):
 def test_an_input_that_is_not_refused_is_an_exception(tmp_path):
     """It writes, ends with status 0, and prints no error: the table has a line of each."""
     make = lambda here: (here / "a.py").write_text("import os; open('b', 'w'); os._exit(0)")  # noqa: E731
-    case = inputs.Case("a", ("--config={here}/a.py",), "a", make, directory="{here}")
+    case = Case("a", ("--config={here}/a.py",), "a", make, directory="{here}")
     found = "\n".join(inputs.exceptions(case))
     assert all(text in found for text in ("status 0", "not one line", "wrote")), found
 

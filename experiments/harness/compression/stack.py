@@ -142,7 +142,7 @@ class Stack:
         return self._words[self._borrowed - self.num_initial : self._size].copy()
 
     def holds_initial(self) -> bool:
-        """Whether a decoder is where its encoder began: at the borrowed words alone."""
+        """Whether only the borrowed words are left, as when the encoder began."""
         borrowed = _loan(self._loan, self._borrowed)
         return np.array_equal(self._words[: self._size], borrowed)
 
@@ -162,7 +162,7 @@ class Stack:
         return symbols
 
     def _take(self, count: int, is_q: bool) -> Any:
-        """A coder that holds the words at the top of the stack, which no longer does."""
+        """Moves at most `count` words from the top of the stack to a new coder."""
         start = max(self._size - count, 0)
         words = self._words[start : self._size]
         self._size = start
@@ -179,9 +179,9 @@ class Stack:
         self._size = end
 
     def _masked(self, words: UInt32[np.ndarray, "words"]) -> UInt32[np.ndarray, "words"]:
-        """The words above the present top as q sees them; or as they are, if q sees these.
+        """Applies the mask to words that belong above the present top; the mask is its own inverse.
 
-        The last two, which are the coder's own state, are not masked.
+        The last two words are the coder's own state and are not masked.
         """
         count = max(len(words) - 2, 0)
         # Places count from the borrowed words up, and from there down.
@@ -210,7 +210,7 @@ class _Random:
         self._generator, self._words = np.random.PCG64(seed), np.zeros(0, np.uint32)
 
     def words(self, start: int, count: int) -> UInt32[np.ndarray, "words"]:
-        """The words from a place on; none is zero."""
+        """`count` words, starting at index `start`. No word is zero."""
         missing = start + count - len(self._words)
         if missing > 0:
             raw = self._generator.random_raw(max(missing, len(self._words), _BLOCK))

@@ -1,4 +1,4 @@
-"""glibc's memory allocator, told to keep the memory that a training step uses again."""
+"""Settings of glibc's allocator, so that a training step reuses the memory of the last one."""
 
 import ctypes
 import sys

@@ -127,8 +127,8 @@ def load(
       workdir: holds the checkpoints.
       checkpoint: "best" or "latest", as for `load_ema`.
       writes: whether results will be written to the directory.
-      uses_data: whether the training data must be those of the training. If they were replaced,
-        examples that are held out now may have been trained on.
+      uses_data: whether to check that the run was trained on the present training data. If they
+        were replaced, the network may have been trained on examples that are held out now.
 
     Raises:
       ConfigError: if the directory holds no such model, or one of other training data, or results

@@ -124,7 +124,7 @@ def _eigen(covariance):
 
 
 def test_the_rest_of_x_0_is_as_the_conditional_normal_says(float64):
-    """Of y = x_0 + noise of variance 1/SNR: the density of x_j given the other y, over its own."""
+    """y is x_0 plus noise of variance 1/SNR: the ratio of p(x_j given the other y) to p(x_j)."""
     rng = np.random.default_rng(4)
     gaussian = GaussianControl.fit(rng.normal(size=(40, 3)) @ rng.normal(size=(3, 3)), 0.1)
     covariance = gaussian.basis * np.exp(gaussian.log_variance) @ gaussian.basis.T

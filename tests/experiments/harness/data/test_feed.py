@@ -24,25 +24,25 @@ def images_of(config, first, calls):
     with feed.start(first):
         for _ in range(calls):
             examples, indices = feed.next()
-            assert examples.labels is None  # the model is told none
+            assert examples.labels is None  # the model is numbers none
             images = np.asarray(examples.images)
             found.append(images if indices is None else images[indices])
     return feed, found
 
 
 def test_processes_with_other_images_are_refused(monkeypatch):
-    """As this one finds itself among others: it is told the first process's, and theirs alike."""
+    """Processes compare a number of their data with that of the first process."""
     source = splits.describe_data(tiny.config(), "train")
     require_same_data(source)
-    told = []
+    numbers = []
     monkeypatch.setattr(
-        distributed, "broadcast_first", lambda number: told.append(number) or told[0]
+        distributed, "broadcast_first", lambda number: numbers.append(number) or numbers[0]
     )
     require_same_data(source)
     for other in (source._replace(num_examples=999), source._replace(fingerprint=lambda: "1")):
         with pytest.raises(ConfigError, match=r"do not all have the same ones; give each"):
             require_same_data(other)
-    assert all(0 <= number < 2**31 for number in told)
+    assert all(0 <= number < 2**31 for number in numbers)
 
 
 def test_streamed_batches_are_those_that_lie_on_the_devices():
