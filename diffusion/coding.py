@@ -88,13 +88,14 @@ class Conditionals(NamedTuple):
 
 
 def conditionals(
-    quantization: Quantization, compile_function: Callable[[Callable], Callable]
+    quantization: Quantization, compile_function: Callable[[str, Callable], Callable]
 ) -> Conditionals:
     """The five conditionals of a model.
 
     Args:
       quantization: the grey levels.
-      compile_function: takes a function (model, *arrays) and returns one of the arrays alone.
+      compile_function: takes the name of a conditional and a function (model, *arrays), and returns
+        a function of the arrays alone.
     """
 
     def steps(model, x, t):
@@ -112,8 +113,14 @@ def conditionals(
     def pixels(model, x_1):
         return jnp.exp(pixel_log_probs(model, x_1, quantization))
 
-    functions = marginal, transition, posterior, reverse_step, pixels
-    return Conditionals(*map(compile_function, functions))
+    functions = {
+        "marginal": marginal,
+        "transition": transition,
+        "posterior": posterior,
+        "reverse": reverse_step,
+        "pixels": pixels,
+    }
+    return Conditionals(**{name: compile_function(name, f) for name, f in functions.items()})
 
 
 def reverse_step(model: DiffusionModel, x_t: Float[Array, "b *d"], t: Int[Array, ""]) -> Gaussian:
@@ -206,7 +213,7 @@ def make_code(
 ) -> Code:
     """The code of a model, compiled for this process, with the grids of `grid_spacing`."""
     spacing = grid_spacing(model.levels, ORDERS[order], bins_per_std)
-    compiled = conditionals(quantization, lambda f: jax.jit(functools.partial(f, model)))
+    compiled = conditionals(quantization, lambda _, f: jax.jit(functools.partial(f, model)))
     return Code(compiled, spacing, quantization.values)
 
 

@@ -26,6 +26,7 @@ from experiments.harness.setup.definition import ModelDefinition
 from experiments.harness.setup.trained import Run
 from experiments.harness.workdir.provenance import fingerprint
 
+_NETWORK = ("reverse", "pixels")  # the conditionals that call the network
 # Autotuning chooses among algorithms by their time, which differs from process to process.
 _GPU_OPTIONS = {"xla_gpu_deterministic_ops": True, "xla_gpu_autotune_level": 0}
 
@@ -50,7 +51,9 @@ class Programs:
         self.labels: np.ndarray | None = None
         self.bar: tqdm | None = None
         self.seconds = dict.fromkeys(("network", "q", "transfers", "compilation"), 0.0)
-        self.conditionals: Conditionals = conditionals(definition.quantization, self._program)
+        self.conditionals: Conditionals = conditionals(
+            definition.quantization, functools.partial(_Program, self)
+        )
 
     def text_fingerprint(self) -> str:
         """The fingerprint of the programs that call the network; traces them, compiles nothing."""
@@ -60,9 +63,6 @@ class Programs:
             self.conditionals.pixels.lower(x),
         )
         return fingerprint(*(program.as_text() for program in lowered))
-
-    def _program(self, function: Callable) -> "_Program":
-        return _Program(self, function)
 
     def lower(self, function: Callable, *arrays: Any) -> Any:
         """A function (model, *arrays), traced for these arrays."""
@@ -108,10 +108,11 @@ class Programs:
 
 
 class _Program:
-    """One of the conditionals."""
+    """The conditional of this name."""
 
-    def __init__(self, programs: Programs, function: Callable):
+    def __init__(self, programs: Programs, name: str, function: Callable):
         self._programs, self._function, self._compiled = programs, function, None
+        self._kind = "network" if name in _NETWORK else "q"
 
     def lower(self, *arrays: Any) -> Any:
         return self._programs.lower(self._function, *arrays)
@@ -123,8 +124,7 @@ class _Program:
             lowered = self.lower(*map(self._programs.padded, arrays))
             self._compiled = lowered.compile(compiler_options=options)
             self._programs.seconds["compilation"] += time.perf_counter() - start
-        kind = "network" if self._function.__name__ in ("reverse", "pixels") else "q"
-        return self._programs.run(self._compiled, kind, *arrays)
+        return self._programs.run(self._compiled, self._kind, *arrays)
 
 
 def environment(run: Run) -> dict[str, str]:

@@ -114,6 +114,14 @@ def test_the_stream_is_as_long_as_the_ledger_says(run):
     assert np.abs(grids).max() < 0.1
 
 
+def test_every_evaluation_of_the_network_is_counted(run):
+    """T for an image: T − 1 for the p(x_{t−1} | x_t), and one for p(x_0 | x_1)."""
+    here = Codec(run, False)
+    here.encode(IMAGES)
+    assert here._programs.bar.n == here._programs.bar.total == 4 * len(IMAGES)
+    assert min(here.seconds["network"], here.seconds["q"]) > 0
+
+
 def changed(run):
     """The run with another value in its first weight."""
     params = jax.tree.map(np.array, run.params)
