@@ -22,6 +22,7 @@ LEVELS = (
     ("data", "pictures", "pipelines", "workdir"),
     ("setup",),
     ("training", "evaluation", "sampling", "compression", "command_line", "arguments"),
+    ("study",),
 )
 LEVEL_OF = {room: number for number, rooms in enumerate(LEVELS, 1) for room in rooms}
 
