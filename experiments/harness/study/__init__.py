@@ -1,1 +1,1 @@
-"""Studies: a grid of runs that differ in a few settings, compared on the same examples and noise."""
+"""Studies: a grid of runs that differ in a few settings, compared on the same test examples."""
