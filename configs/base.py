@@ -7,7 +7,7 @@ docs/settings.md list all of them; configs/settings/ declares them.
 
 from ml_collections import ConfigDict
 
-from configs.settings import results, training
+from configs.settings import results, studies, training
 from configs.settings.declaration import Group, Int, Setting
 
 SETTINGS = Group(
@@ -28,6 +28,7 @@ SETTINGS = Group(
     spacing=results.spacing(),
     diffusers=results.diffusers(),
     compress=results.compress(),
+    ablate=studies.ablate(),
 )
 """All settings. A test compares docs/settings.md with them."""
 

@@ -159,6 +159,39 @@ class Tuple:
 
 
 @dataclasses.dataclass(frozen=True)
+class Axes:
+    """The axes of a study: a tuple of (axis, values).
+
+    The values are a tuple of values of the setting that names the axis, or a dictionary from a
+    value's name to settings: ("objective", {"bound": {"train.objective": "vlb"}, …}). Only this
+    form is checked here; `experiments/harness/study/axes.py` checks names and values of settings.
+    """
+
+    def describe(self) -> str:
+        return (
+            "a tuple of (setting, (value, …)) or (axis, {value's name: {setting: value, …}, …}), "
+            "with different names"
+        )
+
+    def problem(self, value: Any) -> str | None:
+        if not isinstance(value, tuple) or not all(_is_axis(entry) for entry in value):
+            return _must_be(self)
+        names = [name for name, _ in value]
+        return None if len(set(names)) == len(names) else _must_be(self)
+
+
+def _is_axis(entry: Any) -> bool:
+    """Whether an entry is a name with a tuple, or with a dictionary of dictionaries."""
+    if not isinstance(entry, tuple) or len(entry) != 2 or not isinstance(entry[0], str):
+        return False
+    name, values = entry
+    if isinstance(values, dict):
+        is_named = all(isinstance(key, str) and key for key in values)
+        return bool(name) and is_named and all(isinstance(v, dict) for v in values.values())
+    return bool(name) and isinstance(values, tuple)
+
+
+@dataclasses.dataclass(frozen=True)
 class Setting:
     """A setting: its default, the kind of value that it takes, and one line of help."""
 

@@ -33,6 +33,7 @@ EXPERIMENTS = (
     "sigma",
     "spacing",
     "compress",
+    "ablate",
     "import",
     "export",
 )

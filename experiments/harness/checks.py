@@ -37,7 +37,8 @@ def check(config: ConfigDict, *parts: str) -> None:
 
     Args:
       config: the config.
-      parts: names of experiments: train, evaluate, sample, variance, sigma, spacing or compress.
+      parts: names of experiments: train, evaluate, sample, variance, sigma, spacing, compress or
+        ablate.
 
     Raises:
       ConfigError: with one line that names the setting, its value and what would be right.
@@ -78,8 +79,8 @@ def _needs_unconditional(c: ConfigDict) -> bool:
 
 
 TRAIN, EVALUATE, SAMPLE = ("train",), ("evaluate",), ("train", "sample")
-MEASURE = ("evaluate", "variance", "sigma", "spacing", "compress")
-ALL = ("train", "evaluate", "sample", "variance", "sigma", "spacing", "compress")
+MEASURE = ("evaluate", "variance", "sigma", "spacing", "compress", "ablate")
+ALL = ("train", "sample", *MEASURE)
 _TRAINED_WITH = (
     "a learned Σ_θ needs a network that was trained with it, and this one has "
     "config.model.variance = {model.variance!r}; use that, a fixed or an analytic one"
@@ -135,7 +136,7 @@ RULES = (
 
     Rule(MEASURE, "evaluate.labels", lambda c: not c.evaluate.labels and _needs_unconditional(c),
          f"{_WITHOUT_LABELS}; use True"),
-    Rule(EVALUATE, "evaluate.variance", _lacks("evaluate.variance"), _TRAINED_WITH),
+    Rule(("evaluate", "ablate"), "evaluate.variance", _lacks("evaluate.variance"), _TRAINED_WITH),
     Rule(("evaluate", "sample"), "sample.variance", _lacks("sample.variance"), _TRAINED_WITH),
     *(Rule((name,), f"{name}.variance", _lacks(f"{name}.variance"), _TRAINED_WITH)
       for name in ("spacing", "compress")),
@@ -169,6 +170,13 @@ RULES = (
 
     Rule(("variance",), "schedule.num_timesteps", lambda c: c.schedule.num_timesteps < 2,
          "it must be at least 2"),
+    Rule(("ablate",), "schedule.num_timesteps", lambda c: c.schedule.num_timesteps < 2,
+         "it must be at least 2"),
+    Rule(("ablate",), "ablate.num_timesteps", lambda c: c.ablate.num_timesteps == 1,
+         "it must be at least 2, or 0 for config.schedule.num_timesteps"),
+    Rule(("ablate",), "sample.spacing", lambda c: "quality" in c.ablate.measures
+         and c.sample.spacing == "bound_optimal",
+         "a cell has no result of --experiment=spacing; use another"),
     Rule(("spacing",), "spacing.candidates", lambda c: c.spacing.candidates
          < max(c.spacing.num_timesteps),
          "it must be at least the largest of config.spacing.num_timesteps = "

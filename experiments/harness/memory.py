@@ -79,7 +79,7 @@ def needs(
         yield Need("train.batch_size", rows * image)
     if "compress" in parts:
         yield Need("compress.batch_size", config.compress.batch_size / num_devices * image)
-    if {"evaluate", "variance", "sigma", "spacing", "compress"} & set(parts):
+    if {"evaluate", "variance", "sigma", "spacing", "compress", "ablate"} & set(parts):
         rows = evaluate.batch_size / num_devices
         yield Need("evaluate.batch_size", rows * image)
         yield Need("evaluate.chunk_size", rows * image * evaluate.chunk_size)
@@ -94,7 +94,8 @@ def needs(
         yield Need("sample.num_samples", sample.num_samples * num_dims, False)  # bytes
         inpainted = sample.strip_rows * sample.inpaint.num_samples * image
         yield Need("sample.inpaint.num_samples", inpainted * ("inpaint" in sample.also), False)
-    if "quality" in evaluate.also or {"sweep", "guidance"} & set(sample.also):
+    measures = config.ablate.measures if "ablate" in parts else ()
+    if "quality" in (*evaluate.also, *measures) or {"sweep", "guidance"} & set(sample.also):
         yield Need("quality.num_samples", quality.num_samples * num_dims, False)
     if "variance" in parts:
         draws = config.variance.draws * config.variance.examples

@@ -13,16 +13,19 @@ from typing import Any, NamedTuple
 
 from diffusion.variances import VARIANCES
 
+WEIGHTINGS = ("simple", "min_snr", "truncated", "p2", "sigmoid")  # of ‖ε − ε̂‖² alone
 Settings = Mapping[str, Any]  # flat: {"train.batch_size": 128, …}
 
 # The results. Those that are files have the file's path in the work directory.
 RUN = "training run"  # all that a checkpoint holds
+WEIGHTS = "trained weights"  # the parameters of a step, whatever is measured of them
 NETWORK = "trained network"  # what a checkpoint's parameters mean
 MEASURED_ERRORS = "eps_errors.npz"
 OPTIMAL_LEVELS = "spacing.json"
 EVALUATION = "evaluation.json"
 SAMPLES = "samples/samples.npz"  # with all pictures in samples/
 SWEEP = "samples/sweep.json"  # what its entries have in common
+MEASUREMENT = "measurements"  # of a study: a directory with a file for each of its cells
 CLASSIFIER = "quality/classifier"
 REFERENCE = "quality/reference"  # the statistics of the data that samples are compared with
 
@@ -48,8 +51,9 @@ _GROUPS = {
         train.init_from""",
     "error measurement": "analytic.levels analytic.examples",
     "evaluation labels": "evaluate.labels",
-    "evaluation": """evaluate.split evaluate.checkpoint evaluate.replicates evaluate.variance
-        evaluate.target evaluate.also""",
+    "bound's variance": "evaluate.variance",
+    "evaluation": """evaluate.split evaluate.checkpoint evaluate.replicates evaluate.target
+        evaluate.also""",
     "allocation": "evaluate.max_evaluations evaluate.pilot",
     "k_sample": "evaluate.k_sample.",
     "ode": "evaluate.ode.",
@@ -77,6 +81,9 @@ _GROUPS = {
     "classifier": "quality.classifier.",
     "quality": "quality.num_samples quality.neighbors",
     "level search": "spacing.candidates spacing.variance spacing.checkpoint",
+    "measurement": """ablate.split ablate.checkpoint ablate.num_timesteps ablate.draws
+        ablate.measures""",
+    "loss variance": "ablate.repeats",
     # No kept result depends on the rest. Each run of the experiments sigma, spacing,
     # variance and compress writes its table anew, and nothing reads it.
     "speed": """data.stream data.memory_limit_mb data.workers data.prefetch devices.fsdp
@@ -92,7 +99,8 @@ _GROUPS = {
         variance.draws variance.num_samples variance.num_timesteps diffusers.checkpoint
         compress.split compress.images compress.num_images compress.decompress compress.checkpoint
         compress.order compress.num_timesteps compress.spacing compress.variance
-        compress.bins_per_std compress.batch_size compress.verify""",
+        compress.bins_per_std compress.batch_size compress.verify ablate.axes ablate.baseline
+        ablate.seeds ablate.cell""",
 }
 GROUPS: dict[str, tuple[str, ...]] = {key: tuple(text.split()) for key, text in _GROUPS.items()}
 
@@ -143,6 +151,19 @@ def _is_learned(settings: Settings) -> bool:
     return variance in VARIANCES and VARIANCES[variance]().is_learned
 
 
+def _trains_whole_model(settings: Settings) -> bool:
+    """Whether the loss contains Σ_θ and the decoder, as the bound does; so may one not built in.
+
+    So does every loss that trains a learned Σ_θ.
+    """
+    return settings["train.objective"] not in WEIGHTINGS
+
+
+def _trains_levels(settings: Settings) -> bool:
+    """Whether the loss depends on T, the number of levels."""
+    return settings["train.time"] != "continuous" or _trains_whole_model(settings)
+
+
 def _is_adaptive(settings: Settings) -> bool:
     """Whether an evaluation draws its timesteps where the noise is."""
     return settings["evaluate.target"] != 0 or "continuous" in settings["evaluate.also"]
@@ -170,6 +191,19 @@ _DRAWS = (
     *(when(_is("sample.sampler", name), name) for name in _SAMPLERS_WITH_OPTIONS),
 )
 
+_WEIGHTS = (
+    "seed",
+    "data set",
+    "images",
+    "augmentation",
+    "schedule",
+    "prediction",
+    "training precision",
+    "training",
+    when(_trains_levels, "num_timesteps"),
+    when(_trains_whole_model, "variance", "decoder"),
+)
+
 RESULTS: dict[str, tuple[Dependence, ...]] = {
     RUN: (
         "seed",
@@ -184,6 +218,8 @@ RESULTS: dict[str, tuple[Dependence, ...]] = {
         "decoder",
         "training",
     ),
+    # Less than a run, whose best checkpoint is chosen by the bound of the whole model.
+    WEIGHTS: _WEIGHTS,
     NETWORK: (
         "data set",
         "prediction",
@@ -214,6 +250,7 @@ RESULTS: dict[str, tuple[Dependence, ...]] = {
         "variance",
         "decoder",
         "evaluation",
+        "bound's variance",
         when(_is("model.class_conditional", True), "evaluation labels"),
         when(_is_measured("evaluate.variance"), MEASURED_ERRORS),
         when(_is_adaptive, "allocation", DataFiles("train")),
@@ -231,6 +268,19 @@ RESULTS: dict[str, tuple[Dependence, ...]] = {
         when(_lists("sample.also", "sweep"), "sweep", SWEEP),
     ),
     SWEEP: (*_ANY_SAMPLER, *_ANCESTRAL, *_SAMPLERS_WITH_OPTIONS, REFERENCE, "quality"),
+    MEASUREMENT: (
+        *_WEIGHTS,
+        "num_timesteps",
+        "variance",
+        "decoder",
+        "measurement",
+        DataFiles("ablate.split"),
+        when(_is("model.class_conditional", True), "evaluation labels"),
+        "bound's variance",
+        when(_is_measured("evaluate.variance"), MEASURED_ERRORS),
+        when(_lists("ablate.measures", "loss_variance"), "loss variance"),
+        when(_lists("ablate.measures", "quality"), *_DRAWS, REFERENCE, "quality"),
+    ),
     # These two have a fingerprint of the images in their file names too.
     CLASSIFIER: ("data set", "images", DataFiles("train"), "classifier"),
     REFERENCE: (

@@ -1,11 +1,11 @@
-"""One training run in a work directory at a time."""
+"""Locks of files, which end with the process: one training run in a work directory at a time."""
 
 import errno
 import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 from etils import epath
 from tqdm import tqdm
@@ -22,6 +22,10 @@ _FILE = "training.lock"
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
+class NoLocksError(Exception):
+    """The place has no locks; the message says what it is."""
+
+
 @contextmanager
 def held(workdir: epath.PathLike) -> Iterator[None]:
     """Locks a work directory for this run; the end of the process, of any kind, unlocks it.
@@ -32,27 +36,46 @@ def held(workdir: epath.PathLike) -> Iterator[None]:
       ConfigError: if another run holds the directory, or it can't be written.
     """
     path = epath.Path(workdir) / _FILE
-    file, is_refused = None, False
-    if distributed.is_first() and "://" in os.fspath(path):
-        _warn(workdir, "a bucket")
-    elif distributed.is_first():  # it holds the lock for all processes of the run
-        try:
-            file = _lock(os.fspath(path))
-        except BlockingIOError:
-            is_refused = True
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise ConfigError(
-                    f"workdir={workdir}: {_FILE} cannot be written ({error.strerror})"
-                ) from error
-            _warn(workdir, f"a file system without locks: {error.strerror}")
-    if distributed.in_any(is_refused):
-        raise ConfigError(
-            f"workdir={workdir} is being trained in by {_holder(path)}; wait until that ends, stop "
-            "it, or use another workdir"
-        )
-    try:
+    with ExitStack() as stack:
+        is_refused = False
+        if distributed.is_first():  # it holds the lock for all processes of the run
+            try:
+                is_refused = not stack.enter_context(attempted(path))
+            except NoLocksError as error:
+                _warn(workdir, str(error))
+        if distributed.in_any(is_refused):
+            raise ConfigError(
+                f"workdir={workdir} is being trained in by {holder(path)}; wait until that ends, "
+                "stop it, or use another workdir"
+            )
         yield
+
+
+@contextmanager
+def attempted(path: epath.PathLike) -> Iterator[bool]:
+    """Tries to lock a file in the body; yields False if another process holds it.
+
+    The end of the process, of any kind, unlocks it.
+
+    Raises:
+      NoLocksError: if there are no locks in this place, such as in a bucket.
+      ConfigError: if the file can't be written.
+    """
+    path, file = epath.Path(path), None
+    if "://" in os.fspath(path):
+        raise NoLocksError("a bucket")
+    try:
+        file = _lock(os.fspath(path))
+    except BlockingIOError:
+        pass
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            raise NoLocksError(f"a file system without locks: {error.strerror}") from error
+        raise ConfigError(
+            f"workdir={path.parent}: {path.name} cannot be written ({error.strerror})"
+        ) from error
+    try:
+        yield file is not None
     finally:
         if file is not None:
             # Removed before it is unlocked: see `_lock`.
@@ -82,9 +105,10 @@ def _lock(path: str) -> int:
         os.close(file)
 
 
-def _holder(path: epath.Path) -> str:
+def holder(path: epath.PathLike) -> str:
+    """The process that holds a lock, for people."""
     try:
-        holder = json.loads(path.read_text())
+        holder = json.loads(epath.Path(path).read_text())
         return f"process {holder['pid']} on {holder['host']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"

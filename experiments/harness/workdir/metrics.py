@@ -9,6 +9,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -104,6 +105,15 @@ class Events:
 
         self._file.write_event(event_pb2.Event(wall_time=time.time(), step=step, **content))
         self._file.flush()
+
+
+def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
+    """The complete lines of metrics.jsonl; none if there is no such file."""
+    path, lines = epath.Path(workdir) / _FILE, []
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with suppress(ValueError):  # incomplete, left by a kill
+            lines.append(json.loads(line))
+    return [line for line in lines if isinstance(line, dict) and "step" in line]
 
 
 def show(

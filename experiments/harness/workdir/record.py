@@ -15,7 +15,13 @@ from experiments.harness.errors import ConfigError
 from experiments.harness.processes import distributed
 from experiments.harness.workdir import parts
 from experiments.harness.workdir.checkpoints import check_path, is_new
-from experiments.harness.workdir.dependences import FILES_OF_A_RUN, NETWORK, RUN, is_named
+from experiments.harness.workdir.dependences import (
+    FILES_OF_A_RUN,
+    MEASUREMENT,
+    NETWORK,
+    RUN,
+    is_named,
+)
 from experiments.harness.workdir.files import append_jsonl, read, write_json
 from experiments.harness.workdir.provenance import differences, flatten
 
@@ -116,7 +122,14 @@ def _dots(name: str) -> Iterator[int]:
 
 def _check_kinds(workdir: epath.Path) -> None:
     """Raises ConfigError for a file in the place of a directory of a run, or the reverse."""
-    directories = ("checkpoints", "interrupted", "damaged_checkpoints", "samples", EVALUATIONS)
+    directories = (
+        "checkpoints",
+        "interrupted",
+        "damaged_checkpoints",
+        "samples",
+        EVALUATIONS,
+        MEASUREMENT,
+    )
     files = (CONFIG_FILE, CHANGES_FILE, DATA_FILE, "metrics.jsonl", "sessions.jsonl")
     for name in (*directories, *files, "evaluations.jsonl", *FILES_OF_A_RUN):
         path = workdir / name
@@ -271,9 +284,10 @@ def forget_results(workdir: epath.PathLike) -> None:
     """Removes the results of an earlier run in this directory."""
     for name in FILES_OF_A_RUN:
         (epath.Path(workdir) / name).unlink(missing_ok=True)
-    evaluations = epath.Path(workdir) / EVALUATIONS
-    if distributed.is_first() and evaluations.exists():
-        evaluations.rmtree()
+    for name in (EVALUATIONS, MEASUREMENT):
+        directory = epath.Path(workdir) / name
+        if distributed.is_first() and directory.exists():
+            directory.rmtree()
 
 
 def check_network(config: ConfigDict, workdir: epath.PathLike) -> None:

@@ -10,11 +10,13 @@ from experiments.harness.workdir.dependences import (
     EVALUATION,
     GROUPS,
     MEASURED_ERRORS,
+    MEASUREMENT,
     NETWORK,
     RESULTS,
     RUN,
     SAMPLES,
     SWEEP,
+    WEIGHTS,
 )
 from tests.experiments import tiny
 
@@ -136,6 +138,22 @@ def test_a_condition_reads_settings_that_the_result_depends_on(result):
         (MEASURED_ERRORS, {"model__class_conditional": True}, "evaluate.labels", "train.ema_decay"),
         (SWEEP, {}, "sample.ddim.eta sample.variance quality.split", "sample.sampler sample.also"),
         (RUN, {}, "seed data.flip model.dtype train.batch_size", "evaluate.split"),
+        (WEIGHTS, {}, "seed train.objective decoder.name", "evaluate.variance ablate.draws"),
+        (WEIGHTS, {"train__objective": "simple"}, "schedule.num_timesteps", "model.variance"),
+        (
+            WEIGHTS,
+            {"train__objective": "simple", "train__time": "continuous"},
+            "train.time",
+            "schedule.num_timesteps decoder.name",
+        ),
+        (
+            MEASUREMENT,
+            {"train__objective": "simple"},
+            "train.beta2 model.variance decoder.name ablate.draws evaluate.variance",
+            "ablate.repeats ablate.cell sample.sampler evaluate.split",
+        ),
+        (MEASUREMENT, {"ablate__measures": ("quality",)}, "sample.sampler", "ablate.repeats"),
+        (MEASUREMENT, {"ablate__measures": ("loss_variance",)}, "ablate.repeats", "sample.sampler"),
         (NETWORK, {}, "data.name decoder.scaling", "model.dtype model.variance schedule.name seed"),
         (NETWORK, {"model__variance": "learned_range"}, "model.variance", "train.objective"),
         (NETWORK, {"model__unet__noise_input": "ddpm_timestep"}, "schedule.name", "seed"),
