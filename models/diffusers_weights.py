@@ -71,7 +71,6 @@ SUPPORTED = {
     "downsample_padding": (0, 1),
     "downsample_type": ("conv", "resnet"),
     "freq_shift": (0, 1),
-    "mid_block_scale_factor": (1,),
     "mid_block_type": ("UNetMidBlock2D",),
     "resnet_time_scale_shift": ("default", "scale_shift"),
     "time_embedding_type": ("positional",),
@@ -102,8 +101,8 @@ def full_options(config: Mapping[str, Any]) -> dict[str, Any]:
     for name, values in SUPPORTED.items():
         _require(options, name, options[name] in values, " or ".join(map(repr, values)))
     channels = options["block_out_channels"]
-    multiples = bool(channels) and min(channels) > 0 and not any(c % channels[0] for c in channels)
-    _require(options, "block_out_channels", multiples, "multiples of the first")
+    are_counts = bool(channels) and min(channels) >= channels[0] > 0
+    _require(options, "block_out_channels", are_counts, "numbers, none below the first")
     _check_blocks(options)
     _require(options, "norm_num_groups", options["norm_num_groups"] is not None, "a number")
     for name, number in (
@@ -126,9 +125,6 @@ def _check_blocks(options: Mapping[str, Any]) -> None:
         fit = len(options[name]) == count and set(options[name]) <= set(allowed)
         remedy = f"{count} of {' and '.join(allowed)}, for downsample_type = "
         _require(options, name, fit, f"{remedy}{options['downsample_type']!r}")
-    down, up = (["Attn" in block for block in options[name]] for name in BLOCKS)
-    remedy = "attention at the same resolutions as in down_block_types"
-    _require(options, "up_block_types", up == down[::-1], remedy)
 
 
 def _require(options: Mapping[str, Any], name: str, is_met: bool, remedy: Any) -> None:
@@ -149,29 +145,47 @@ def unet_settings(config: Mapping[str, Any], height: int) -> dict[str, Any]:
       ValueError: as `full_options`.
     """
     options = full_options(config)
-    channels, types = options["block_out_channels"], options["down_block_types"]
+    channels = options["block_out_channels"]
     is_added = options["resnet_time_scale_shift"] == "default"
     has_norm = is_added or options["attn_norm_num_groups"] is not None
     middle = "normalized" if has_norm else "unnormalized"
     return {
         "channels": channels[0],
-        "channel_multipliers": tuple(count // channels[0] for count in channels),
+        "channel_multipliers": tuple(_quotient(count, channels[0]) for count in channels),
         "num_res_blocks": options["layers_per_block"],
-        "attention_resolutions": tuple(
-            height // 2**level for level, block in enumerate(types) if "Attn" in block
-        ),
+        **_attention_resolutions(options, height),
         "dropout": float(options["dropout"]),
         "num_groups": options["norm_num_groups"],
         "fourier_exponents": (),
         "center_input": options["center_input_sample"],
         "head_channels": options["attention_head_dim"] or 0,
         "middle_attention": middle if options["add_attention"] else "none",
+        "middle_divisor": float(options["mid_block_scale_factor"]),
         "norm_epsilon": float(options["norm_eps"]),
         "scale_shift": not is_added,
         "residual_resampling": options["downsample_type"] == "resnet",
         "symmetric_downsampling": options["downsample_padding"] == 1,
         "frequency_shift": float(options["freq_shift"]),
         "cosines_first": options["flip_sin_to_cos"],
+    }
+
+
+def _quotient(count: int, first: int) -> float | int:
+    return count / first if count % first else count // first
+
+
+def _attention_resolutions(options: Mapping[str, Any], height: int) -> dict[str, tuple[int, ...]]:
+    """The heights of the feature maps with attention: on both ways, or on one of them only."""
+    down, up = (["Attn" in block for block in options[name]] for name in BLOCKS)
+    ways = {
+        "attention_resolutions": (True, True),
+        "down_attention_resolutions": (True, False),
+        "up_attention_resolutions": (False, True),
+    }
+    levels = list(enumerate(zip(down, up[::-1], strict=True)))
+    return {
+        name: tuple(height // 2**level for level, both in levels if both == way)
+        for name, way in ways.items()
     }
 
 
@@ -190,14 +204,18 @@ def unet2d_options(network: UNet, image_shape: Sequence[int]) -> dict[str, Any]:
             f"model.unet.fourier_exponents = {network.fourier_exponents}; a UNet2DModel has no "
             "Fourier features of its input: only () can be exported"
         )
+    if network.channel_multipliers[0] != 1:
+        raise ValueError(
+            f"model.unet.channel_multipliers = {network.channel_multipliers}; the first of a "
+            "UNet2DModel is 1"
+        )
     if network.middle_attention == "unnormalized" and not network.scale_shift:
         raise ValueError(
             "model.unet.middle_attention = 'unnormalized'; a UNet2DModel has it with "
             "model.unet.scale_shift = True only"
         )
     height, width, channels = image_shape
-    levels = range(len(network.channel_multipliers))
-    has_attention = [height // 2**level in network.attention_resolutions for level in levels]
+    heights = [height // 2**level for level in range(len(network.channel_multipliers))]
     plain = [known[network.residual_resampling] for known in BLOCKS.values()]
     resampling = "resnet" if network.residual_resampling else "conv"
     is_normalized = network.middle_attention == "normalized"
@@ -205,15 +223,19 @@ def unet2d_options(network: UNet, image_shape: Sequence[int]) -> dict[str, Any]:
         "add_attention": network.middle_attention != "none",
         "attention_head_dim": network.head_channels or None,
         "attn_norm_num_groups": network.num_groups if is_normalized else None,
-        "block_out_channels": tuple(network.channels * m for m in network.channel_multipliers),
+        "block_out_channels": network.features,
         "center_input_sample": network.center_input,
-        "down_block_types": tuple("AttnDownBlock2D" if a else plain[0] for a in has_attention),
+        "down_block_types": tuple(
+            "AttnDownBlock2D" if network.has_attention(height, "down") else plain[0]
+            for height in heights
+        ),
         "downsample_padding": int(network.symmetric_downsampling),
         "dropout": network.dropout,
         "flip_sin_to_cos": network.cosines_first,
         "freq_shift": int(network.frequency_shift),
         "in_channels": channels,
         "layers_per_block": network.num_res_blocks,
+        "mid_block_scale_factor": network.middle_divisor,
         "norm_eps": network.norm_epsilon,
         "norm_num_groups": network.num_groups,
         "num_class_embeds": network.num_classes + 1 if network.num_classes else None,
@@ -221,7 +243,8 @@ def unet2d_options(network: UNet, image_shape: Sequence[int]) -> dict[str, Any]:
         "resnet_time_scale_shift": "scale_shift" if network.scale_shift else "default",
         "sample_size": height if height == width else (height, width),
         "up_block_types": tuple(
-            "AttnUpBlock2D" if a else plain[1] for a in reversed(has_attention)
+            "AttnUpBlock2D" if network.has_attention(height, "up") else plain[1]
+            for height in reversed(heights)
         ),
         **dict.fromkeys(RESAMPLING, resampling),
     }

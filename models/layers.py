@@ -138,6 +138,7 @@ class ResBlock(nn.Module):
         added before it. Nichol and Dhariwal 2021.
       resampling: "down" to halve height and width by averages before the first convolution, "up"
         to double them by repeats, or empty. Dhariwal and Nichol 2021.
+      divisor: of the sum that the block returns.
     """
 
     features: int
@@ -147,6 +148,7 @@ class ResBlock(nn.Module):
     norm_epsilon: float = GROUP_NORM_EPSILON
     scale_shift: bool = False
     resampling: str = ""
+    divisor: float = 1.0
 
     @nn.compact
     def __call__(
@@ -168,7 +170,11 @@ class ResBlock(nn.Module):
         if x.shape[-1] != self.features:
             conv = functools.partial(nn.Conv, kernel_init=fan_average, dtype=self.dtype)
             x = conv(self.features, (1, 1), conv_general_dilated=product_1x1, name="shortcut")(x)
-        return x + y
+        return _quotient(x + y, self.divisor)
+
+
+def _quotient(x: Float[Array, "*b"], divisor: float) -> Float[Array, "*b"]:
+    return x if divisor == 1 else x / divisor
 
 
 def _resample(x: Float[Array, "b h w c"], resampling: str) -> Float[Array, "b new_h new_w c"]:
@@ -189,13 +195,16 @@ class SelfAttention(nn.Module):
       dtype: precision of the matrix products; None for that of their input. The softmax is in
         float32 at least.
       norm_epsilon: of the group norm.
-      head_channels: channels of a head, which divide those of the input; 0 for a single head.
+      head_channels: channels of a head, at most those of the input; 0 for a single head. There are
+        as many heads as fit into the input's channels.
+      divisor: of the sum that the block returns.
     """
 
     num_groups: int
     dtype: DTypeLike | None = None
     norm_epsilon: float = GROUP_NORM_EPSILON
     head_channels: int = 0
+    divisor: float = 1.0
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
@@ -205,8 +214,9 @@ class SelfAttention(nn.Module):
             pixels = GroupNorm(self.num_groups, self.norm_epsilon, name="norm")(x)
         pixels = pixels.reshape(b, h * w, c)
         width = self.head_channels or c
+        heads = c // width
         query, key, value = (
-            dense(c, name, dtype=self.dtype)(pixels).reshape(b, h * w, c // width, width)
+            dense(heads * width, name, dtype=self.dtype)(pixels).reshape(b, h * w, heads, width)
             for name in ("query", "key", "value")
         )
         wide = jnp.promote_types(query.dtype, jnp.float32)
@@ -214,7 +224,8 @@ class SelfAttention(nn.Module):
         weights = nn.softmax(logits / np.sqrt(width)).astype(value.dtype)
         pixels = jnp.einsum("bnqk,bknc->bqnc", weights, value)
         out = dense(c, "out", zeros_init(), self.dtype)
-        return x + out(pixels.reshape(b, h * w, c)).reshape(b, h, w, c)
+        pixels = out(pixels.reshape(b, h * w, heads * width))
+        return _quotient(x + pixels.reshape(b, h, w, c), self.divisor)
 
 
 class Downsample(nn.Module):

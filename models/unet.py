@@ -59,6 +59,13 @@ def ddpm_timestep(
     return timestep
 
 
+ATTENTION_RESOLUTIONS = (
+    "attention_resolutions",
+    "down_attention_resolutions",
+    "up_attention_resolutions",
+)
+
+
 class UNet(nn.Module):
     """The network of Ho et al. 2020 (appendix B), for images of any shape that `validate` accepts.
 
@@ -66,17 +73,22 @@ class UNet(nn.Module):
 
     Attributes:
       channels: number of channels at full resolution.
-      channel_multipliers: a factor for each resolution, which halves from one to the next.
+      channel_multipliers: a factor for each resolution, which halves from one to the next. Its
+        product with `channels` is a whole number, to rounding.
       num_res_blocks: number of residual blocks at each resolution of the encoder; the decoder has
         one more.
       attention_resolutions: heights of the feature maps with self-attention after each residual
-        block.
+        block, on the way down and up.
+      down_attention_resolutions: heights of those with self-attention on the way down only.
+      up_attention_resolutions: heights of those with self-attention on the way up only.
       dropout: probability of dropping an activation in a residual block.
       num_groups: number of groups of the group norms.
       fourier_exponents: exponents for `fourier_features` of the input; DDPM has none.
       center_input: whether the network receives 2 x_t − 1.
-      head_channels: channels of an attention head; 0 for a single head.
+      head_channels: channels of an attention head; 0 for a single head. A rest of channels that
+        fills no head is left out.
       middle_attention: "normalized", "unnormalized" (without a group norm) or "none".
+      middle_divisor: divisor of the sums that the blocks in the middle return.
       norm_epsilon: of the group norms.
       scale_shift: whether the embedding scales and shifts in a residual block, and is not added.
       residual_resampling: whether residual blocks change the resolution, and not convolutions.
@@ -93,15 +105,18 @@ class UNet(nn.Module):
     """
 
     channels: int = 128
-    channel_multipliers: Sequence[int] = (1, 2, 2, 2)
+    channel_multipliers: Sequence[float | int] = (1, 2, 2, 2)
     num_res_blocks: int = 2
     attention_resolutions: Sequence[int] = (16,)
+    down_attention_resolutions: Sequence[int] = ()
+    up_attention_resolutions: Sequence[int] = ()
     dropout: float = 0.1
     num_groups: int = 32
     fourier_exponents: Sequence[int] = ()
     center_input: bool = False
     head_channels: int = 0
     middle_attention: str = "normalized"
+    middle_divisor: float = 1.0
     norm_epsilon: float = GROUP_NORM_EPSILON
     scale_shift: bool = False
     residual_resampling: bool = False
@@ -123,8 +138,7 @@ class UNet(nn.Module):
         height, width, _ = image_shape
         halvings = len(self.channel_multipliers) - 1
         heights = [height // 2**level for level in range(halvings + 1)]
-        features = [self.channels, *(self.channels * m for m in self.channel_multipliers)]
-        unknown = sorted(set(self.attention_resolutions) - set(heights))
+        features = [self.channels, *self.features]
 
         def check(right: bool, name: str, remedy: str) -> None:
             if not right:
@@ -140,6 +154,12 @@ class UNet(nn.Module):
             "channel_multipliers",
             "it must list at least one number, each at least 1",
         )
+        exact = np.multiply(self.channels, self.channel_multipliers)
+        check(
+            np.allclose(exact, self.features, rtol=1e-6, atol=0),
+            "channel_multipliers",
+            f"{self.channels} channels times each must be a whole number",
+        )
         check(
             height % 2**halvings == 0 and width % 2**halvings == 0,
             "channel_multipliers",
@@ -154,22 +174,30 @@ class UNet(nn.Module):
         )
         with_attention = [
             count
-            for level, count in enumerate(features[1:])
-            if heights[level] in self.attention_resolutions
+            for level, count in enumerate(self.features)
+            if any(self.has_attention(heights[level], way) for way in ("down", "up"))
             or (level == halvings and self.middle_attention != "none")
         ]
         check(
-            not self.head_channels
-            or all(count % self.head_channels == 0 for count in with_attention),
+            self.head_channels <= min(with_attention, default=self.head_channels),
             "head_channels",
-            f"it must divide the channel counts {sorted(set(with_attention))} of the blocks with "
-            "attention; 0 is a single head",
+            f"it must not be above the channel counts {sorted(set(with_attention))} of the blocks "
+            "with attention; 0 is a single head",
         )
-        check(
-            not unknown,
-            "attention_resolutions",
-            f"no feature map has height {', '.join(map(str, unknown))}: choose from {heights}",
-        )
+        for name in ATTENTION_RESOLUTIONS:
+            unknown = ", ".join(map(str, sorted(set(getattr(self, name)) - set(heights))))
+            check(not unknown, name, f"no feature map has height {unknown}: choose from {heights}")
+
+    @property
+    def features(self) -> tuple[int, ...]:
+        """The number of channels at each resolution."""
+        return tuple(round(self.channels * m) for m in self.channel_multipliers)
+
+    @nn.nowrap
+    def has_attention(self, height: int, direction: str) -> bool:
+        """Whether residual blocks on the way "down" or "up" are followed by self-attention."""
+        one_way = getattr(self, f"{direction}_attention_resolutions")
+        return height in (*self.attention_resolutions, *one_way)
 
     @nn.compact
     def __call__(
@@ -202,10 +230,10 @@ class UNet(nn.Module):
         x_t = jnp.asarray(x_t)
         embedding = self._embedding(log_snr, condition)
 
-        def res_block(x, features, name, resampling=""):
+        def res_block(x, features, name, resampling="", divisor=1.0):
             # Argument 3, counted from `self`, is `train`: a constant of the compiled program.
             block = nn.remat(ResBlock, static_argnums=3) if self.remat else ResBlock
-            options = self.dtype, self.norm_epsilon, self.scale_shift, resampling
+            options = self.dtype, self.norm_epsilon, self.scale_shift, resampling, divisor
             block = block(features, self.num_groups, self.dropout, *options, name=name)
             return block(x, embedding, train)
 
@@ -225,11 +253,12 @@ class UNet(nn.Module):
                     x = Downsample(self.dtype, self.symmetric_downsampling, name=name)(x)
                 skips.append(x)
 
-        x = res_block(x, x.shape[-1], "middle_block_0")
+        middle = {"features": x.shape[-1], "divisor": self.middle_divisor}
+        x = res_block(x, name="middle_block_0", **middle)
         if self.middle_attention != "none":
             num_groups = self.num_groups * (self.middle_attention == "normalized")
-            x = self._attention("middle_attention_0", num_groups)(x)
-        x = res_block(x, x.shape[-1], "middle_block_1")
+            x = self._attention("middle_attention_0", num_groups, self.middle_divisor)(x)
+        x = res_block(x, name="middle_block_1", **middle)
 
         for level in reversed(range(last + 1)):
             for index in range(self.num_res_blocks + 1):
@@ -256,16 +285,16 @@ class UNet(nn.Module):
         index: int,
     ) -> Float[Array, "b h w features"]:
         """A residual block, followed by self-attention at the resolutions that have it."""
-        features = self.channels * self.channel_multipliers[level]
-        x = res_block(x, features, f"{direction}_{level}_block_{index}")
-        if x.shape[1] in self.attention_resolutions:
+        x = res_block(x, self.features[level], f"{direction}_{level}_block_{index}")
+        if self.has_attention(x.shape[1], direction):
             x = self._attention(f"{direction}_{level}_attention_{index}", self.num_groups)(x)
         return x
 
     @nn.nowrap
-    def _attention(self, name: str, num_groups: int) -> nn.Module:
+    def _attention(self, name: str, num_groups: int, divisor: float = 1.0) -> nn.Module:
         block = nn.remat(SelfAttention) if self.remat else SelfAttention
-        return block(num_groups, self.dtype, self.norm_epsilon, self.head_channels, name=name)
+        options = self.dtype, self.norm_epsilon, self.head_channels, divisor
+        return block(num_groups, *options, name=name)
 
     @nn.nowrap
     def _embedding(

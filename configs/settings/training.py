@@ -164,7 +164,7 @@ def model() -> Group:
             channels=Setting(128, Int("[4, 65536]"), "Channels at full resolution."),
             channel_multipliers=Setting(
                 (1, 2, 2, 2),
-                Tuple(Int("[1, 1024]"), min_length=1),
+                Tuple(Float("[1, 1024]"), min_length=1),
                 "Channels at each resolution, as multiples; each resolution is half of the one "
                 "before.",
             ),
@@ -173,6 +173,16 @@ def model() -> Group:
                 (16,),
                 Tuple(Int("[1, 16384]")),
                 "Heights of the feature maps whose blocks are followed by self-attention.",
+            ),
+            down_attention_resolutions=Setting(
+                (),
+                Tuple(Int("[1, 16384]")),
+                "Heights of those that have self-attention on the way down only.",
+            ),
+            up_attention_resolutions=Setting(
+                (),
+                Tuple(Int("[1, 16384]")),
+                "Heights of those that have self-attention on the way up only.",
             ),
             dropout=Setting(0.1, Float("[0, 1)"), "Probability that an activation is dropped."),
             num_groups=Setting(32, Int("[1, 65536]"), "Groups of the group norms."),
@@ -190,6 +200,9 @@ def model() -> Group:
                 Choice("normalized", "unnormalized", "none"),
                 "Attention at the lowest resolution, between down and up: after a group norm "
                 "(normalized), without one, or none.",
+            ),
+            middle_divisor=Setting(
+                1.0, POSITIVE, "Divisor of the sums that the blocks between down and up return."
             ),
             residual_resampling=Setting(
                 False,

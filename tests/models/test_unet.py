@@ -227,6 +227,17 @@ def test_only_the_labels_of_the_batch_have_gradients(labelled):
             (32, 32, 3),
             r"attention_resolutions = \(16, 7\); .*7.*\[32, 16, 8, 4\]",
         ),
+        (
+            {"up_attention_resolutions": (7,)},
+            (32, 32, 3),
+            r"up_attention_resolutions = \(7,\); .*\[32, 16, 8, 4\]",
+        ),
+        (
+            {"channel_multipliers": (1, 1.26)},
+            (32, 32, 3),
+            r"channel_multipliers = .* 128 channels times each",
+        ),
+        ({"head_channels": 257}, (32, 32, 3), r"head_channels = 257; .* above .*\[256\]"),
         ({"num_res_blocks": 0}, (32, 32, 3), "num_res_blocks = 0"),
         ({"channels": 2}, (32, 32, 3), "channels = 2"),
         ({"dropout": 1.0}, (32, 32, 3), "dropout = 1.0"),

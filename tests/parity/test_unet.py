@@ -74,6 +74,13 @@ ARCHITECTURES = {
         "num_class_embeds": 4,
     },
     "classes": {"num_class_embeds": 4},
+    "attention on one way, heads with a rest, no multiples": {
+        "block_out_channels": (8, 12, 20),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D"),
+        "mid_block_scale_factor": 2**0.5,
+        "attention_head_dim": 7,
+    },
     "centred, one resolution, epsilon": {
         "center_input_sample": True,
         "norm_eps": 0.1,

@@ -95,7 +95,7 @@ MISTAKES = {
     "--config.train.batch_size=5000": "= 5000 is more than the 1000 training examples of digits",
     "--config.train.warmup_steps=1501": "at most config.train.num_steps = 1500",
     "--config.model.unet.channel_multipliers=2": "=2; it must be a tuple",
-    "--config.model.unet.channel_multipliers=(1e2,)": "[1, 1024]; write 100",
+    "--config.model.unet.attention_resolutions=(1e2,)": "[1, 16384]; write 100",
     "--config.model.unet.fourier_exponents=3": "write '(3,)'",
     "--config.model.unet.fourier_exponents=3e0": "write '(3,)'",
     "--config.train.num_steps=1e15": "= 1000000000000000; it must be a whole number",

@@ -93,9 +93,10 @@ def test_a_whole_number_is_a_float_and_not_the_reverse():
 @pytest.mark.parametrize(
     ("name", "value", "end"),
     [
-        ("model.unet.channel_multipliers", 2, "a tuple of at least 1; each entry a whole number"),
+        ("model.unet.channel_multipliers", 2, "a tuple of at least 1; each entry a number"),
         ("model.unet.fourier_exponents", 3, "it must be a tuple; each entry a whole number"),
-        ("model.unet.channel_multipliers", (1.5,), ": entry 1.5; it must be a whole number"),
+        ("model.unet.channel_multipliers", (0.5,), ": entry 0.5; it must be a number in [1, 1024]"),
+        ("model.unet.attention_resolutions", (1.5,), ": entry 1.5; it must be a whole number"),
         ("sample.labels", ("one",), ": entry 'one'; it must be a whole number"),
         ("schedule.betas.betas", (0.1, math.nan), ": entry nan; it must be a number in (0, 1)"),
         ("train.allow_changes", ("seeed",), "entry 'seeed' is no setting; did you mean seed?"),
