@@ -10,7 +10,7 @@ from etils import epath
 
 from experiments.harness.pictures.images import write_image
 
-_BLUE, _ORANGE = "#3465a4", "#ce5c00"
+BLUE, ORANGE = "#3465a4", "#ce5c00"
 _LOG_RANGE = 30.0  # a curve with a larger ratio of its extremes has a logarithmic axis
 _POINTS_SHOWN = 30  # a curve with at most this number of points shows each of them
 
@@ -60,8 +60,8 @@ def plot_kl_per_timestep(
     _count_timesteps(by_step, len(log_snr))
     by_step.set(ylabel="KL at t (bits/dim)", title="KL per timestep")
     # Each KL is spread evenly over the log-SNRs of its step.
-    by_noise.stairs(density[::-1], log_snr[::-1], color=_BLUE, fill=True, alpha=0.25)
-    by_noise.stairs(density[::-1], log_snr[::-1], color=_BLUE, linewidth=1.0, baseline=None)
+    by_noise.stairs(density[::-1], log_snr[::-1], color=BLUE, fill=True, alpha=0.25)
+    by_noise.stairs(density[::-1], log_snr[::-1], color=BLUE, linewidth=1.0, baseline=None)
     by_noise.set_ylim(bottom=0)
     by_noise.set(
         xlabel="log-SNR (nats); noise to the left",
@@ -73,7 +73,7 @@ def plot_kl_per_timestep(
         f"{total:.4f} bits/dim  =  prior {prior:.4f}  +  diffusion {kl.sum():.4f}"
         f"  +  reconstruction {reconstruction:.4f}"
     )
-    _save(path, figure)
+    save_figure(path, figure)
 
 
 def plot_rate_distortion(
@@ -115,7 +115,7 @@ def plot_rate_distortion(
     distortion_axes.set_title("Distortion")
     both.set(xlabel="rate (bits/dim)", title="Rate–distortion")
     both.set_xlim(left=0)
-    _save(path, figure)
+    save_figure(path, figure)
 
 
 def plot_costs(path: epath.PathLike, costs: dict[str, dict[str, float]], goal: float) -> None:
@@ -134,7 +134,7 @@ def plot_costs(path: epath.PathLike, costs: dict[str, dict[str, float]], goal: f
     for panel, (title, by_estimator) in zip(axes, costs.items(), strict=True):
         names = [name for name, cost in by_estimator.items() if cost > 0][::-1]
         values = [by_estimator[name] for name in names]
-        panel.barh(names, values, color=_BLUE, alpha=0.7, height=0.65)
+        panel.barh(names, values, color=BLUE, alpha=0.7, height=0.65)
         panel.set_xscale("log")
         panel.set_xlim(min(values) / 3, max(values) * 8)
         panel.tick_params(labelsize=9)
@@ -143,7 +143,7 @@ def plot_costs(path: epath.PathLike, costs: dict[str, dict[str, float]], goal: f
         panel.set_title(title, fontsize=10)
         panel.set_xlabel(f"evaluations for ± {goal} bits/dim", fontsize=9)
         panel.spines[["top", "right"]].set_visible(False)
-    _save(path, figure)
+    save_figure(path, figure)
 
 
 def plot_bits_over_timesteps(
@@ -173,7 +173,7 @@ def plot_bits_over_timesteps(
     absolute.set(ylabel="bits/dim", title="Bound")
     absolute.legend(frameon=False, fontsize=8)
     relative.set(ylabel="bits/dim", title=f"Difference to {reference}")
-    _save(path, figure)
+    save_figure(path, figure)
 
 
 def plot_quality(path: epath.PathLike, entries: Sequence[Mapping[str, Any]]) -> None:
@@ -195,8 +195,8 @@ def plot_quality(path: epath.PathLike, entries: Sequence[Mapping[str, Any]]) -> 
     for axes, (name, title) in zip(panels, titles.items(), strict=True):
         value, error = entries[0][name], 2 * entries[0][f"{name}_mc_se"]
         label = f"{entries[0]['sampler']}, {entries[0]['evaluations']:.0f} evaluations"
-        axes.axhspan(value - error, value + error, color=_ORANGE, alpha=0.25, linewidth=0)
-        axes.axhline(value, color=_ORANGE, linewidth=1.2, label=label)
+        axes.axhspan(value - error, value + error, color=ORANGE, alpha=0.25, linewidth=0)
+        axes.axhline(value, color=ORANGE, linewidth=1.2, label=label)
         axes.set_prop_cycle(styles)
         markers = itertools.cycle("os^Dv<>pXP*h")
         for (sampler, points), marker in zip(by_sampler.items(), markers, strict=False):
@@ -217,7 +217,7 @@ def plot_quality(path: epath.PathLike, entries: Sequence[Mapping[str, Any]]) -> 
             axes.set_yscale("symlog", linthresh=max(value, error))
         axes.set(xlabel="network evaluations a sample", ylabel=title)
     panels[1].legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    _save(path, figure)
+    save_figure(path, figure)
 
 
 def _figure(panels: int) -> tuple[Any, Any]:
@@ -236,9 +236,9 @@ def _figure(panels: int) -> tuple[Any, Any]:
 def _curve(axes: Any, x: np.ndarray, y: np.ndarray, se: np.ndarray | None = None) -> None:
     if se is not None:
         band = 2 * np.asarray(se)
-        axes.fill_between(x, y - band, y + band, color=_ORANGE, alpha=0.4, linewidth=0)
+        axes.fill_between(x, y - band, y + band, color=ORANGE, alpha=0.4, linewidth=0)
     marker = "o" if len(x) <= _POINTS_SHOWN else None
-    axes.plot(x, y, color=_BLUE, linewidth=1.5, marker=marker, markersize=4, clip_on=False)
+    axes.plot(x, y, color=BLUE, linewidth=1.5, marker=marker, markersize=4, clip_on=False)
 
 
 def _count_timesteps(axes: Any, num_timesteps: int) -> None:
@@ -253,7 +253,8 @@ def _require_length(name: str, array: np.ndarray, length: int) -> None:
         raise ValueError(f"{name} is {np.shape(array)}: it must be ({length},), to go with kl")
 
 
-def _save(path: epath.PathLike, figure: Any) -> None:
+def save_figure(path: epath.PathLike, figure: Any) -> None:
+    """Writes a figure as a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     write_image(path, buffer)

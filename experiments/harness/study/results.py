@@ -1,72 +1,20 @@
-"""What a study finds: each cell's bound and its difference to the baseline, paired."""
+"""The result of a study from its measurements, and the files that hold it."""
 
+import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from etils import epath
-from jaxtyping import Float
 
-from diffusion.statistics.crossed import CrossedMean, crossed_mean
-from diffusion.statistics.standard_errors import bits_per_dim
-from experiments.harness.workdir.files import write_json
+from diffusion.statistics.crossed import crossed_mean, holm
+from experiments.harness.pictures import comparisons
+from experiments.harness.study import contrasts, exports, tables
+from experiments.harness.study.contrasts import Bounds
+from experiments.harness.study.summary import Cell, Curve, Figure, Key, Measured, Summary
+from experiments.harness.workdir.files import replace, write_json
 
-Key = tuple[str, ...]
-"""A cell of the grid: the name of its value on each axis, in the order of the axes."""
-
-Curve = tuple[Float[np.ndarray, "m"], Float[np.ndarray, "m"]]
-"""Training steps and the values at these steps."""
-
-
-class Measured(NamedTuple):
-    """What has been measured of a cell, for the training seeds that have been trained so far.
-
-    Attributes:
-      seeds: the training seeds, in the order of the rows of `totals`.
-      totals: the bound of each training seed, example and noise draw, in nats and float64. Examples
-        and noise are the same for all cells and seeds. A model that diverged has NaN or infinity.
-      figures: further measures by name, such as "loss_variance" or "images_per_s", with one value
-        for each training seed.
-      curves: learning curves by name, such as "validation bits/dim" or "loss", with one curve for
-        each training seed.
-    """
-
-    seeds: tuple[int, ...]
-    totals: Float[np.ndarray, "seeds n draws"]
-    figures: Mapping[str, Sequence[float]]
-    curves: Mapping[str, Sequence[Curve]]
-
-
-class Cell(NamedTuple):
-    """The result of a cell, in bits/dim.
-
-    Attributes:
-      key: the cell.
-      bound: the bound.
-      difference: the bound minus the baseline's, on the same examples, noise and training seeds.
-    """
-
-    key: Key
-    bound: CrossedMean
-    difference: CrossedMean
-
-
-class Summary(NamedTuple):
-    """The result of a study, finished or not.
-
-    Attributes:
-      axes: the names of the values of each axis.
-      baseline: the cell with which the others are compared.
-      cells: the measured cells.
-      skipped: cells that can't be trained, with the reason.
-      missing: cells that have not been measured yet.
-    """
-
-    axes: Mapping[str, tuple[str, ...]]
-    baseline: Key
-    cells: list[Cell]
-    skipped: Mapping[Key, str]
-    missing: list[Key]
+VALIDATION = "validation bits/dim"  # the learning curve that is drawn where it is there
 
 
 def summarize(
@@ -86,26 +34,165 @@ def summarize(
       num_dims: dimensions of an example.
       skipped: the cells of the grid that can't be trained, with the reason.
       seeds: all training seeds of the study.
+
+    Raises:
+      ValueError: for a cell outside the grid, or totals of another number of seeds, examples or
+        draws.
     """
-    del seeds
-    results = []
+    grid = list(itertools.product(*axes.values()))
+    _check(cells, baseline, grid, skipped)
+    bounds = contrasts.finite_bounds(cells, num_dims)
+    results = [_cell(key, cells, baseline, bounds) for key in grid if key in cells]
+    return Summary(
+        axes=axes,
+        baseline=baseline,
+        seeds=tuple(seeds),
+        num_examples=next((m.totals.shape[1] for m in cells.values()), 0),
+        cells=_sorted(_corrected(results), baseline),
+        effects=contrasts.effects(bounds, axes, baseline),
+        skipped=skipped,
+        missing=[key for key in grid if key not in cells and key not in skipped],
+    )
+
+
+def _check(
+    cells: Mapping[Key, Measured], baseline: Key, grid: list[Key], skipped: Mapping[Key, str]
+) -> None:
+    outside = [key for key in (baseline, *cells, *skipped) if key not in grid]
+    if outside:
+        raise ValueError(f"{outside[0]} is no cell of the grid")
+    shapes = {measured.totals.shape[1:] for measured in cells.values()}
+    if len(shapes) > 1:
+        raise ValueError(f"totals differ in examples and draws: {sorted(shapes)}")
     for key, measured in cells.items():
-        difference = measured.totals - cells[baseline].totals
-        means = (crossed_mean(bits_per_dim(x, num_dims)) for x in (measured.totals, difference))
-        results.append(Cell(key, *means))
-    return Summary(axes, baseline, results, skipped, [])
+        if len(measured.totals) != len(measured.seeds):
+            raise ValueError(f"{key} has totals of {len(measured.totals)} of {measured.seeds}")
+
+
+def _cell(key: Key, cells: Mapping[Key, Measured], baseline: Key, bounds: Bounds) -> Cell:
+    measured, pair = cells[key], [(key, baseline)]
+    counts = (~np.isfinite(measured.totals)).any(axis=2).sum(axis=1)
+    return Cell(
+        key=key,
+        seeds=measured.seeds,
+        not_finite={s: int(n) for s, n in zip(measured.seeds, counts, strict=True) if n},
+        bound=crossed_mean(np.stack(list(bounds[key].values()))) if key in bounds else None,
+        difference=None if key == baseline else contrasts.mean_difference(bounds, pair),
+        figures=_figures(measured, cells.get(baseline)),
+        curves=measured.curves,
+    )
+
+
+def _figures(measured: Measured, baseline: Measured | None) -> dict[str, Figure]:
+    figures = {}
+    for name, values in measured.figures.items():
+        reference = {} if baseline is None else _by_seed(baseline, name)
+        own = _by_seed(measured, name)
+        ratios = [own[seed] / reference[seed] for seed in own if reference.get(seed, 0) > 0]
+        # An unbiased estimate that can be negative, such as a kernel distance, has no ratio.
+        has_ratio = ratios and min(ratios) > 0 and min(reference.values()) > 0
+        ratio = float(np.exp(np.mean(np.log(ratios)))) if has_ratio else np.nan
+        figures[name] = Figure(tuple(map(float, values)), ratio)
+    return figures
+
+
+def _by_seed(measured: Measured, name: str) -> dict[int, float]:
+    values = measured.figures.get(name)
+    return {} if values is None else dict(zip(measured.seeds, values, strict=True))
+
+
+def _corrected(cells: list[Cell]) -> list[Cell]:
+    """The cells with Holm's p-values, over all differences with an error."""
+    tested = [
+        place
+        for place, cell in enumerate(cells)
+        if cell.difference is not None and not np.isnan(cell.difference.p)
+    ]
+    corrected = list(cells)
+    p_values = holm(np.array([cells[place].difference.p for place in tested]))
+    for place, p_holm in zip(tested, p_values, strict=True):
+        difference = cells[place].difference._replace(p_holm=float(p_holm))
+        corrected[place] = cells[place]._replace(difference=difference)
+    return corrected
+
+
+def _sorted(cells: list[Cell], baseline: Key) -> list[Cell]:
+    """The baseline, then by rising difference; without one by bound, and then in grid order."""
+
+    def rank(cell):
+        if cell.difference is not None:
+            return cell.key != baseline, 0, cell.difference.mean.mean
+        return cell.key != baseline, 1, np.inf if cell.bound is None else cell.bound.mean
+
+    return sorted(cells, key=rank)
 
 
 def write(workdir: epath.PathLike, summary: Summary, facts: Mapping[str, Any]) -> None:
-    """Writes ablation.json, and further files with the same content for people.
+    """Writes ablation.json, .csv, .md and .png and learning_curves.png; each replaces an old one.
 
     Args:
       workdir: the study's directory.
       summary: the result.
       facts: what all cells have in common, such as the split and the number of training steps.
     """
-    rows = [
-        {"cell": cell.key, **cell.bound._asdict(), "difference": cell.difference._asdict()}
-        for cell in summary.cells
-    ]
-    write_json(epath.Path(workdir) / "ablation.json", {**facts, "cells": rows})
+    workdir = epath.Path(workdir)
+    write_json(workdir / "ablation.json", exports.to_json(summary, facts))
+    replace(workdir / "ablation.csv", exports.to_csv(summary).encode())
+    replace(workdir / "ablation.md", (tables.to_markdown(summary, facts) + "\n").encode())
+    _draw(workdir, summary)
+
+
+def _draw(workdir: epath.Path, summary: Summary) -> None:
+    """The plots, as far as there is something to be drawn."""
+    compared = [cell for cell in summary.cells if cell.difference is not None]
+    if compared:
+        bound = tables.plus_minus(summary.cells[0].bound)
+        comparisons.plot_differences(
+            workdir / "ablation.png",
+            [_bar(cell) for cell in compared],
+            reference=f"{', '.join(summary.baseline)}: {bound} bits/dim",
+            unit="bits/dim",
+            grid=_grid(summary) if len(summary.axes) == 2 else None,
+        )
+    names = {name: None for cell in summary.cells for name in cell.curves}
+    if not names:
+        return
+    name = VALIDATION if VALIDATION in names else next(iter(names))
+    curves: dict[str, Sequence[Curve]] = {
+        ", ".join(cell.key): cell.curves[name] for cell in summary.cells if name in cell.curves
+    }
+    # The loss of a log line is noisy, the bound on validation is not.
+    longest = max(len(values) for by_seed in curves.values() for _, values in by_seed)
+    window = 1 if name == VALIDATION else max(1, longest // 25)
+    comparisons.plot_learning_curves(workdir / "learning_curves.png", curves, name, window)
+
+
+def _bar(cell: Cell) -> comparisons.Bar:
+    return comparisons.Bar(
+        name=", ".join(cell.key),
+        value=cell.difference.mean.mean,
+        half_width=cell.difference.interval,
+        is_significant=cell.difference.is_significant,
+        text=tables.difference_text(cell.difference),
+    )
+
+
+def _grid(summary: Summary) -> comparisons.Grid:
+    """The differences by the values of two axes."""
+    rows, columns = summary.axes.values()
+    values = np.full((len(rows), len(columns)), np.nan)
+    texts = np.full(values.shape, "missing", object)
+    for key in summary.skipped:
+        texts[rows.index(key[0]), columns.index(key[1])] = "skipped"
+    for cell in summary.cells:
+        place = rows.index(cell.key[0]), columns.index(cell.key[1])
+        if cell.key == summary.baseline:
+            values[place], texts[place] = 0.0, "baseline"
+        elif cell.difference is None:
+            texts[place] = "not finite" if cell.not_finite else "no difference"
+        else:
+            values[place] = cell.difference.mean.mean
+            number = f"{values[place]:+.4f}".replace("-", "−")
+            verdict = "" if cell.difference.is_significant else f"\n{cell.difference.verdict}"
+            texts[place] = number + verdict
+    return comparisons.Grid(tuple(summary.axes), (rows, columns), values, texts.tolist())
