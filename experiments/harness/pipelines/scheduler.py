@@ -18,12 +18,60 @@ VARIANCES = {
     "fixed_large_log": "beta",
     "learned_range": "learned_range",
 }
-SAMPLERS = {
-    "DDPMScheduler": "ancestral",
-    "DDIMScheduler": "ddim",
-    "DPMSolverMultistepScheduler": "dpm_solver_pp_2m",
-    "UniPCMultistepScheduler": "unipc",
+
+
+class Solver(NamedTuple):
+    """A scheduler of diffusers.
+
+    Attributes:
+      sampler: ours that steps as it does, or that is the closest to it.
+      is_same: whether it is the former.
+      variance: Σ_θ of its steps; None where they are deterministic or Σ_θ is an option.
+      beta_start: diffusers' default.
+      beta_end: diffusers' default.
+    """
+
+    sampler: str
+    is_same: bool = True
+    variance: str | None = None
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+
+
+# All share β, and give their networks x_t and the index t − 1: those with a σ scale x_0 + σ̃ ε by α.
+_K_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012}
+SOLVERS = {
+    "DDPMScheduler": Solver("ancestral"),
+    "DDIMScheduler": Solver("ddim"),
+    "DPMSolverMultistepScheduler": Solver("dpm_solver_pp_2m"),
+    "DPMSolverSinglestepScheduler": Solver("dpm_solver_pp_2m", is_same=False),
+    "DEISMultistepScheduler": Solver("dpm_solver_pp_2m", is_same=False),
+    "UniPCMultistepScheduler": Solver("unipc"),
+    "PNDMScheduler": Solver("ddim", is_same=False),
+    "EulerDiscreteScheduler": Solver("euler"),
+    # σ_up of Karras et al. (2022) is the standard deviation of q(x_s | x_t, x_0).
+    "EulerAncestralDiscreteScheduler": Solver("ancestral", variance="beta_tilde"),
+    "LMSDiscreteScheduler": Solver("euler", is_same=False),
+    "HeunDiscreteScheduler": Solver("heun", **_K_DIFFUSION),
+    "KDPM2DiscreteScheduler": Solver("heun", is_same=False, **_K_DIFFUSION),
+    "KDPM2AncestralDiscreteScheduler": Solver(
+        "ancestral", is_same=False, variance="beta_tilde", **_K_DIFFUSION
+    ),
 }
+# Options that choose the levels of samplers, with our name of the spacing.
+SPACINGS = {
+    "use_karras_sigmas": "karras",
+    "use_exponential_sigmas": "log_snr",
+    "use_beta_sigmas": None,
+    "use_lu_lambdas": None,
+}
+# What another process or another network input would need, with the value that means neither.
+ONLY = {
+    "use_flow_sigmas": (False, "the process of a flow is not read"),
+    "use_dynamic_shifting": (False, "the process of a flow is not read"),
+    "timestep_type": ("discrete", "a network that receives ¼ log σ is not read"),
+}
+QUANTILE = 0.995  # of our dynamic threshold
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 COSINE_OFFSET = 0.008  # of diffusers
 # ᾱ_T that stands for zero. A finite λ_T of −36.8 has the limit of every term: the prior's KL is
@@ -50,11 +98,13 @@ def to_settings(options: Mapping[str, Any]) -> Process:
       ConfigError: with one line that names an option which our settings cannot express.
     """
     name = str(options.get("_class_name", ""))
-    if name not in SAMPLERS:
-        raise _refused("_class_name", name, unknown(name, SAMPLERS))
-    for option in ("use_flow_sigmas", "use_dynamic_shifting"):
-        if options.get(option):
-            raise _refused(option, True, "; the process of a flow is not read")
+    if name not in SOLVERS:
+        raise _refused("_class_name", name, unknown(name, SOLVERS))
+    for option, (value, why) in ONLY.items():
+        if options.get(option, value) != value:
+            raise _refused(option, options[option], f"; {why}")
+    solver = SOLVERS[name]
+    options = {"beta_start": solver.beta_start, "beta_end": solver.beta_end} | dict(options)
     parameterization = _pick(options, "prediction_type", "epsilon", PREDICTIONS)
     settings, assumed = {"model.parameterization": parameterization}, []
     settings |= _schedule(options)
@@ -68,6 +118,8 @@ def to_settings(options: Mapping[str, Any]) -> Process:
         )
     if name == "DDPMScheduler" or options.get("variance_type") is not None:
         settings["model.variance"] = _pick(options, "variance_type", "fixed_small", VARIANCES)
+    elif solver.variance is not None:
+        settings["model.variance"] = solver.variance
     else:
         settings["model.variance"] = "beta_tilde"
         assumed.append(
@@ -80,7 +132,7 @@ def to_settings(options: Mapping[str, Any]) -> Process:
 
 def _schedule(options: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of β: a formula of ours, or a table."""
-    start, end = (float(options.get(f"beta_{k}", v)) for k, v in (("start", 1e-4), ("end", 0.02)))
+    start, end = float(options["beta_start"]), float(options["beta_end"])
     name, n = options.get("beta_schedule", "linear"), _length(options)
     is_rescaled, trained = options.get("rescale_betas_zero_snr"), options.get("trained_betas")
     if name not in BETA_SCHEDULES:
@@ -126,17 +178,31 @@ def zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
 
 def _sampler(name: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The settings of sampling, which the bound does not depend on."""
-    settings, remarks = {"sample.sampler": SAMPLERS[name]}, []
-    # The multistep schedulers have no such option.
+    solver, treatment, remarks = SOLVERS[name], "none", []
+    settings = {"sample.sampler": solver.sampler}
+    if not solver.is_same:
+        remarks.append(f"samples are drawn by {solver.sampler}: there is no {name} here")
+    for option in (option for option in SPACINGS if options.get(option)):
+        if SPACINGS[option] is None:
+            remarks.append(f"samples step through evenly spaced levels: {option} is not known here")
+        else:
+            settings["sample.spacing"] = SPACINGS[option]
+    largest, quantile = (
+        options.get("sample_max_value", 1),
+        options.get("dynamic_thresholding_ratio"),
+    )
+    # Only these two clip unless they are told not to.
     clips = options.get("clip_sample", name in ("DDPMScheduler", "DDIMScheduler"))
-    limit, largest = options.get("clip_sample_range", 1.0), options.get("sample_max_value", 1.0)
+    limit = options.get("clip_sample_range", 1)
     if options.get("thresholding"):
-        settings["sample.x_0_treatment"] = "clip" if largest <= 1 else "dynamic"
-    else:
-        settings["sample.x_0_treatment"] = "clip" if clips else "none"
-        if clips and limit != 1:
-            settings["sample.x_0_treatment"] = "none"
-            remarks.append(f"samples are not clipped: clip_sample_range = {limit} is not 1")
+        treatment = "clip" if largest <= 1 else "dynamic"
+        if treatment == "dynamic" and (quantile or QUANTILE) != QUANTILE:
+            remarks.append(f"the threshold of samples is the quantile {QUANTILE}, not {quantile}")
+    elif clips and limit == 1:
+        treatment = "clip"
+    elif clips:
+        remarks.append(f"samples are not clipped: clip_sample_range = {limit} is not 1")
+    settings["sample.x_0_treatment"] = treatment
     order = options.get("solver_order", 2)
     if name == "UniPCMultistepScheduler":
         settings["sample.unipc.order"] = order

@@ -59,6 +59,38 @@ def test_a_scheduler_without_a_variance_is_said_to_have_none(options, sampler):
 
 
 @pytest.mark.parametrize(
+    ("options", "expected", "remark"),
+    [
+        ({"thresholding": True}, {"sample.x_0_treatment": "clip"}, None),
+        ({"thresholding": True, "sample_max_value": 9}, {"sample.x_0_treatment": "dynamic"}, None),
+        (
+            {"thresholding": True, "sample_max_value": 9, "dynamic_thresholding_ratio": 0.9},
+            {"sample.x_0_treatment": "dynamic"},
+            "the quantile 0.995, not 0.9",
+        ),
+        ({"clip_sample_range": 2.0}, {"sample.x_0_treatment": "none"}, "not clipped"),
+        (
+            {"_class_name": "EulerAncestralDiscreteScheduler"},
+            {"sample.sampler": "ancestral", "model.variance": "beta_tilde"},
+            None,
+        ),
+        (
+            {"_class_name": "PNDMScheduler", "variance_type": "fixed_large"},
+            {"sample.sampler": "ddim"},
+            "samples are drawn by ddim: there is no PNDMScheduler here",
+        ),
+        ({"use_karras_sigmas": True}, {"sample.spacing": "karras"}, None),
+        ({"use_lu_lambdas": True}, {}, "use_lu_lambdas is not known here"),
+    ],
+)
+def test_the_settings_of_samples(options, expected, remark):
+    """A difference from their samples is said."""
+    settings, assumed = process(**options)
+    assert expected.items() <= settings.items()
+    assert [remark in sentence for sentence in assumed] == ([True] if remark else [])
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"_class_name": "ScoreSdeVeScheduler"}, "_class_name = 'ScoreSdeVeScheduler' is unknown"),
@@ -68,6 +100,10 @@ def test_a_scheduler_without_a_variance_is_said_to_have_none(options, sampler):
         ({"rescale_betas_zero_snr": True}, "x̂_0 is undefined at the last level"),
         ({"num_train_timesteps": 1}, "num_train_timesteps = 1; it must be"),
         ({"use_flow_sigmas": True}, "use_flow_sigmas"),
+        (
+            {"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"},
+            "timestep_type = 'continuous'; a network that receives ¼ log σ",
+        ),
     ],
 )
 def test_what_cannot_be_expressed_is_named(options, message):
