@@ -35,7 +35,7 @@ def run(
       config: the config.
       workdir: the work directory, None where none is named.
       leftover: arguments that are no flags, which is a mistake.
-      join: joins the other processes, where several run together.
+      join: joins the other processes, where several run together, and sets up the devices.
     """
     try:
         return _run(experiment, config, workdir, leftover, join)
