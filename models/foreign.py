@@ -9,6 +9,7 @@ shape. `denoiser` makes it a `Denoiser`, which bounds and samplers take within c
 What is predicted is `Reverse.parameterization`, for x_t = α x_0 + σ ε.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -83,7 +84,11 @@ def denoiser(
 
     Returns:
       A denoiser. A wrong shape of the output raises an error when it is called.
+
+    Raises:
+      TypeError: if the function is a PyTorch module, or does not take three arguments.
     """
+    _check_arguments(function)
 
     def call(x, level, condition):
         # Within vmap there are further axes in front.
@@ -136,6 +141,20 @@ def denoiser(
         return evaluate(jnp.asarray(x_t), jnp.asarray(log_snr), condition)
 
     return denoise
+
+
+def _check_arguments(function: Function) -> None:
+    remedy = "torch_function(module) and onnx_function(session) make one"
+    if hasattr(function, "forward"):
+        raise TypeError(f"a PyTorch module is no foreign function; {remedy}")
+    try:
+        inspect.signature(function).bind(None, None, None)
+    except ValueError:
+        return  # a function that has no signature
+    except TypeError as error:
+        raise TypeError(
+            f"a foreign function takes (x, noise, condition), but {error}; {remedy}"
+        ) from error
 
 
 def _is_zero(tangent: Any) -> bool:

@@ -100,6 +100,12 @@ def test_derivatives_are_refused_with_a_reason():
         jax.jvp(lambda level: DENOISER(X, level), (LOG_SNR[:3],), (LOG_SNR[:3],))
 
 
+def test_a_function_of_other_arguments_is_refused():
+    """Here, and not from within a compiled bound."""
+    with pytest.raises(TypeError, match=r"takes \(x, noise, condition\).*torch_function"):
+        foreign.denoiser(lambda x, noise: x, foreign.sigma)
+
+
 def test_an_output_of_another_shape_is_refused():
     wrong = foreign.denoiser(on_host, foreign.sigma, learned_variance=True)
     with pytest.raises(Exception, match=r"shape \(3, 4, 4, 2\); it must be \(3, 4, 4, 4\)"):

@@ -63,6 +63,11 @@ def in_pytorch(model, made, x_0, eps):
     return total.numpy()
 
 
+def test_a_module_is_made_a_function_first():
+    with pytest.raises(TypeError, match=r"PyTorch module.*torch_function\(module\)"):
+        foreign.denoiser(torch.nn.Identity(), foreign.sigma)
+
+
 def test_three_routes_to_the_bound_agree(tmp_path):
     """With the same noise: to 1e-5 of the imported network, and to float32 of PyTorch's."""
     made = diffusers.DDPMScheduler(
