@@ -172,7 +172,8 @@ def _network(
         options = full_options(unet)
         settings = unet_settings(unet, height)
     except ValueError as error:
-        raise ConfigError(f"{place}: {error}") from error
+        remedy = "docs/checkpoints.md shows how to measure other networks in Python"
+        raise ConfigError(f"{place}: {error}; {remedy}") from error
     size = options["sample_size"] or (height, width)
     size = (size, size) if isinstance(size, int) else tuple(size)
     if (*size, options["in_channels"]) != source.image_shape:

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from diffusion import bound, forward
+from diffusion import bound, forward, schedules
 from diffusion.reverse import Reverse
 from experiments.harness.data import splits
 from models import foreign
@@ -92,6 +92,47 @@ def test_three_routes_to_the_bound_agree(tmp_path):
     to_torch = [np.moveaxis(np.asarray(a, np.float64), -1, 1) for a in (x_0, *_noises(noise))]
     x, *eps = (torch.from_numpy(np.ascontiguousarray(a)) for a in to_torch)
     np.testing.assert_allclose(totals[0], in_pytorch(model, made, x, eps), rtol=1e-4)
+
+
+def test_a_score_network_with_skip_blocks_steps_as_score_sde_does():
+    """google/ncsnpp-* in small, called as docs/checkpoints.md has it: the mean of each step.
+
+    It receives pixels in [0, 1] with noise σ̃/2, and returns their score.
+    """
+    torch.manual_seed(0)
+    network = diffusers.UNet2DModel(
+        sample_size=8,
+        block_out_channels=(32, 32),
+        layers_per_block=1,
+        down_block_types=("SkipDownBlock2D", "AttnSkipDownBlock2D"),
+        up_block_types=("AttnSkipUpBlock2D", "SkipUpBlock2D"),
+        time_embedding_type="fourier",
+        mid_block_scale_factor=2**0.5,
+        norm_num_groups=None,
+    )
+    score = foreign.torch_function(network)
+
+    def eps_hat(x, sigma, condition):
+        scaled = sigma[:, None, None, None] / 2
+        return -scaled * score((x + 1) / 2, sigma / 2, condition)
+
+    denoiser = foreign.denoiser(eps_hat, foreign.sigma, exploding=True)
+    ends = 0.01, 5.0
+    levels = schedules.linear_log_snr(*(-2 * np.log(2 * end) for end in ends)).levels(T)
+    made = diffusers.ScoreSdeVeScheduler(T, sigma_min=ends[0], sigma_max=ends[1])
+    pixels = np.random.default_rng(0).uniform(-3, 3, (2, 8, 8, 3)).astype(np.float32)
+    for t in (2, T):
+        y = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        with torch.no_grad():
+            output = network(y, made.discrete_sigmas[t - 1]).sample
+        time = (t - 0.5) / (T - 1)  # their index is the next whole number below
+        expected = made.step_pred(output, time, y).prev_sample_mean.permute(0, 2, 3, 1).numpy()
+        step, p = levels.step(np.full(2, t)), Reverse(denoiser, "eps", "beta")
+        alpha_t, alpha_s = np.sqrt(levels.alpha_bar[[t, t - 1]]).astype(np.float32)
+        x_t = alpha_t * (2 * pixels - 1)
+        mean = p.step(x_t, p.predict("x_0", x_t, step.log_snr), step).mean
+        actual = (np.asarray(mean) / alpha_s + 1) / 2
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
 def _noises(noise):

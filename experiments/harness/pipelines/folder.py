@@ -80,7 +80,8 @@ def load(source: str) -> Pipeline:
         )
     if not root.is_dir():
         raise ConfigError(
-            f"{SOURCE} = {source!r} is no folder; give one that diffusers' save_pretrained wrote"
+            f"{SOURCE} = {source!r} is no folder; give one that diffusers' save_pretrained wrote, "
+            "or that hf download NAME --local-dir PATH fetched"
         )
     index = root / "model_index.json"
     if index.exists():
