@@ -10,7 +10,7 @@ from experiments.harness.study.summary import Cell, Difference, Effect, Key, Sum
 
 FORMAT = 1  # changes when a key of ablation.json changes its meaning or goes
 
-_FIGURE = ("mean", "low", "high", "ratio")
+_FIGURE = ("mean", "se", "low", "high", "ratio")
 
 
 def to_json(summary: Summary, facts: Mapping[str, Any]) -> dict[str, Any]:

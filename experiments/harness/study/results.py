@@ -86,13 +86,17 @@ def _cell(key: Key, cells: Mapping[Key, Measured], baseline: Key, bounds: Bounds
 def _figures(measured: Measured, baseline: Measured | None) -> dict[str, Figure]:
     figures = {}
     for name, values in measured.figures.items():
+        if name.removesuffix("_se") in measured.figures.keys() - {name}:
+            continue
         reference = {} if baseline is None else _by_seed(baseline, name)
         own = _by_seed(measured, name)
         ratios = [own[seed] / reference[seed] for seed in own if reference.get(seed, 0) > 0]
         # An unbiased estimate that can be negative, such as a kernel distance, has no ratio.
         has_ratio = ratios and min(ratios) > 0 and min(reference.values()) > 0
         ratio = float(np.exp(np.mean(np.log(ratios)))) if has_ratio else np.nan
-        figures[name] = Figure(tuple(map(float, values)), ratio)
+        errors = measured.figures.get(f"{name}_se")
+        se = np.nan if errors is None else float(np.linalg.norm(errors) / len(errors))
+        figures[name] = Figure(tuple(map(float, values)), se, ratio)
     return figures
 
 

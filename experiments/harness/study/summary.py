@@ -22,8 +22,9 @@ class Measured(NamedTuple):
       seeds: the training seeds, in the order of the rows of `totals`.
       totals: the bound of each training seed, example and noise draw, in nats and float64. Examples
         and noise are the same for all cells and seeds. A model that diverged has NaN or infinity.
-      figures: further measures by name, such as "loss_variance" or "images_per_s", with one value
-        for each training seed.
+      figures: further measures by name, such as "loss_variance" or "images_per_second", with one
+        value for each training seed. "loss_variance_se" is the standard error of "loss_variance"
+        with the network fixed.
       curves: learning curves by name, such as "validation bits/dim" or "loss", with one curve for
         each training seed.
     """
@@ -83,11 +84,13 @@ class Figure(NamedTuple):
 
     Attributes:
       values: of each training seed.
+      se: standard error of their mean with the networks fixed; NaN if it is not known.
       ratio: to the baseline, the geometric mean over the seeds that both have; NaN where a value
         of either is not positive.
     """
 
     values: tuple[float, ...]
+    se: float
     ratio: float
 
     @property

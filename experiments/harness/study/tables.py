@@ -187,6 +187,8 @@ def _figures(summary: Summary) -> str:
     if any(len(cell.seeds) > 1 for cell in summary.cells):
         caption += ", with their least and largest value"
     caption += "; × is the ratio to the baseline, the geometric mean over seeds."
+    if any(not np.isnan(f.se) for cell in summary.cells for f in cell.figures.values()):
+        caption += " ± is over the draws of the measurement, with the networks fixed."
     if "loss_variance" in names:
         caption += (
             " The variance of the loss compares only cells whose losses estimate the same number, "
@@ -200,6 +202,8 @@ def _figure(summary: Summary, cell: Cell, name: str) -> str:
     if figure is None or np.isnan(figure.mean):
         return ""
     text = f"{figure.mean:.4g}"
+    if not np.isnan(figure.se):
+        text += f" ± {figure.se:.2g}"
     if figure.low < figure.high:
         text += f" ({figure.low:.4g} … {figure.high:.4g})"
     has_ratio = cell.key != summary.baseline and not np.isnan(figure.ratio)
