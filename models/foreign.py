@@ -165,7 +165,7 @@ def torch_function(module: Any) -> Function:
     """A PyTorch module (x [b, c, h, w], noise level, labels if there are any) -> prediction.
 
     Its output may be an object with the attribute `sample`, as diffusers' models have it. It is
-    evaluated without dropout, on the device of its parameters.
+    evaluated without dropout, on the device of its parameters, and receives x in their precision.
 
     Raises:
       ImportError: without PyTorch.
@@ -173,13 +173,13 @@ def torch_function(module: Any) -> Function:
     import torch
 
     module.eval()
-    device = next((p.device for p in module.parameters()), "cpu")
+    weights = next(module.parameters(), torch.zeros(0))
 
     def function(x, noise, condition):
         arguments = [_channels_first(x), noise, *jax.tree.leaves(condition)]
-        tensors = [torch.from_numpy(np.array(a)).to(device) for a in arguments]
+        x, *others = (torch.from_numpy(np.array(a)).to(weights.device) for a in arguments)
         with torch.no_grad():
-            output = module(*tensors)
+            output = module(x.to(weights.dtype), *others)
         return _channels_last(getattr(output, "sample", output).float().cpu().numpy())
 
     return function

@@ -63,9 +63,25 @@ def in_pytorch(model, made, x_0, eps):
     return total.numpy()
 
 
+class WithoutNoise(torch.nn.Sequential):
+    def forward(self, x, noise):
+        return super().forward(x)
+
+
 def test_a_module_is_made_a_function_first():
     with pytest.raises(TypeError, match=r"PyTorch module.*torch_function\(module\)"):
         foreign.denoiser(torch.nn.Identity(), foreign.sigma)
+
+
+def test_a_module_in_half_precision_receives_its_own():
+    module = torch.nn.Conv2d(3, 3, 1).bfloat16()
+    function = foreign.torch_function(WithoutNoise(module))
+    x = np.random.default_rng(0).normal(size=(2, 4, 4, 3)).astype(np.float32)
+    weight, bias = (p.detach().float().numpy() for p in module.parameters())
+    actual = function(x, np.zeros(2, np.float32), None)
+    # bfloat16 has 8 bits: 2^-8 of the sum of absolute terms.
+    size = np.abs(x) @ np.abs(weight[:, :, 0, 0].T) + np.abs(bias)
+    assert np.all(np.abs(actual - x @ weight[:, :, 0, 0].T - bias) < 2**-7 * size)
 
 
 def test_three_routes_to_the_bound_agree(tmp_path):
