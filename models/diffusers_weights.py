@@ -64,6 +64,8 @@ DEFAULTS = {
     "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
     "upsample_type": "conv",
 }
+NUMBERS = ("dropout", "freq_shift", "mid_block_scale_factor", "norm_eps")
+MAY_BE_NONE = ("attention_head_dim", "mid_block_type", "norm_num_groups")
 # The values of an option that our network can express, where it cannot express all.
 SUPPORTED = {
     "act_fn": ("silu", "swish"),
@@ -98,6 +100,10 @@ def full_options(config: Mapping[str, Any]) -> dict[str, Any]:
     if unknown := options.keys() - DEFAULTS.keys():
         raise ValueError(f"the UNet2DModel has the unknown option {min(unknown)}")
     options = DEFAULTS | options
+    for name, default in DEFAULTS.items():
+        is_none = options[name] is None and (default is None or name in MAY_BE_NONE)
+        fits = is_none or _has_type(options[name], default, name in NUMBERS)
+        _require(options, name, fits, f"values such as {default!r}")
     for name, values in SUPPORTED.items():
         _require(options, name, options[name] in values, " or ".join(map(repr, values)))
     channels = options["block_out_channels"]
@@ -111,6 +117,22 @@ def full_options(config: Mapping[str, Any]) -> dict[str, Any]:
     ):
         _require(options, name, options[name] in (None, number), f"None or {number}")
     return options
+
+
+def _has_type(value: Any, default: Any, may_be_fraction: bool) -> bool:
+    """Whether an option's value is of the type of its default, which says nothing where it is None.
+
+    A list stands for a tuple, since JSON has no other.
+    """
+    if default is None:
+        return True
+    if isinstance(default, tuple):
+        return isinstance(value, list | tuple) and all(
+            isinstance(v, type(default[0])) for v in value
+        )
+    if may_be_fraction:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is type(default)
 
 
 def _check_blocks(options: Mapping[str, Any]) -> None:

@@ -168,7 +168,7 @@ BAD = [
     (options("model_index.json", vqvae=["diffusers", "VQModel"]), "a bound on their density"),
     (options("model_index.json", tokenizer=["transformers", "T"]), "text-conditional"),
     (options("unet/config.json", sample_size=8.5), "an option has a wrong type"),
-    (options("unet/config.json", layers_per_block="1"), "an option has a wrong type"),
+    (options("unet/config.json", layers_per_block="1"), "layers_per_block = '1'; supported"),
     (options("unet/config.json", norm_eps=float("inf")), "norm_epsilon = inf; it must be"),
     (options("scheduler/scheduler_config.json", beta_end="x"), "an option has a wrong type"),
     (options("scheduler/scheduler_config.json", beta_end=2.0), "beta_end = 2.0; it must be"),

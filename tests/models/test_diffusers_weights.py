@@ -48,6 +48,15 @@ def test_the_options_of_a_network_make_the_same_network(network):
             "supported: 4 of ResnetDownsampleBlock2D and AttnDownBlock2D, for .* = 'resnet'",
         ),
         ({"new": 1}, "unknown option new"),
+        ({"block_out_channels": ["a", "b"]}, "supported: values such as .224, 448"),
+        (
+            {"down_block_types": "DownBlock2D"},
+            "down_block_types = 'DownBlock2D'; supported: values",
+        ),
+        ({"layers_per_block": [1, 2]}, "layers_per_block = .1, 2.; supported: values such as 2"),
+        ({"mid_block_scale_factor": None}, "mid_block_scale_factor = None; supported: values such"),
+        ({"add_attention": "yes"}, "add_attention = 'yes'; supported: values such as True"),
+        ({"dropout": "x"}, "dropout = 'x'; supported: values such as 0.0"),
     ],
 )
 def test_an_option_that_our_network_cannot_express_is_named(changes, message):

@@ -229,7 +229,7 @@ def _pick(options: Mapping[str, Any], name: str, default: str, known: Mapping[st
 
 
 def _refused(option: str, value: Any, why: str) -> ConfigError:
-    return ConfigError(f"the scheduler has {option} = {value!r}{why}")
+    return ConfigError(f"the scheduler's {option} = {value!r}{why}")
 
 
 def to_options(config: ConfigDict, schedule: Schedule) -> dict[str, Any]:
