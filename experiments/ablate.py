@@ -23,8 +23,8 @@ from experiments.harness.processes.progress import progress
 from experiments.harness.study import axes, directory, measures, results, sharing
 from experiments.harness.study.axes import Study
 from experiments.harness.study.measures import Measurement
-from experiments.harness.study.results import Key, Measured, Summary
 from experiments.harness.study.sharing import Training
+from experiments.harness.study.summary import Key, Measured, Summary
 from experiments.harness.workdir import record
 
 
@@ -45,9 +45,9 @@ class Plan(NamedTuple):
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Works on the study until nothing is missing, and says so."""
+    """Works on the study until nothing is missing, and prints its tables."""
     ablate(config, workdir)
-    print(f"{workdir} is finished: ablation.json")
+    print((epath.Path(workdir) / "ablation.md").read_text())
 
 
 def ablate(config: ConfigDict, workdir: epath.PathLike) -> Summary:

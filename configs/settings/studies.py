@@ -43,9 +43,9 @@ def ablate() -> Group:
             "(loss_variance), training images per second (speed), and sample quality (quality).",
         ),
         repeats=Setting(
-            64,
+            32,
             Int("[2, 10^6]"),
-            "Draws of t and noise for the variance of the training loss.",
+            "Draws of t and noise for each of four batches, for the variance of the training loss.",
         ),
         cell=Setting(
             0,

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from configs.base import SETTINGS
 from configs.settings.declaration import shown, suggestion, value_of
 from experiments.harness.errors import ConfigError
-from experiments.harness.study.results import Key
+from experiments.harness.study.summary import Key
 from experiments.harness.workdir.dependences import MEASUREMENT, depends, group
 from experiments.harness.workdir.provenance import fingerprint, flatten
 

@@ -24,7 +24,8 @@ from experiments.harness.setup import trained
 from experiments.harness.setup.definition import check_levels, define_model
 from experiments.harness.setup.trained import Run
 from experiments.harness.study.axes import file_name
-from experiments.harness.study.results import Curve, Key
+from experiments.harness.study.summary import Curve, Key
+from experiments.harness.study.training_noise import training_noise
 from experiments.harness.workdir import provenance, record
 from experiments.harness.workdir.checkpoints import Checkpoints, is_new
 from experiments.harness.workdir.dependences import MEASUREMENT, RUN
@@ -93,7 +94,7 @@ def load(key: Key, config: ConfigDict, directory: epath.PathLike) -> Measurement
             raise ValueError("totals is no matrix of float64")
         figures = {str(name): float(value) for name, value in content["figures"].items()}
         curves = {
-            str(name): (np.asarray(steps), np.asarray(values, np.float64))
+            str(name): (np.asarray(steps, np.float64), np.asarray(values, np.float64))
             for name, (steps, values) in content["curves"].items()
         }
         for name, (steps, values) in curves.items():
@@ -121,6 +122,9 @@ def measure(
     figures, metrics = {}, read_metrics(directory)
     if "speed" in config.ablate.measures:
         figures["images_per_second"] = _median(metrics, "images_per_second")
+    if "loss_variance" in config.ablate.measures:
+        noise = training_noise(run, splits.load_data(config, "train"), config.ablate.repeats)
+        figures |= {"loss_variance": noise.loss_variance, "gradient_noise": noise.gradient_noise}
     if "quality" in config.ablate.measures:
         sampled = run.with_variance(config.sample.variance)._replace(workdir=epath.Path(study))
         distances = quality.sample_quality(sampled)
@@ -163,7 +167,7 @@ def _curves(metrics: list[Mapping[str, Any]]) -> dict[str, Curve]:
         points = [(line["step"], line[entry]) for line in metrics if line.get(entry) is not None]
         if points:
             steps, values = zip(*points, strict=True)
-            curves[name] = np.asarray(steps), np.asarray(values, np.float64)
+            curves[name] = np.asarray(steps, np.float64), np.asarray(values, np.float64)
     return curves
 
 

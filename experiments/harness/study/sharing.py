@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from experiments.harness.errors import ConfigError
 from experiments.harness.study.axes import Study, file_name, identity
-from experiments.harness.study.results import Key
+from experiments.harness.study.summary import Key
 from experiments.harness.workdir import lock, record
 from experiments.harness.workdir.dependences import WEIGHTS
 

@@ -70,6 +70,7 @@ def attempted(path: epath.PathLike) -> Iterator[bool]:
         pass
     except OSError as error:
         if error.errno in _NO_LOCKS:
+            path.unlink(missing_ok=True)
             raise NoLocksError(f"a file system without locks: {error.strerror}") from error
         raise ConfigError(
             f"workdir={path.parent}: {path.name} cannot be written ({error.strerror})"
