@@ -33,7 +33,8 @@ from experiments.harness.sampling.draw import Drawer
 from experiments.harness.setup.definition import ModelDefinition, define_model
 from experiments.harness.setup.params import init_params
 from models.diffusers_weights import params_from_unet2d
-from models.unet import UNet, ddpm_timestep
+from models.foreign import timestep
+from models.unet import UNet
 
 _NETWORK = flags.DEFINE_enum("network", "digits", ("digits", "ddpm"), "Which U-Net to time.")
 _BATCH = flags.DEFINE_integer("batch", 64, "Samples drawn together.")
@@ -100,7 +101,7 @@ def _config_and_definition() -> tuple[ConfigDict, ModelDefinition]:
     if _NETWORK.value == "digits":
         return config, definition
     schedule = linear_beta()
-    network = UNet(timestep_of=ddpm_timestep(schedule.knots))
+    network = UNet(timestep_of=timestep(schedule.knots))
     changed = {"network": network, "image_shape": (32, 32, 3), "parameterization": "eps"}
     return config, definition._replace(schedule=schedule, **changed)
 

@@ -95,3 +95,15 @@ def example_noise(
         return jax.vmap(lambda k: jax.random.normal(k, shape))(at_t)
 
     return noise
+
+
+def array_noise(eps: Float[Array, "numbers b *d"]) -> Noise:
+    """Noise from an array: `eps[t]` at timestep t, so that the bound at T needs T + 1 of them.
+
+    A number that the array does not have gives NaN.
+    """
+    eps = jnp.asarray(eps)
+    rows = jnp.arange(eps.shape[1])
+    return lambda t: eps.at[t, rows].get(
+        mode="fill", fill_value=jnp.nan, wrap_negative_indices=False
+    )

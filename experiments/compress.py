@@ -21,7 +21,7 @@ from experiments.harness.errors import ConfigError
 from experiments.harness.evaluation.full_bound import full_bound
 from experiments.harness.evaluation.subject import subject_of
 from experiments.harness.setup import trained
-from experiments.harness.setup.definition import check_levels, define_model
+from experiments.harness.setup.definition import check_levels, define_model, require_grey_levels
 from experiments.harness.setup.trained import Run
 from experiments.harness.workdir.files import replace, write_json, write_npz
 
@@ -120,6 +120,7 @@ def check(config: ConfigDict) -> None:
     constriction()
     checks.check(config, "compress")
     definition = define_model(config)
+    require_grey_levels(definition, "data.name", config.data.name, "it has no lossless code")
     memory.check_memory(config, definition.image_shape, "compress")
     for setting in ("compress.batch_size", "evaluate.batch_size"):
         section, name = setting.split(".")

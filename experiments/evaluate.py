@@ -18,7 +18,12 @@ from experiments.harness.evaluation.subject import Subject, subject_of
 from experiments.harness.processes import distributed
 from experiments.harness.sampling import quality, sampler
 from experiments.harness.setup import trained
-from experiments.harness.setup.definition import ModelDefinition, check_levels, define_model
+from experiments.harness.setup.definition import (
+    ModelDefinition,
+    check_levels,
+    define_model,
+    require_grey_levels,
+)
 from experiments.harness.workdir import dependences, metrics, provenance, record, sessions
 from experiments.harness.workdir.files import append_jsonl, replace, write_json
 
@@ -68,11 +73,12 @@ def evaluate(config: ConfigDict, workdir: epath.PathLike, checked: bool = False)
         "checkpoint": config.evaluate.checkpoint,
         "num_timesteps": subject.levels.num_timesteps,
         "seed": config.seed,
-        "uniform_bits_per_dim": float(np.log2(run.definition.quantization.num_levels)),
         **provenance.identity(
             RESULT_FILE, config, run.step, workdir, data=splits.fingerprints(config)
         ),
     }
+    if (quantization := run.definition.quantization) is not None:
+        result["uniform_bits_per_dim"] = float(np.log2(quantization.num_levels))
     for name in config.evaluate.also:
         if name != "quality":
             result[name] = ESTIMATES[name](config, subject)
@@ -152,7 +158,12 @@ def check_fit(config: ConfigDict, definition: ModelDefinition) -> None:
     memory.check_memory(config, definition.image_shape, "evaluate")
     devices.check_batch("config.evaluate.batch_size", config.evaluate.batch_size)
     splits.check_split(config, config.evaluate.split)
-    if "quality" in config.evaluate.also:
+    also, ode = config.evaluate.also, config.evaluate.ode
+    if "ode" in also and ode.dequantization == "uniform":
+        setting = "evaluate.ode.dequantization"
+        require_grey_levels(definition, setting, ode.dequantization, "use noise")
+    if "quality" in also:
+        require_grey_levels(definition, "evaluate.also", also, "leave out quality")
         sampler.check(config, definition)
         quality.check(config)
     if "k_sample" in config.evaluate.also:
@@ -185,7 +196,8 @@ def result_line(result: dict[str, Any]) -> str:
 
 def _worse_than_uniform(result: dict[str, Any]) -> str:
     """A remark if the bound or a term exceeds the bits/dim of uniformly distributed pixels."""
-    uniform = result.get("uniform_bits_per_dim", np.inf)  # not in the files of older versions
+    # Neither in the files of older versions nor in those of continuous data.
+    uniform = result.get("uniform_bits_per_dim", np.inf)
     remedies = {
         "prior": "the last level has too little noise",
         "diffusion": "the network predicts badly",

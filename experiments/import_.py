@@ -212,7 +212,7 @@ def _eps_errors(config: ConfigDict, definition: ModelDefinition, params: Any) ->
 
     @jax.jit
     def mean_error(params, examples, index, log_snr):
-        x_0 = definition.quantization.to_data(examples.images)
+        x_0 = definition.to_data(examples.images)
         eps = example_noise(root, index, definition.image_shape)(jnp.zeros_like(index))
         reverse = definition.model(params, examples.labels).reverse
         return jnp.mean(reverse.squared_eps_error(x_0, eps, log_snr))

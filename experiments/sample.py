@@ -12,11 +12,21 @@ from diffusion.forward import diffuse
 from diffusion.samplers.base import Samples
 from experiments.harness import checks, devices, memory
 from experiments.harness.data import splits
-from experiments.harness.pictures.images import grid, save_png
+from experiments.harness.errors import ConfigError
 from experiments.harness.sampling import edits, quality, sampler, sweep
-from experiments.harness.sampling.draw import Drawer, save_strip, to_bytes, to_grey_levels
+from experiments.harness.sampling.draw import (
+    Drawer,
+    save_grid,
+    save_strip,
+    strip_rows,
+    to_grey_levels,
+)
 from experiments.harness.seeds import stream
-from experiments.harness.setup.definition import ModelDefinition, define_model
+from experiments.harness.setup.definition import (
+    ModelDefinition,
+    define_model,
+    require_grey_levels,
+)
 from experiments.harness.setup.trained import load
 from experiments.harness.workdir import metrics, provenance
 from experiments.harness.workdir.dependences import SAMPLES
@@ -51,7 +61,7 @@ def sample(config: ConfigDict, workdir: epath.PathLike, checked: bool = False) -
       checked: whether the config has passed `check`.
 
     Returns:
-      uint8 [n, h, w, c], grey levels.
+      uint8 [n, h, w, c], grey levels; of continuous data, floats [n, …] in data units.
 
     Raises:
       ConfigError: for a setting or a checkpoint that does not fit.
@@ -65,11 +75,11 @@ def sample(config: ConfigDict, workdir: epath.PathLike, checked: bool = False) -
     levels = run.levels(settings.num_timesteps)
     record = strip_levels(levels.num_timesteps, settings.strip_columns)
     drawer = Drawer(config, definition)
-    drawn = drawer(run.params, levels, n, record, settings.strip_rows)
+    drawn = drawer(run.params, levels, n, record, strip_rows(config, definition))
     samples = to_grey_levels(definition, drawn.x_0)
     directory = run.workdir / "samples"
     directory.mkdir(parents=True, exist_ok=True)
-    save_png(directory / "samples.png", grid(to_bytes(definition, drawn.x_0)))
+    save_grid(directory / "samples.png", definition, drawn.x_0)
     _save_reverse_strip(directory / "reverse.png", definition, drawn, record)
     _save_forward_strip(directory / "forward.png", config, definition)
     for name in settings.also:
@@ -105,6 +115,8 @@ def check(config: ConfigDict) -> None:
 def check_fit(config: ConfigDict, definition: ModelDefinition) -> None:
     """Raises ConfigError unless checked settings fit the data and the devices."""
     also = config.sample.also
+    if also and not definition.are_images:
+        raise ConfigError(f"config.sample.also = {also}, but the data are no images; use ()")
     memory.check_memory(config, definition.image_shape, "sample")
     splits.check_split(config, "test")  # the strip of the forward process
     devices.check_batch("config.sample.batch_size", config.sample.batch_size)
@@ -112,6 +124,7 @@ def check_fit(config: ConfigDict, definition: ModelDefinition) -> None:
     if "inpaint" in also:
         edits.known_part(config, definition)
     if {"sweep", "guidance"} & set(also):
+        require_grey_levels(definition, "sample.also", also, "leave out sweep and guidance")
         quality.check(config)
     if "guidance" in also:
         edits.check_guidance(config, definition)
@@ -127,19 +140,23 @@ def strip_levels(num_timesteps: int, columns: int) -> tuple[int, ...]:
 def _save_reverse_strip(
     path: epath.Path, definition: ModelDefinition, samples: Samples, record: tuple[int, ...]
 ) -> None:
-    """Draws for each sample a row of x_t, and below it a row of the x̂_0 predicted from x_t."""
+    """Draws for each sample a row of x_t, and below it a row of the x̂_0 predicted from x_t.
+
+    Of samples that are no images only x_t is drawn.
+    """
     x_0 = samples.x_0[: samples.x_t.shape[1]]
-    frames = np.stack([*samples.x_t, x_0]), np.stack([*samples.x_0_hat, x_0])
-    both = np.stack(frames, axis=2)  # [k, n, 2, ...]
-    both = both.reshape(len(both), -1, *both.shape[3:])
-    save_strip(path, definition, both, [f"t = {t}" for t in record] + ["sample"])
+    frames, predictions = np.stack([*samples.x_t, x_0]), np.stack([*samples.x_0_hat, x_0])
+    if definition.are_images:
+        both = np.stack([frames, predictions], axis=2)  # [k, n, 2, ...]
+        frames = both.reshape(len(both), -1, *both.shape[3:])
+    save_strip(path, definition, frames, [f"t = {t}" for t in record] + ["sample"])
 
 
 def _save_forward_strip(path: epath.Path, config: ConfigDict, definition: ModelDefinition) -> None:
     """Draws test images and their x_t, with the same noise ε at all t."""
-    rows = config.sample.strip_rows
+    rows = strip_rows(config, definition)
     images = splits.load_data(config, "test", splits.first(rows)).images
-    x_0 = definition.quantization.to_data(images)
+    x_0 = definition.to_data(images)
     eps = jax.random.normal(stream(config.seed, "sample"), x_0.shape)
     times = strip_levels(definition.levels.num_timesteps, config.sample.strip_columns)[::-1]
     frames = [x_0]

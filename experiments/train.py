@@ -15,10 +15,9 @@ from experiments.harness.data import splits
 from experiments.harness.data.feed import require_same_data
 from experiments.harness.errors import ConfigError, RunError
 from experiments.harness.evaluation.quick_bound import make_quick_bound
-from experiments.harness.pictures import images
 from experiments.harness.processes import signals
 from experiments.harness.sampling import sampler
-from experiments.harness.sampling.draw import Drawer, to_bytes
+from experiments.harness.sampling.draw import Drawer, save_grid
 from experiments.harness.setup.definition import ModelDefinition, define_model
 from experiments.harness.setup.trained import load_ema
 from experiments.harness.training import step as steps
@@ -132,9 +131,8 @@ def draw_samples(
         except RunError as error:  # a young network's samples may diverge: training goes on
             tqdm.write(f"step {step}: no picture of samples ({error})")
             return
-        grid = images.grid(to_bytes(definition, samples.x_0))
         path = epath.Path(workdir) / "samples" / f"step_{step:08d}.png"
-        images.save_png(path, grid)
+        save_grid(path, definition, samples.x_0)
         log.events.pictures(step, {"samples": path})
 
     return run

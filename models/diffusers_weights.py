@@ -157,7 +157,7 @@ def _require(options: Mapping[str, Any], name: str, is_met: bool, remedy: Any) -
 def unet_settings(config: Mapping[str, Any], height: int) -> dict[str, Any]:
     """The attributes of the `UNet` that computes what a `UNet2DModel` does.
 
-    Its `timestep_of` must be `ddpm_timestep(…)` of the levels that the weights were trained on.
+    Its `timestep_of` must be `foreign.timestep(…)` of the levels that the weights were trained on.
 
     Args:
       config: as for `full_options`.

@@ -1,7 +1,9 @@
-"""Other people's networks as denoisers, called on the host: PyTorch, ONNX, or any NumPy function.
+"""Other people's networks as denoisers: PyTorch, ONNX, any NumPy function, or any JAX function.
 
-A foreign function takes (x, noise, condition) as NumPy arrays and returns a prediction of x's
-shape. `denoiser` makes it a `Denoiser`, which bounds and samplers take within compiled programs:
+A foreign function takes (x, noise, condition) and returns a prediction of x's shape. Its noise
+level is not a log-SNR but, for example, a timestep that counts from 0. `denoiser` makes a function
+of NumPy arrays, which is called on the host, a `Denoiser`; `jax_denoiser` one that JAX traces.
+Bounds and samplers take both within compiled programs:
 
     predict = torch_function(unet)  # an ε̂ that receives the index of the level
     p = Reverse(denoiser(predict, timestep(levels.log_snr[1:])), "eps", "beta")
@@ -11,6 +13,7 @@ What is predicted is `Reverse.parameterization`, for x_t = α x_0 + σ ε.
 
 import inspect
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -25,41 +28,76 @@ from diffusion.schedules import Array, alpha
 Function = Callable[[np.ndarray, np.ndarray, Any], np.ndarray]
 """(x [b, …], noise level [b], condition or None) -> the prediction [b, …], on the host."""
 
-NoiseInput = Callable[[np.ndarray], np.ndarray]
-"""Log-SNRs [b] -> what a network receives as its noise level [b]."""
+NoiseInput = Callable[[Array], Array]
+"""Log-SNRs [b] -> what a network receives as its noise level [b]; of NumPy or JAX arrays."""
 
 
-def log_snr(log_snr: np.ndarray) -> np.ndarray:
+def log_snr(log_snr: Array) -> Array:
     """λ itself."""
     return log_snr.astype(np.float32)
 
 
-def sigma(log_snr: np.ndarray) -> np.ndarray:
+def sigma(log_snr: Array) -> Array:
     """The noise of x_0 + σ̃ ε: σ̃ = σ/α = e^(−λ/2)."""
-    return np.exp(-0.5 * log_snr.astype(np.float64)).astype(np.float32)
+    return _numpy_of(log_snr).exp(-0.5 * log_snr.astype(float)).astype(np.float32)
 
 
-def c_noise(log_snr: np.ndarray) -> np.ndarray:
+def c_noise(log_snr: Array) -> Array:
     """¼ log σ̃, the noise input of EDM's networks. Karras et al. (2022), table 1."""
-    return (-0.125 * log_snr.astype(np.float64)).astype(np.float32)
+    return (-0.125 * log_snr.astype(float)).astype(np.float32)
 
 
 def timestep(level_log_snrs: Float[Array, "levels"], nearest: bool = False) -> NoiseInput:
-    """The 0-based index of a level, as DDPM's networks expect it.
+    """The index of a level, counted from 0, as DDPM's networks expect it.
+
+    At level t it is t − 1 exactly, if the log-SNR is the table's entry in float32. Between levels
+    it is linear in log-SNR, as the probability flow needs it, and outside of them it is clamped.
 
     Args:
       level_log_snrs: log-SNRs of the levels t = 1 … T that the network was trained on.
-      nearest: whether the index is rounded to an integer, for networks with a table. Otherwise it
-        is linear in log-SNR between levels, as the probability flow needs it.
+      nearest: whether the index is rounded to an integer, for networks with a table.
+
+    Raises:
+      ValueError: if the table is empty, or not finite and strictly falling in float32.
     """
     noise = -np.asarray(level_log_snrs, np.float32)
+    if not (noise.size and np.isfinite(noise).all() and (np.diff(noise) > 0).all()):
+        raise ValueError(
+            f"level_log_snrs, of length {noise.size}, must be finite, strictly falling in float32 "
+            "and not empty"
+        )
+    timesteps = np.arange(noise.size, dtype=np.float32)
 
-    def index(log_snr: np.ndarray) -> np.ndarray:
-        # Exact at a level, since both are rounded to float32.
-        place = np.interp(-log_snr.astype(np.float32), noise, np.arange(noise.size))
-        return np.rint(place).astype(np.int64) if nearest else place.astype(np.float32)
+    def index(log_snr: Array) -> Array:
+        xp = _numpy_of(log_snr)
+        place = xp.interp(-log_snr.astype(np.float32), noise, timesteps)
+        return xp.rint(place).astype(int) if nearest else place.astype(np.float32)
 
     return index
+
+
+def _numpy_of(array: Array) -> ModuleType:
+    """NumPy on the host, `jax.numpy` within a program."""
+    return np if isinstance(array, np.ndarray) else jnp
+
+
+def jax_denoiser(
+    function: Callable[..., Array], noise_input: NoiseInput, *, exploding: bool = False
+) -> Callable[..., Array]:
+    """A JAX function (x, noise level[, condition]) as a denoiser.
+
+    Args:
+      function: it gets the condition only if the model has one.
+      noise_input, exploding: as for `denoiser`.
+    """
+
+    def denoise(
+        x_t: Float[Array, "b *d"], log_snr: Float[Array, "b"], condition: PyTree | None = None
+    ) -> Float[Array, "b ..."]:
+        x = x_t / expand(alpha(log_snr), x_t) if exploding else x_t
+        return function(x, noise_input(log_snr), *([] if condition is None else [condition]))
+
+    return denoise
 
 
 def denoiser(
@@ -70,7 +108,7 @@ def denoiser(
     learned_variance: bool = False,
     difference_step: float | None = None,
 ) -> Callable[..., Array]:
-    """A foreign function as a denoiser.
+    """A function of NumPy arrays as a denoiser, called on the host.
 
     Args:
       function: the foreign function; it must be a function of its arguments alone.

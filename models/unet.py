@@ -30,35 +30,6 @@ def log_snr_to_timestep(log_snr: Float[Array, "b"]) -> Float[Array, "b"]:
     return 25.0 * (20.0 - jnp.asarray(log_snr))
 
 
-def ddpm_timestep(
-    level_log_snrs: Float[Array, "levels"],
-) -> Callable[[Float[Array, "b"]], Float[Array, "b"]]:
-    """The map from log-SNR to the 0-based timestep that DDPM's own networks expect.
-
-    Args:
-      level_log_snrs: log-SNRs of the levels t = 1 … T that the network was trained on.
-
-    Returns:
-      A function of log-SNRs. At level t it is t − 1 exactly, if the log-SNR is the table's entry in
-      float32. Between levels it is linear in log-SNR, and outside of them it is clamped.
-
-    Raises:
-      ValueError: if the table is empty, or not finite and strictly falling in float32.
-    """
-    noise = -np.asarray(level_log_snrs, np.float32)
-    timesteps = np.arange(noise.size, dtype=np.float32)
-    if not (noise.size and np.isfinite(noise).all() and (np.diff(noise) > 0).all()):
-        raise ValueError(
-            f"level_log_snrs, of length {noise.size}, must be finite, strictly falling in float32 "
-            "and not empty"
-        )
-
-    def timestep(log_snr: Float[Array, "b"]) -> Float[Array, "b"]:
-        return jnp.interp(-jnp.asarray(log_snr, jnp.float32), noise, timesteps)
-
-    return timestep
-
-
 ATTENTION_RESOLUTIONS = (
     "attention_resolutions",
     "down_attention_resolutions",
@@ -135,6 +106,10 @@ class UNet(nn.Module):
         Raises:
           ValueError: with one line that names the setting, its value and the permitted values.
         """
+        if len(image_shape) != 3:
+            raise ValueError(
+                f"model.name = 'unet'; it is for images, and the data have the shape {image_shape}"
+            )
         height, width, _ = image_shape
         halvings = len(self.channel_multipliers) - 1
         heights = [height // 2**level for level in range(halvings + 1)]

@@ -246,7 +246,8 @@ def decoder() -> Group:
         name=Setting(
             "discretized_gaussian",
             Choice("diffusion.decoders:DECODERS"),
-            "discretized_gaussian (DDPM) or categorical (VDM).",
+            "discretized_gaussian (DDPM) or categorical (VDM), for grey levels; continuous data "
+            "have a Gaussian one of variance 1/SNR_1.",
         ),
         scaling=Setting(
             "endpoints",

@@ -110,10 +110,6 @@ RULES = (
     Rule(TRAIN, "train.objective", lambda c: c.train.objective == "hybrid"
          and not _is_learned(c.model.variance),
          "it trains a learned Σ_θ, but config.model.variance = {model.variance!r} is fixed"),
-    Rule(TRAIN, "decoder.discretized_gaussian.variance", lambda c: c.train.time == "continuous"
-         and c.train.objective == "vlb" and c.decoder.name == "discretized_gaussian"
-         and c.decoder.discretized_gaussian.variance == "beta_tilde",
-         "it depends on T; in continuous time use beta"),
     Rule(TRAIN, "schedule.num_timesteps", lambda c: c.train.time == "continuous"
          and c.schedule.num_timesteps < 2,
          "continuous time needs both ends of the schedule; use at least 2"),

@@ -247,3 +247,11 @@ def test_noise_is_standard_normal_and_independent_across_examples_times_and_draw
     correlation = np.corrcoef(values)[np.triu_indices(3, 1)]
     neighbours = [np.corrcoef(row[1:], row[:-1])[0, 1] for row in values]
     assert np.all(np.abs([*correlation, *neighbours]) < 4.5 / np.sqrt(n))
+
+
+def test_an_array_as_noise():
+    """Row i of timestep t is eps[t, i], and a timestep that is not there is no number."""
+    eps = np.random.default_rng(0).normal(size=(4, 3, 2)).astype(np.float32)
+    noise = jax.jit(forward.array_noise(eps))
+    np.testing.assert_array_equal(noise(np.array([0, 3, 1])), eps[[0, 3, 1], [0, 1, 2]])
+    assert np.isnan(noise(np.array([4, 0, -1]))).all(axis=1).tolist() == [True, False, True]

@@ -82,6 +82,59 @@ def test_what_a_network_receives_as_its_noise_level():
     np.testing.assert_array_equal(received["log_snr"], LOG_SNR)
 
 
+TABLE = schedules.linear_beta().levels(1000).log_snr[1:]
+
+
+@pytest.mark.parametrize("compile_it", [False, True])
+def test_timesteps_are_exact_at_their_levels(compile_it):
+    """Level t feeds t − 1."""
+    timestep = foreign.timestep(TABLE)
+    timestep = jax.jit(timestep) if compile_it else timestep
+    np.testing.assert_array_equal(timestep(TABLE.astype(np.float32)), np.arange(1000))
+
+
+@pytest.mark.parametrize("place", [np.asarray, jnp.asarray])
+def test_timesteps_between_and_beyond_their_levels(place):
+    timestep = foreign.timestep(TABLE)
+    beyond = place(np.array([np.inf, TABLE[0] + 1, TABLE[-1] - 1, -np.inf], np.float32))
+    np.testing.assert_array_equal(timestep(beyond), [0, 0, 999, 999])
+    # Gaps are at least 0.01, and float32 rounds a log-SNR near 10 by up to 5e-7.
+    quarters = place((0.75 * TABLE[:-1] + 0.25 * TABLE[1:]).astype(np.float32))
+    np.testing.assert_allclose(timestep(quarters), np.arange(999) + 0.25, rtol=0, atol=2e-4)
+    np.testing.assert_array_equal(foreign.timestep(TABLE[:1])(beyond), np.zeros(4))
+
+
+@pytest.mark.parametrize("table", [[], [1.0, 1.0], [1.0, 2.0], [np.inf, 0.0], [1.0, 1.0 - 1e-9]])
+def test_a_table_without_an_inverse_is_refused(table):
+    with pytest.raises(ValueError, match="strictly falling"):
+        foreign.timestep(np.array(table))
+
+
+def test_a_jax_function_that_counts_timesteps_from_zero():
+    """On the host and in JAX the same function is the same denoiser, with labels and without."""
+
+    def predict(x, t, labels=0.0):
+        return x * (1 + 0.1 * t + labels)[:, None, None, None]
+
+    timestep = foreign.timestep(LOG_SNR)
+    in_jax = foreign.jax_denoiser(predict, timestep, exploding=True)
+    on_host = foreign.denoiser(
+        lambda x, t, labels: predict(x, t, 0.0 if labels is None else labels),
+        timestep,
+        exploding=True,
+    )
+    level = jnp.asarray(LOG_SNR[[0, 7, 19]])
+    np.testing.assert_allclose(
+        in_jax(X, level) * np.sqrt(LEVELS.alpha_bar[[1, 8, 20]]).reshape(-1, 1, 1, 1),
+        X * np.array([1.0, 1.7, 2.9]).reshape(-1, 1, 1, 1),
+        rtol=1e-5,
+    )
+    for labels in (None, np.array([1.0, 2.0, 3.0], np.float32)):
+        np.testing.assert_allclose(
+            jax.jit(in_jax)(X, level, labels), on_host(X, level, labels), rtol=1e-6
+        )
+
+
 def test_derivatives_are_central_differences():
     """Of an affine function they are exact but for rounding, in every direction at once."""
     log_snr, directions = LOG_SNR[[2, 9, 15]], RNG.normal(size=(5, *X.shape)).astype(np.float32)

@@ -16,7 +16,7 @@ from models.layers import (
     fourier_features,
     sinusoidal_embedding,
 )
-from models.unet import UNet, ddpm_timestep, log_snr_to_timestep
+from models.unet import UNet, log_snr_to_timestep
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -255,31 +255,6 @@ def test_a_setting_that_does_not_fit_is_named_in_one_line(settings, image_shape,
 def test_the_linear_noise_input():
     log_snr = np.array([20.0, 0.0, -20.0], np.float32)
     np.testing.assert_array_equal(log_snr_to_timestep(log_snr), [0, 500, 1000])
-
-
-@pytest.mark.parametrize("compile_it", [False, True])
-def test_ddpms_timesteps_are_exact_at_its_levels(compile_it):
-    """Level t feeds t − 1."""
-    table = linear_log_snrs()
-    timestep_of = jax.jit(ddpm_timestep(table)) if compile_it else ddpm_timestep(table)
-    np.testing.assert_array_equal(timestep_of(table.astype(np.float32)), np.arange(1000))
-
-
-def test_ddpms_timesteps_between_and_beyond_its_levels():
-    table = linear_log_snrs()
-    timestep_of = ddpm_timestep(table)
-    beyond = np.array([np.inf, table[0] + 1, table[-1] - 1, -np.inf], np.float32)
-    np.testing.assert_array_equal(timestep_of(beyond), [0, 0, 999, 999])
-    # Gaps are at least 0.01, and float32 rounds a log-SNR near 10 by up to 5e-7.
-    quarters = (0.75 * table[:-1] + 0.25 * table[1:]).astype(np.float32)
-    np.testing.assert_allclose(timestep_of(quarters), np.arange(999) + 0.25, rtol=0, atol=2e-4)
-    np.testing.assert_array_equal(ddpm_timestep(table[:1])(beyond), np.zeros(4))
-
-
-@pytest.mark.parametrize("table", [[], [1.0, 1.0], [1.0, 2.0], [np.inf, 0.0], [1.0, 1.0 - 1e-9]])
-def test_a_table_without_an_inverse_is_refused(table):
-    with pytest.raises(ValueError, match="strictly falling"):
-        ddpm_timestep(np.array(table))
 
 
 @pytest.mark.parametrize("dim", [4, 9, 128])

@@ -16,7 +16,8 @@ from models.diffusers_weights import (
     unet2d_options,
     unet_settings,
 )
-from models.unet import UNet, ddpm_timestep
+from models.foreign import timestep
+from models.unet import UNet
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -119,7 +120,7 @@ def ours(model) -> UNet:
     settings = unet_settings(config, height)
     out, classes = config["out_channels"], (config["num_class_embeds"] or 1) - 1
     out_channels = None if out == channels else out
-    timestep_of = ddpm_timestep(LEVEL_LOG_SNRS)
+    timestep_of = timestep(LEVEL_LOG_SNRS)
     return UNet(**settings, out_channels=out_channels, num_classes=classes, timestep_of=timestep_of)
 
 

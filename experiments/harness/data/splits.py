@@ -8,8 +8,9 @@ list it there. Any other name is an image set of tensorflow-datasets.
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
+import jax
 import numpy as np
-from jaxtyping import Int, Int32, UInt8
+from jaxtyping import Int, Int32, Shaped
 from ml_collections import ConfigDict
 
 from diffusion.schedules import Array
@@ -37,11 +38,11 @@ class Examples(NamedTuple):
     """Some examples of a data set, as one argument of a compiled program.
 
     Attributes:
-      images: grey levels.
+      images: grey levels; of continuous data, floats in data units.
       labels: class indices; None if the set has none, or the model gets none.
     """
 
-    images: UInt8[Array, "b h w c"]
+    images: Shaped[Array, "b *d"]
     labels: Int32[Array, "b"] | None
 
 
@@ -49,14 +50,14 @@ class Dataset(NamedTuple):
     """A decoded split.
 
     Attributes:
-      images: grey levels 0..num_levels−1.
+      images: grey levels 0..num_levels−1; of continuous data, floats in data units.
       labels: class indices, or None if the set has none.
-      num_levels: number of grey levels that a pixel can have.
+      num_levels: number of grey levels that a pixel can have; 0 for continuous data.
       name: `data.name` of the config.
       split: train, validation or test.
     """
 
-    images: UInt8[np.ndarray, "n h w c"]
+    images: Shaped[np.ndarray, "n *d"]
     labels: Int32[np.ndarray, "n"] | None
     num_levels: int
     name: str
@@ -64,7 +65,7 @@ class Dataset(NamedTuple):
 
     def examples(self, index: Int[np.ndarray, "b"] | slice) -> Examples:
         """The examples at these places."""
-        return Examples(self.images[index], None if self.labels is None else self.labels[index])
+        return Examples(self.images[index], jax.tree.map(lambda a: a[index], self.labels))
 
 
 _SELECTION_KEY = (2**64 - 1, 0)  # no seed of a run is so large
@@ -142,6 +143,11 @@ def load(
         images, labels = source.read()
     else:
         images, labels = _read_some(source, choose(source.num_examples), f"{name} {split}")
+    if images.shape[1:] != tuple(source.image_shape):
+        raise ConfigError(
+            f"config.data.name = {name!r}: the examples of {split} have the shape "
+            f"{images.shape[1:]}, and its source says {source.image_shape}"
+        )
     return Dataset(images, labels, source.num_levels, name, split)
 
 
@@ -156,7 +162,8 @@ def _read_some(
         return source.get(int(places[number]))
 
     labelled = source.num_classes > 0
-    return read_each(get, len(places), source.image_shape, description, labelled)
+    shape, dtype = source.image_shape, source.dtype
+    return read_each(get, len(places), shape, description, labelled, dtype)
 
 
 def first(limit: int) -> Choose:

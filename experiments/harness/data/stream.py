@@ -45,6 +45,7 @@ class Batches:
 
     def __init__(self, source: Source, seed: int, batch_size: int, part: slice = slice(None)):
         self.num_examples, self.image_shape = source.num_examples, source.image_shape
+        self.dtype = source.dtype
         self.seed, self.batch_size, self.part = seed, batch_size, part
         # A set that is stored as whole arrays is decoded here, once.
         self.in_memory = source.get is None
@@ -57,7 +58,7 @@ class Batches:
             images, labels = self._arrays
             labels = None if labels is None else labels[indices]
             return _without_none(images=images[indices], labels=labels)
-        images = np.empty((len(indices), *self.image_shape), np.uint8)
+        images = np.empty((len(indices), *self.image_shape), self.dtype)
         labels = []
         for place, index in enumerate(indices.tolist()):
             images[place], label = self._get(index)

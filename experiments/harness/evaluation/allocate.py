@@ -39,6 +39,7 @@ LEAST_PER_REPLICATE, MAX_PER_REPLICATE = 8, 512  # evaluations of an example
 MARGIN = 1.25  # factor on the variance that the pilot predicts
 CONTROL_EXAMPLES = 10_000
 UNLIMITED = 10**18  # evaluations
+LEAST_VARIANCE = 1e-6  # of a direction of continuous data, as a share of the mean variance
 
 
 class Plan(NamedTuple):
@@ -192,6 +193,8 @@ class Estimator:
 def fit_controls(config: ConfigDict, subject: Subject) -> tuple[Control, ...]:
     """The control variates of the config's training data, or of a part of it."""
     images = splits.load_data(config, "train", splits.some(CONTROL_EXAMPLES)).images
+    if not subject.spacing:  # continuous data, which have no grey levels for the second control
+        return (GaussianControl.fit(images, LEAST_VARIANCE * float(images.var())),)
     values = np.asarray(subject.to_data(np.arange(subject.dataset.num_levels)))
     gaussian = GaussianControl.fit(values[images], subject.spacing**2 / 12)
     return gaussian, PixelControl.fit(images, values, gaussian)

@@ -76,8 +76,12 @@ def write(
     num_dims = int(np.prod(definition.image_shape))
     log_snr = definition.levels.log_snr[1:]
     # ‖x_0 − x̂_0‖² = ‖ε − ε̂‖²/SNR, then from data units to grey levels.
-    squared = curves.eps_error * np.exp(-log_snr) / num_dims
-    rmse = np.sqrt(squared) / definition.quantization.spacing
+    rmse, quantization = (
+        np.sqrt(curves.eps_error * np.exp(-log_snr) / num_dims),
+        definition.quantization,
+    )
+    if quantization is not None:
+        rmse = rmse / quantization.spacing
     arrays = {
         "t": np.arange(1, len(log_snr) + 1),
         "log_snr": log_snr,
@@ -101,5 +105,5 @@ def write(
         kl=curves.kl,
         prior=prior,
         rmse=rmse,
-        max_value=definition.quantization.num_levels - 1,
+        max_value=None if quantization is None else quantization.num_levels - 1,
     )

@@ -4,8 +4,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -57,6 +58,12 @@ class Subject(NamedTuple):
     def num_dims(self) -> int:
         return int(np.prod(self.shape))
 
+    def padded_to_devices(self) -> "Subject":
+        """The same with a batch of the examples alone, where they are fewer than a batch."""
+        devices = jax.device_count()
+        needed = -(-self.num_examples // devices) * devices
+        return self._replace(batch_size=min(self.batch_size, needed))
+
     def some(self, limit: int) -> "Subject":
         """The same with at most `limit` of the examples, evenly spaced."""
         examples = self.dataset.examples(slice(None, None, -(-self.num_examples // limit)))
@@ -97,9 +104,57 @@ def subject_of(
         schedule=definition.schedule,
         levels=definition.levels,
         dataset=dataset,
-        to_data=definition.quantization.to_data,
-        spacing=definition.quantization.spacing,
+        to_data=definition.to_data,
+        spacing=0.0 if definition.quantization is None else definition.quantization.spacing,
         seed=config.seed,
         batch_size=config.evaluate.batch_size,
         chunk_size=config.evaluate.chunk_size,
+    )
+
+
+def subject_of_model(
+    model: DiffusionModel,
+    x_0: Shaped[np.ndarray, "n *d"],
+    seed: int,
+    batch_size: int,
+    chunk_size: int,
+) -> Subject:
+    """Any model as the subject of a measurement, without a config.
+
+    Args:
+      model: p. A condition has a row for each example.
+      x_0: the examples, in data units.
+      seed: determines noise and times.
+      batch_size: examples in one call of a program.
+      chunk_size: timesteps evaluated at once.
+
+    Raises:
+      ValueError: for no examples, examples that are not in data units, or a condition of another
+        length.
+    """
+    condition = jax.tree.map(np.asarray, model.reverse.condition)
+    if not x_0.size or not np.issubdtype(x_0.dtype, np.floating):
+        raise ValueError(
+            f"x_0 is {x_0.dtype} {x_0.shape}: it must hold at least one example, as floats in data "
+            "units; convert grey levels with Quantization.to_data"
+        )
+    for leaf in jax.tree.leaves(condition):
+        if leaf.shape[:1] != x_0.shape[:1]:
+            raise ValueError(
+                f"the condition is {leaf.shape}: it must have a row for each of the {len(x_0)} "
+                "examples"
+            )
+    some = x_0[:batch_size]
+    model.decoder(some, some, some, model.levels)  # a discrete decoder refuses data off its levels
+    return Subject(
+        model=lambda params, condition: model.given(condition),
+        params=(),
+        schedule=Schedule(model.levels.log_snr[1:]),
+        levels=model.levels,
+        dataset=Dataset(x_0, condition, 0, "", ""),
+        to_data=jnp.asarray,
+        spacing=0.0,
+        seed=seed,
+        batch_size=batch_size,
+        chunk_size=chunk_size,
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from jaxtyping import Float
 
 from experiments.harness.pictures.images import write_image
 
@@ -77,7 +78,7 @@ def plot_kl_per_timestep(
 
 
 def plot_rate_distortion(
-    path: epath.PathLike, *, kl: np.ndarray, prior: float, rmse: np.ndarray, max_value: int
+    path: epath.PathLike, *, kl: np.ndarray, prior: float, rmse: np.ndarray, max_value: int | None
 ) -> None:
     """Draws rate and distortion of progressive coding, as in Ho et al. (2020), Figure 5.
 
@@ -88,8 +89,9 @@ def plot_rate_distortion(
       path: PNG file to write.
       kl: [T − 1], KL for t = 2..T, in bits/dim.
       prior: bits/dim.
-      rmse: [T], root mean square error of x̂_0(x_t) for t = 1..T, in grey levels.
-      max_value: the largest grey level: 255 for bytes, 16 for digits.
+      rmse: [T], root mean square error of x̂_0(x_t) for t = 1..T, in grey levels; of continuous
+        data, in data units.
+      max_value: the largest grey level: 255 for bytes, 16 for digits; None for continuous data.
 
     Raises:
       ValueError: if the lengths do not fit each other.
@@ -107,8 +109,9 @@ def plot_rate_distortion(
     for axes in (rate_axes, distortion_axes):
         _count_timesteps(axes, len(rmse))
         axes.invert_xaxis()
+    unit = "in data units" if max_value is None else f"on [0, {max_value}]"
     for axes in (distortion_axes, both):
-        axes.set_ylabel(rf"RMSE of $\hat{{x}}_0(x_t)$ on [0, {max_value}]")
+        axes.set_ylabel(rf"RMSE of $\hat{{x}}_0(x_t)$ {unit}")
     for axes in (rate_axes, distortion_axes, both):
         axes.set_ylim(bottom=0)
     rate_axes.set(ylabel="bits/dim to know $x_t$", title="Rate")
@@ -176,6 +179,37 @@ def plot_bits_over_timesteps(
     save_figure(path, figure)
 
 
+def plot_points(
+    path: epath.PathLike, frames: Float[np.ndarray, "k n d"], captions: Sequence[str]
+) -> None:
+    """Draws vectors as points of their first two coordinates, or numbers as a histogram.
+
+    Args:
+      path: PNG file to write.
+      frames: k sets of n vectors, a panel for each; all panels have the same axes.
+      captions: k short texts above the panels.
+    """
+    figure, panels = _figure(len(frames), size=2.4)
+    for axes, points, caption in zip(np.atleast_1d(panels), frames, captions, strict=True):
+        if points.shape[1] == 1:
+            axes.hist(points[:, 0], bins=50, density=True, color=_BLUE, alpha=0.7)
+        else:
+            size = min(20.0, 4000 / len(points))
+            axes.scatter(*points[:, :2].T, s=size, color=_BLUE, alpha=0.5, linewidths=0)
+            axes.set_aspect("equal")
+            axes.set(xlim=_range(frames[..., 0]), ylim=_range(frames[..., 1]))
+        axes.set_title(caption, fontsize=9)
+        axes.tick_params(labelsize=7)
+    _save(path, figure)
+
+
+def _range(values: np.ndarray) -> tuple[float, float]:
+    """From the smallest to the largest value, with a margin."""
+    low, high = float(values.min()), float(values.max())
+    margin = 0.05 * (high - low) or 1.0
+    return low - margin, high + margin
+
+
 def plot_quality(path: epath.PathLike, entries: Sequence[Mapping[str, Any]]) -> None:
     """Draws distances of samples from data over network evaluations, with a line for each sampler.
 
@@ -220,13 +254,14 @@ def plot_quality(path: epath.PathLike, entries: Sequence[Mapping[str, Any]]) -> 
     save_figure(path, figure)
 
 
-def _figure(panels: int) -> tuple[Any, Any]:
+def _figure(panels: int, size: float = 0.0) -> tuple[Any, Any]:
     # Without pyplot, whose state belongs to a notebook that may call this.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.6 * panels, 3.6), layout="constrained")
+    width, height = (size, size) if size else (4.6, 3.6)
+    figure = Figure(figsize=(width * panels, height), layout="constrained")
     axes = figure.subplots(1, panels)
-    for panel in axes:
+    for panel in np.atleast_1d(axes):
         panel.grid(color="#dddddd", linewidth=0.6)
         panel.set_axisbelow(True)
         panel.spines[["top", "right"]].set_visible(False)

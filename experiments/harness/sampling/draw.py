@@ -20,7 +20,8 @@ from diffusion.schedules import Levels, Step
 from experiments.harness import devices
 from experiments.harness.data.order import padded_batches
 from experiments.harness.errors import RunError
-from experiments.harness.pictures.images import save_png, strip
+from experiments.harness.pictures.images import grid, save_png, strip
+from experiments.harness.pictures.plots import plot_points
 from experiments.harness.processes import distributed
 from experiments.harness.processes.progress import progress
 from experiments.harness.sampling.sampler import Inputs, build_sampler, guidance_interval
@@ -252,29 +253,57 @@ def _cut(levels: Levels, top: int, bottom: int) -> Stretch:
 
 def far_from_data(definition: ModelDefinition, x: np.ndarray) -> str:
     """How far values lie outside the data's range, in words; empty if at most FAR times as far."""
+    if definition.quantization is None:  # continuous data have no ends
+        return ""
     largest, end = float(np.abs(x).max(initial=0.0)), definition.quantization.values[-1]
     if largest <= FAR * end:
         return ""
     return f"reach {largest:,.4g} where data end at ±{end:.4g} ({np.mean(abs(x) > end):.1%} beyond)"
 
 
-def to_grey_levels(definition: ModelDefinition, x_0: Float[np.ndarray, "*b h w c"]) -> np.ndarray:
-    """Samples in data units as uint8 grey levels, each value rounded to the nearest."""
+def to_grey_levels(definition: ModelDefinition, x_0: Float[np.ndarray, "*b"]) -> np.ndarray:
+    """Samples in data units as uint8 grey levels, each value rounded to the nearest.
+
+    Samples of continuous data are returned as they are.
+    """
+    if definition.quantization is None:
+        return np.asarray(x_0)
     return np.asarray(definition.quantization.to_level(x_0), np.uint8)
 
 
 def to_bytes(definition: ModelDefinition, x: np.ndarray) -> np.ndarray:
     """Data in [−1, 1] as bytes for a picture, clipped; one channel or three."""
     x = x if x.shape[-1] in (1, 3) else x[..., :1]
-    ends = definition.quantization.values[-1]
+    ends = 1.0 if definition.quantization is None else definition.quantization.values[-1]
     return np.clip(np.round((np.asarray(x) / ends + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
 def save_strip(
     path: epath.Path,
     definition: ModelDefinition,
-    frames: Float[np.ndarray, "k n h w c"],
+    frames: Float[np.ndarray, "k n *d"],
     captions: Sequence[str],
 ) -> None:
-    """Writes a PNG file with a row for each of n examples and a column for each of k frames."""
-    save_png(path, strip(to_bytes(definition, frames), captions))
+    """Writes a PNG file with a row for each of n examples and a column for each of k frames.
+
+    Examples that are no images are drawn as points, those of a frame together.
+    """
+    if definition.are_images:
+        save_png(path, strip(to_bytes(definition, frames), captions))
+    else:
+        plot_points(path, frames.reshape(*frames.shape[:2], -1), captions)
+
+
+def save_grid(
+    path: epath.Path, definition: ModelDefinition, x_0: Float[np.ndarray, "n *d"]
+) -> None:
+    """Writes a PNG file of samples, as a table of images or as points."""
+    if definition.are_images:
+        save_png(path, grid(to_bytes(definition, x_0)))
+    else:
+        save_strip(path, definition, x_0[None], [f"{len(x_0)} samples"])
+
+
+def strip_rows(config: ConfigDict, definition: ModelDefinition) -> int:
+    """The number of samples in a picture of x_t on its way; as points, all of them."""
+    return config.sample.strip_rows if definition.are_images else config.sample.num_samples

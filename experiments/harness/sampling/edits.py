@@ -39,7 +39,7 @@ def inpaint(run: Run) -> None:
     """Samples the unknown part of test images, given the rest: inpaint.png and inpaint.npz."""
     config, definition, settings = run.config, run.definition, run.config.sample.inpaint
     dataset = splits.load_data(config, "test", splits.first(config.sample.strip_rows))
-    x_0 = np.asarray(definition.quantization.to_data(dataset.images))
+    x_0 = np.asarray(definition.to_data(dataset.images))
     mask = known_part(config, definition)
     n, each = len(x_0), settings.num_samples
 
@@ -107,7 +107,7 @@ def interpolate(run: Run) -> None:
     """
     config, definition, settings = run.config, run.definition, run.config.sample.interpolate
     images = splits.load_data(config, "test", splits.first(2 * config.sample.strip_rows)).images
-    x_0 = np.asarray(definition.quantization.to_data(images))
+    x_0 = np.asarray(definition.to_data(images))
     x_0_a, x_0_b = x_0[: len(x_0) // 2], x_0[len(x_0) - len(x_0) // 2 :]
     levels = run.levels(settings.num_timesteps)
     weights = np.linspace(0.0, 1.0, settings.columns)
@@ -134,7 +134,7 @@ def encode(run: Run) -> None:
     """
     config, definition, settings = run.config, run.definition, run.config.sample.encode
     dataset = splits.load_data(config, "test")
-    x_0 = np.asarray(definition.quantization.to_data(dataset.images))
+    x_0 = np.asarray(definition.to_data(dataset.images))
     levels, mesh = run.levels(settings.num_timesteps), devices.mesh()
     whole, split = devices.replicated(mesh), devices.split_batch(mesh)
 
@@ -153,7 +153,8 @@ def encode(run: Run) -> None:
         both = over_examples(encode_batch, n, config.sample.batch_size, bar)
     x_T, decoded = map(np.float32, both)
     _check_decoded(definition, "encode", decoded, levels.num_timesteps)
-    error = float(np.abs(both[1] - x_0).mean() / np.ptp(definition.quantization.values))
+    ends = x_0 if definition.quantization is None else definition.quantization.values
+    error = float(np.abs(both[1] - x_0).mean() / np.ptp(ends))
     directory, rows = run.workdir / "samples", config.sample.strip_rows
     frames = np.stack([x_0[:rows], x_T[:rows], decoded[:rows]])
     save_strip(directory / "encode.png", definition, frames, ["data", "noise", "decoded"])

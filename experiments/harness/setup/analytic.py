@@ -91,7 +91,7 @@ def _make_squared_errors(
     root = stream(config.seed, "estimate")
 
     def squared_errors(params, log_snr, examples, index, mask):
-        x_0 = definition.quantization.to_data(examples.images)
+        x_0 = definition.to_data(examples.images)
         noise = example_noise(root, index, definition.image_shape, _DRAW)
         reverse = definition.model(params, examples.labels).reverse
         ones = jnp.ones_like(index)

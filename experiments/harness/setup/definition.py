@@ -4,13 +4,14 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Int, Key
+from jaxtyping import Float, Int, Key, Shaped
 from ml_collections import ConfigDict
 
 from configs.settings.declaration import shown, value_of
-from diffusion.decoders import DECODERS, Decoder, Quantization
+from diffusion.decoders import DECODERS, Decoder, Quantization, gaussian
 from diffusion.model import DiffusionModel
 from diffusion.reverse import Reverse
 from diffusion.schedules import SCHEDULES, Array, Levels, Schedule, linear_log_snr
@@ -18,8 +19,9 @@ from diffusion.variances import VARIANCES, Variance
 from experiments.harness.checks import pick
 from experiments.harness.data.splits import describe_data, unlabelled_message
 from experiments.harness.errors import ConfigError
+from models.foreign import timestep
 from models.noise_schedule import NoiseSchedule, tabulate
-from models.unet import UNet, ddpm_timestep, log_snr_to_timestep
+from models.unet import UNet, log_snr_to_timestep
 
 
 class ModelDefinition(NamedTuple):
@@ -32,9 +34,9 @@ class ModelDefinition(NamedTuple):
       network: a Flax module (x_t, log_snr, condition, train) -> prediction.
       parameterization: what the network predicts.
       variance: Σ_θ.
-      quantization: grey levels as data.
+      quantization: grey levels as data; None for continuous data.
       decoder: p(x_0 | x_1).
-      image_shape: (height, width, channels).
+      image_shape: (height, width, channels); of data that are no images, any shape.
       num_classes: whose labels the network can be given; 0 where it is unconditional.
     """
 
@@ -44,10 +46,21 @@ class ModelDefinition(NamedTuple):
     network: nn.Module
     parameterization: str
     variance: Variance
-    quantization: Quantization
+    quantization: Quantization | None
     decoder: Decoder
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, ...]
     num_classes: int = 0
+
+    @property
+    def are_images(self) -> bool:
+        """Whether examples can be drawn as pictures, and not as points."""
+        return len(self.image_shape) == 3
+
+    def to_data(self, images: Shaped[Array, "b *d"]) -> Float[Array, "b *d"]:
+        """x_0 of stored examples: of grey levels their values, of continuous data the same."""
+        if self.quantization is None:
+            return jnp.asarray(images, float)
+        return self.quantization.to_data(images)
 
     def model(
         self,
@@ -96,7 +109,7 @@ def _unet(config: ConfigDict, schedule: Schedule, out_channels: int, num_classes
                 "config.model.unet.noise_input = 'ddpm_timestep' needs a schedule with a table of "
                 "β, such as linear_beta; use log_snr"
             )
-        timestep_of = ddpm_timestep(schedule.knots)
+        timestep_of = timestep(schedule.knots)
     return UNet(
         **settings, out_channels=out_channels, num_classes=num_classes, timestep_of=timestep_of
     )
@@ -108,19 +121,19 @@ MODELS = {"unet": _unet}
 def define_model(config: ConfigDict) -> ModelDefinition:
     """The model that a config defines; nothing is compiled.
 
-    The shape of the images and their number of grey levels are the training split's.
+    The shape of the images and their number of grey levels are the training split's. The decoder of
+    continuous data is a Gaussian, whatever `decoder` says.
 
     Raises:
       ConfigError: for a setting that is unknown or does not fit the others.
     """
     make_model = pick(MODELS, config.model.name, "config.model.name")
-    make_decoder = pick(DECODERS, config.decoder.name, "config.decoder.name")
     variance = pick(VARIANCES, config.model.variance, "config.model.variance")()
     source = describe_data(config, "train")
     if config.model.class_conditional and not source.num_classes:
         raise ConfigError(unlabelled_message(config, "train", source.unlabelled))
     num_classes = source.num_classes if config.model.class_conditional else 0
-    quantization = Quantization(source.num_levels, config.decoder.scaling)
+    quantization, decoder = _decoder(config, source.num_levels)
     schedule, levels, noise_schedule = _schedule(config)
     out_channels = source.image_shape[-1] * (2 if variance.is_learned else 1)
     options = config.model.get(config.model.name, ConfigDict())
@@ -137,10 +150,29 @@ def define_model(config: ConfigDict) -> ModelDefinition:
         parameterization=config.model.parameterization,
         variance=variance,
         quantization=quantization,
-        decoder=make_decoder(quantization, **config.decoder.get(config.decoder.name, {})),
+        decoder=decoder,
         image_shape=source.image_shape,
         num_classes=num_classes,
     )
+
+
+def _decoder(config: ConfigDict, num_levels: int) -> tuple[Quantization | None, Decoder]:
+    """The grey levels and the decoder of data with this number of levels; 0 for continuous data."""
+    name = config.decoder.name
+    make_decoder = pick(DECODERS, name, "config.decoder.name")
+    if not num_levels:
+        return None, gaussian()
+    quantization = Quantization(num_levels, config.decoder.scaling)
+    return quantization, make_decoder(quantization, **config.decoder.get(name, {}))
+
+
+def require_grey_levels(definition: ModelDefinition, setting: str, value: Any, remedy: str) -> None:
+    """Raises ConfigError if a setting makes no sense for continuous data."""
+    if definition.quantization is None:
+        raise ConfigError(
+            f"config.{setting} = {shown(value)} needs grey levels, and the data are continuous; "
+            f"{remedy}"
+        )
 
 
 def _schedule(config: ConfigDict) -> tuple[Schedule, Levels, NoiseSchedule | None]:

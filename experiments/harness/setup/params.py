@@ -19,7 +19,7 @@ def init_params(definition: ModelDefinition, seed: int) -> Any:
 def _init(
     network: nn.Module,
     noise_schedule: nn.Module | None,
-    image_shape: tuple[int, int, int],
+    image_shape: tuple[int, ...],
     seed: int,
 ) -> Any:
     key, x_t = stream(seed, "params"), jnp.zeros((1, *image_shape))
@@ -41,6 +41,6 @@ def abstract_params(definition: ModelDefinition) -> Any:
 
 @functools.lru_cache(maxsize=16)  # tracing a network takes half a second
 def _abstract_params(
-    network: nn.Module, noise_schedule: nn.Module | None, image_shape: tuple[int, int, int]
+    network: nn.Module, noise_schedule: nn.Module | None, image_shape: tuple[int, ...]
 ) -> Any:
     return jax.eval_shape(lambda: _init(network, noise_schedule, image_shape, 0))

@@ -32,9 +32,21 @@ GATHERED = "gathered"
 
 
 def check(config: ConfigDict, definition: ModelDefinition) -> None:
-    """Raises ConfigError for settings of the step that do not fit the devices or the network."""
+    """Raises ConfigError for settings of the step that fit neither data, devices nor network."""
     devices.mesh(config)
-    train = config.train
+    train, decoder = config.train, config.decoder
+    if config.data.flip and not definition.are_images:
+        raise ConfigError("config.data.flip = True, but the data are no images; use False")
+    if (
+        (train.time, train.objective) == ("continuous", "vlb")
+        and definition.quantization is not None
+        and (decoder.name, decoder.discretized_gaussian.variance)
+        == ("discretized_gaussian", "beta_tilde")
+    ):
+        raise ConfigError(
+            "config.decoder.discretized_gaussian.variance = 'beta_tilde'; it depends on T; in "
+            "continuous time use beta"
+        )
     devices.check_batch("config.train.batch_size", train.batch_size, train.accumulate)
     trained_network(config, definition.network)
     if train.steps_per_dispatch > 1 and jax.default_backend() == "cpu":
@@ -190,7 +202,7 @@ def make_gradients(
             examples = jax.tree.map(lambda array: array[indices], examples)
         key = jax.random.fold_in(seed_key, state.step)
         flip_key, loss_key = jax.random.split(key)
-        x_0 = definition.quantization.to_data(examples.images)
+        x_0 = definition.to_data(examples.images)
         x_0 = jax.lax.with_sharding_constraint(x_0, devices.split_batch(mesh))
         labels = None
         if definition.num_classes:

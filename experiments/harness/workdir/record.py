@@ -37,12 +37,12 @@ class DataSummary(NamedTuple):
 
     Attributes:
       num_examples: its number of images.
-      image_shape: (height, width, channels).
+      image_shape: (height, width, channels), or that of vectors.
       fingerprint: that of its files; None if an earlier version recorded none.
     """
 
     num_examples: int
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, ...]
     fingerprint: str | None = None
 
 
@@ -200,9 +200,8 @@ def record_data(workdir: epath.PathLike, data: DataSummary) -> None:
 
 def _recorded_data(workdir: epath.PathLike) -> DataSummary | None:
     def parse(recorded):
-        num_examples, (height, width, channels) = recorded["num_examples"], recorded["image_shape"]
-        shape = int(height), int(width), int(channels)
-        return DataSummary(int(num_examples), shape, recorded.get("fingerprint"))
+        shape = tuple(int(size) for size in recorded["image_shape"])
+        return DataSummary(int(recorded["num_examples"]), shape, recorded.get("fingerprint"))
 
     return _read(epath.Path(workdir) / DATA_FILE, parse)
 

@@ -177,11 +177,6 @@ VIOLATIONS = [
     ("train", CONTINUOUS | {"train__objective": "hybrid"}, "train.objective = 'hybrid'"),
     ("train", CONTINUOUS | {"train__timesteps": "importance"}, "train.timesteps = 'importance'"),
     ("train", {"train__objective": "hybrid"}, "train.objective = 'hybrid'"),
-    (
-        "train",
-        CONTINUOUS | {"decoder__name": "discretized_gaussian"},
-        "decoder.discretized_gaussian.variance = 'beta_tilde'",
-    ),
     ("train", CONTINUOUS | {"schedule__num_timesteps": 1}, "schedule.num_timesteps = 1"),
     (
         "train",

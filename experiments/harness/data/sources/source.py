@@ -1,6 +1,7 @@
 """A split of a data set before it is decoded, and the tools that all formats share."""
 
 import functools
+import hashlib
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -9,8 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int, Int32, Integer, UInt8
+from jaxtyping import Int, Int32, Integer, Shaped
 from ml_collections import ConfigDict
+from numpy.typing import ArrayLike, DTypeLike
 from tqdm import tqdm
 
 from experiments.harness.data.sources.images import SUFFIXES
@@ -28,8 +30,9 @@ class Source(NamedTuple):
 
     Attributes:
       num_examples: images in the split.
-      image_shape: (height, width, channels).
-      num_levels: number of grey levels that a pixel can have.
+      image_shape: (height, width, channels); of continuous data any shape, such as (2,).
+      num_levels: number of grey levels that a pixel can have; 0 for continuous data, which are
+        floats in data units, best of about unit variance.
       read: decodes the images [n, h, w, c] and the labels [n] or None.
       num_classes: number of classes; 0 if the set has no labels.
       get: decodes the image [h, w, c] at a place, and its label or None; can be pickled. None if
@@ -40,7 +43,7 @@ class Source(NamedTuple):
     """
 
     num_examples: int
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, ...]
     num_levels: int
     read: Callable[[], tuple[np.ndarray, np.ndarray | None]]
     num_classes: int = 0
@@ -51,9 +54,51 @@ class Source(NamedTuple):
     @property
     def num_bytes(self) -> int:
         """Size of the decoded split."""
-        return self.num_examples * int(np.prod(self.image_shape))
+        return self.num_examples * int(np.prod(self.image_shape)) * self.dtype.itemsize
 
-    def summary(self) -> tuple[int, tuple[int, int, int], str]:
+    @property
+    def dtype(self) -> np.dtype:
+        """The type of decoded images."""
+        return np.dtype(np.uint8 if self.num_levels else np.float32)
+
+    @classmethod
+    def of_array(cls, images: ArrayLike, labels: ArrayLike | None = None) -> "Source":
+        """A split in memory: bytes as 256 grey levels, floats as continuous data.
+
+        Args:
+          images: uint8 [n, h, w, c], or floats [n, …] in data units.
+          labels: integers [n]; None without.
+
+        Raises:
+          ConfigError: for another type or shape, no example, or a value that is not finite.
+        """
+        images = np.asarray(images)
+        is_continuous = np.issubdtype(images.dtype, np.floating)
+        fits = images.ndim > 1 if is_continuous else images.dtype == np.uint8 and images.ndim == 4
+        if not images.size or not fits:
+            raise ConfigError(
+                f"a data set of {images.dtype} {images.shape}; it must be uint8 [n, h, w, c], or "
+                "floats [n, …], of at least one example"
+            )
+        if not np.isfinite(images).all():
+            raise ConfigError("a data set has values that are not finite; leave them out")
+        if is_continuous:
+            images = images.astype(np.float32)
+        labels, num_classes = None if labels is None else np.asarray(labels, np.int32), 0
+        if labels is not None:
+            num_classes = num_classes_of(labels, "a data set")
+        content = b"".join(a.tobytes() for a in (images, labels) if a is not None)
+        digest = hashlib.sha256(content).hexdigest()[:12]
+        return cls(
+            len(images),
+            images.shape[1:],
+            0 if is_continuous else 256,
+            lambda: (images, labels),
+            num_classes,
+            fingerprint=lambda: digest,
+        )
+
+    def summary(self) -> tuple[int, tuple[int, ...], str]:
         """What tells two training sets apart: number, shape and fingerprint of the images."""
         return self.num_examples, self.image_shape, self.fingerprint()
 
@@ -91,12 +136,13 @@ def read_each(
     shape: Sequence[int],
     description: str,
     labelled: bool,
-) -> tuple[UInt8[np.ndarray, "n h w c"], Int32[np.ndarray, "n"] | None]:
+    dtype: DTypeLike = np.uint8,
+) -> tuple[Shaped[np.ndarray, "n *d"], Int32[np.ndarray, "n"] | None]:
     """All examples of a set in order, decoded by one thread per core.
 
     A progress bar appears on a terminal after two seconds.
     """
-    images = np.empty((num_examples, *shape), np.uint8)
+    images = np.empty((num_examples, *shape), dtype)
     labels = np.empty(num_examples, np.int32) if labelled else None
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         examples = pool.map(get, range(num_examples))
