@@ -6,8 +6,10 @@ from tests.stress import bad_inputs, command, inputs
 from tests.stress.bad_inputs import GROUPS, Case
 
 QUICK = [*bad_inputs.flags(), *bad_inputs.config_files()]
-SLOW = [(group, case) for group in ("settings", "paths", "data") for case in GROUPS[group]()]
-SAMPLE = [case for _, case in inputs.sample(SLOW, 18, seed=0)]
+SLOW = [
+    (group, case) for group in ("settings", "paths", "data", "studies") for case in GROUPS[group]()
+]
+SAMPLE = [case for _, case in inputs.sample(SLOW, 24, seed=0)]
 CASES = [*QUICK, *SAMPLE, *bad_inputs.processes()]
 
 

@@ -4,11 +4,12 @@ import itertools
 
 import pytest
 
-from configs import digits
+from configs import cifar10_ablation, digits, digits_ablation, digits_sigma, digits_timesteps
 from experiments import ablate
 from experiments.harness.errors import ConfigError
 from experiments.harness.study import axes
 from tests.experiments import tiny
+from tests.mock_cifar10 import mock_tfds
 
 OBJECTIVES = {
     "bound": {"train.objective": "vlb"},
@@ -213,6 +214,23 @@ def test_each_setting_of_a_registered_part_is_checked_by_its_present_value():
     config.ablate.axes = (("model.convolution.width", (3, "4")),)
     with pytest.raises(ConfigError, match=r"of the type of 3"):
         axes.expand(config)
+
+
+@pytest.mark.parametrize(
+    ("module", "num_trainings", "num_cells", "num_skipped"),
+    [
+        (digits_ablation, 9, 9, 0),
+        (digits_timesteps, 8, 9, 1),
+        (digits_sigma, 1, 20, 0),
+        (cifar10_ablation, 8, 4, 0),
+    ],
+)
+def test_the_studies_of_the_project_are_possible(module, num_trainings, num_cells, num_skipped):
+    with mock_tfds(num_examples=128):
+        plan = ablate.make_plan(module.get_config())
+    assert len(plan.trainings) == num_trainings
+    assert len(plan.study.cells) == num_cells
+    assert len(plan.skipped) == num_skipped
 
 
 def test_a_number_of_a_training_that_does_not_exist_is_refused(tmp_path):
