@@ -226,21 +226,42 @@ def torch_function(module: Any) -> Function:
 def onnx_function(session: Any) -> Function:
     """An ONNX session whose inputs are (x [b, c, h, w], noise level, labels if there are any).
 
+    Where its noise level is a scalar or of length one, as an export for samplers leaves it, the
+    session is run once for each level of a batch.
+
     Args:
       session: an onnxruntime.InferenceSession; its first output is the prediction.
     """
-    inputs = [(entry.name, entry.type) for entry in session.get_inputs()]
+    inputs = session.get_inputs()
     types = {"tensor(int64)": np.int64, "tensor(double)": np.float64, "tensor(int32)": np.int32}
 
     def function(x, noise, condition):
         arguments = [_channels_first(x), noise, *jax.tree.leaves(condition)]
         feed = {
-            name: np.asarray(argument, types.get(kind, np.float32))
-            for (name, kind), argument in zip(inputs, arguments, strict=True)
+            entry.name: np.asarray(argument, types.get(entry.type, np.float32))
+            for entry, argument in zip(inputs, arguments, strict=True)
         }
         return _channels_last(session.run(None, feed)[0])
 
+    shape = inputs[1].shape
+    if list(shape) in ([], [1]):
+        return one_level(lambda x, noise, condition: function(x, noise.reshape(shape), condition))
     return function
+
+
+def one_level(function: Function) -> Function:
+    """A function of examples that have the same noise level, [1], for examples of any levels."""
+
+    def of_any_levels(x, noise, condition):
+        levels, index = np.unique(noise, return_inverse=True)
+        rows = [np.flatnonzero(index == n) for n in range(levels.size)]
+        outputs = [
+            function(x[r], noise[r[:1]], jax.tree.map(lambda leaf, r=r: leaf[r], condition))
+            for r in rows
+        ]
+        return np.concatenate(outputs)[np.argsort(np.concatenate(rows))]
+
+    return of_any_levels
 
 
 def _channels_first(x: np.ndarray) -> np.ndarray:

@@ -1,5 +1,7 @@
 """Functions on the host as denoisers. tests/parity/test_foreign.py has a PyTorch module."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -165,23 +167,37 @@ def test_an_output_of_another_shape_is_refused():
         jax.block_until_ready(wrong(X, LOG_SNR[:3]))
 
 
-def test_an_onnx_session_is_fed_by_the_names_and_types_of_its_inputs():
-    class Entry:
-        def __init__(self, name, kind):
-            self.name, self.type = name, kind
+class Entry(NamedTuple):
+    """An input of a session."""
 
-    class Session:
-        """The interface of onnxruntime.InferenceSession."""
+    name: str
+    type: str
+    shape: list
 
-        def get_inputs(self):
-            return [Entry("sample", "tensor(float)"), Entry("timestep", "tensor(int64)")]
 
-        def run(self, names, feed):
-            assert names is None
-            assert feed["timestep"].dtype == np.int64
-            assert feed["sample"].shape == (3, 2, 4, 4)
-            return [feed["sample"] * feed["timestep"].reshape(-1, 1, 1, 1)]
+class Session:
+    """The interface of onnxruntime.InferenceSession, for a function (x, index of the level)."""
 
-    denoiser = foreign.denoiser(foreign.onnx_function(Session()), foreign.timestep(LOG_SNR))
-    actual = denoiser(X, LOG_SNR[[0, 5, 19]])
-    np.testing.assert_allclose(actual, X * np.array([0, 5, 19]).reshape(-1, 1, 1, 1), rtol=1e-6)
+    def __init__(self, shape):
+        self.shape = shape
+
+    def get_inputs(self):
+        image = Entry("sample", "tensor(float)", ["b", 2, 4, 4])
+        return [image, Entry("timestep", "tensor(int64)", self.shape)]
+
+    def run(self, names, feed):
+        assert names is None
+        assert feed["timestep"].dtype == np.int64
+        if self.shape != ["b"]:
+            assert list(feed["timestep"].shape) == self.shape
+        x = feed["sample"]
+        assert x.shape[1:] == (2, 4, 4)
+        return [x * feed["timestep"].reshape(-1, 1, 1, 1)]
+
+
+@pytest.mark.parametrize("shape", [["b"], [1], []])
+def test_an_onnx_session_is_fed_by_the_names_types_and_shapes_of_its_inputs(shape):
+    denoiser = foreign.denoiser(foreign.onnx_function(Session(shape)), foreign.timestep(LOG_SNR))
+    index = np.array([19, 5, 19])
+    actual = denoiser(X, LOG_SNR[index])
+    np.testing.assert_allclose(actual, X * index.reshape(-1, 1, 1, 1), rtol=1e-6)
