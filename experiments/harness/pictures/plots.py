@@ -192,15 +192,15 @@ def plot_points(
     figure, panels = _figure(len(frames), size=2.4)
     for axes, points, caption in zip(np.atleast_1d(panels), frames, captions, strict=True):
         if points.shape[1] == 1:
-            axes.hist(points[:, 0], bins=50, density=True, color=_BLUE, alpha=0.7)
+            axes.hist(points[:, 0], bins=50, density=True, color=BLUE, alpha=0.7)
         else:
             size = min(20.0, 4000 / len(points))
-            axes.scatter(*points[:, :2].T, s=size, color=_BLUE, alpha=0.5, linewidths=0)
+            axes.scatter(*points[:, :2].T, s=size, color=BLUE, alpha=0.5, linewidths=0)
             axes.set_aspect("equal")
             axes.set(xlim=_range(frames[..., 0]), ylim=_range(frames[..., 1]))
         axes.set_title(caption, fontsize=9)
         axes.tick_params(labelsize=7)
-    _save(path, figure)
+    save_figure(path, figure)
 
 
 def _range(values: np.ndarray) -> tuple[float, float]:
