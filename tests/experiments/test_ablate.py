@@ -101,6 +101,17 @@ def test_a_study_that_was_killed_ends_as_if_it_had_not_been(finished, tmp_path, 
     assert tables(tmp_path) == tables(finished)
 
 
+def test_a_measure_that_has_no_value_is_kept_as_such(finished, tmp_path, monkeypatch):
+    """The speed of a training without a line in its log is NaN, which JSON does not have."""
+    config = study_config(train__objective="simple", ablate__measures=("speed",))
+    place = shutil.copytree(finished / SIMPLE, tmp_path / "cell")
+    monkeypatch.setattr(measures, "read_metrics", lambda _: [])
+    measures.measure(("simple",), config, place, tmp_path)
+    loaded = measures.load(("simple",), config, place)
+    assert np.isnan(loaded.figures["images_per_second"])
+    np.testing.assert_array_equal(loaded.totals, totals(finished, "simple", "simple,seed=0"))
+
+
 CONFIG_FILE = """
 from tests.experiments import test_ablate
 

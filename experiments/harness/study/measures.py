@@ -25,7 +25,7 @@ from experiments.harness.setup.definition import check_levels, define_model
 from experiments.harness.setup.trained import Run
 from experiments.harness.study.axes import file_name
 from experiments.harness.study.summary import Curve, Key
-from experiments.harness.study.training_noise import training_noise
+from experiments.harness.study.training_noise import MOST_BATCHES, training_noise
 from experiments.harness.workdir import provenance, record
 from experiments.harness.workdir.checkpoints import Checkpoints, is_new
 from experiments.harness.workdir.dependences import MEASUREMENT, RUN
@@ -92,7 +92,10 @@ def load(key: Key, config: ConfigDict, directory: epath.PathLike) -> Measurement
         totals = saved["totals"]
         if totals.ndim != 2 or totals.dtype != np.float64:
             raise ValueError("totals is no matrix of float64")
-        figures = {str(name): float(value) for name, value in content["figures"].items()}
+        figures = {
+            str(name): float("nan" if value is None else value)
+            for name, value in content["figures"].items()
+        }
         curves = {
             str(name): (np.asarray(steps, np.float64), np.asarray(values, np.float64))
             for name, (steps, values) in content["curves"].items()
@@ -123,12 +126,15 @@ def measure(
     if "speed" in config.ablate.measures:
         figures["images_per_second"] = _median(metrics, "images_per_second")
     if "loss_variance" in config.ablate.measures:
-        noise = training_noise(run, splits.load_data(config, "train"), config.ablate.repeats)
-        figures |= {"loss_variance": noise.loss_variance, "gradient_noise": noise.gradient_noise}
+        choose = splits.some(MOST_BATCHES * config.train.batch_size)
+        examples = splits.load_data(config, "train", choose)
+        figures |= training_noise(run, examples, config.ablate.repeats)._asdict()
     if "quality" in config.ablate.measures:
         sampled = run.with_variance(config.sample.variance)._replace(workdir=epath.Path(study))
         distances = quality.sample_quality(sampled)
-        figures |= {f"{name}_distance": distances[name] for name in ("frechet", "kernel")}
+        for name in ("frechet", "kernel"):
+            figures[f"{name}_distance"] = distances[name]
+            figures[f"{name}_distance_se"] = distances[f"{name}_mc_se"]
     result = Measurement(_totals(run), figures, _curves(metrics))
     path = _path(key, directory)
     path.parent.mkdir(exist_ok=True)

@@ -194,6 +194,11 @@ def _figures(summary: Summary) -> str:
             " The variance of the loss compares only cells whose losses estimate the same number, "
             "such as the bound with different distributions of t."
         )
+    if "gradient_noise" in names:
+        caption += (
+            " The noise of the gradient g is tr Cov(g)/‖E g‖² for one example: the size of a batch "
+            "in which noise and gradient are of equal size. It compares all cells."
+        )
     return _table([*summary.axes, *names], rows) + "\n\n" + caption
 
 
