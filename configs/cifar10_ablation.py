@@ -1,6 +1,6 @@
 """A study on CIFAR-10, for GPUs: what DDPM's network predicts × what it is trained on.
 
-    python main.py --experiment=ablate --config=configs/cifar10_ablation.py --workdir=runs/cifar10_ablation
+    python main.py --experiment=ablate --config=configs/cifar10_ablation.py --workdir=runs/cifar10
 
 For a GPU or several: start the command once on each, and they share the eight trainings of 100,000
 steps. Not run so far. A step has 4.8·10¹² floating-point operations; at a fifth of an H100's peak
