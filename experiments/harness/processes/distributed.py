@@ -113,8 +113,8 @@ def _patient(where: str) -> Iterator[None]:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes files."""
-    return jax.process_index() == 0
+    """Whether this process is the one that writes files; initialises no device."""
+    return not is_one_of_several() or jax.process_index() == 0
 
 
 def is_one_of_several() -> bool:
@@ -165,7 +165,7 @@ def in_any(flag: bool) -> bool:
 
 def require_one_process(what: str) -> None:
     """Raises ConfigError if several processes run together."""
-    if jax.process_count() > 1:
+    if is_one_of_several():
         raise ConfigError(
             f"{jax.process_count()} processes run together; {what} needs a single process"
         )
