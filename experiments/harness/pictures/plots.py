@@ -12,6 +12,10 @@ from jaxtyping import Float
 from experiments.harness.pictures.images import write_image
 
 BLUE, ORANGE = "#3465a4", "#ce5c00"
+# Of lines that a legend tells apart: colours that differ in lightness too, then dashes.
+COLORS = (BLUE, ORANGE, "#4e9a06", "#75507b", "#c4a000", "#06989a", "#a40000", "#555753")
+LINE_STYLES = tuple((color, dashes) for dashes in ("-", "--", ":", "-.") for color in COLORS)
+GRID = "#dddddd"
 _LOG_RANGE = 30.0  # a curve with a larger ratio of its extremes has a logarithmic axis
 _POINTS_SHOWN = 30  # a curve with at most this number of points shows each of them
 
@@ -46,29 +50,11 @@ def plot_kl_per_timestep(
     _require_length("log_snr", log_snr, len(kl) + 1)
     if kl_se is not None:
         _require_length("kl_se", kl_se, len(kl))
-    gaps = log_snr[:-1] - log_snr[1:]
-    if (gaps < 0).any():
+    if (np.diff(log_snr) > 0).any():
         raise ValueError("log_snr rises with t somewhere: it must fall")
-    # A step without a gap adds no noise and has no KL.
-    density = np.divide(kl, gaps, out=np.zeros_like(kl), where=gaps > 0)
-    t = np.arange(2, len(kl) + 2)
     figure, (by_step, by_noise) = _figure(2)
-    _curve(by_step, t, kl, kl_se)
-    if len(kl) and kl.max() > _LOG_RANGE * kl.min() > 0:
-        by_step.set_yscale("log")
-    else:
-        by_step.set_ylim(bottom=0)
-    _count_timesteps(by_step, len(log_snr))
-    by_step.set(ylabel="KL at t (bits/dim)", title="KL per timestep")
-    # Each KL is spread evenly over the log-SNRs of its step.
-    by_noise.stairs(density[::-1], log_snr[::-1], color=BLUE, fill=True, alpha=0.25)
-    by_noise.stairs(density[::-1], log_snr[::-1], color=BLUE, linewidth=1.0, baseline=None)
-    by_noise.set_ylim(bottom=0)
-    by_noise.set(
-        xlabel="log-SNR (nats); noise to the left",
-        ylabel="bits/dim per nat of log-SNR",
-        title="Density: its area is the diffusion term",
-    )
+    draw_kl(by_step, np.arange(2, len(kl) + 2), kl, kl_se, len(log_snr))
+    draw_kl_density(by_noise, kl, log_snr)
     total = prior + kl.sum() + reconstruction
     figure.suptitle(
         f"{total:.4f} bits/dim  =  prior {prior:.4f}  +  diffusion {kl.sum():.4f}"
@@ -98,27 +84,101 @@ def plot_rate_distortion(
     """
     kl, rmse = np.asarray(kl, np.float64), np.asarray(rmse, np.float64)
     _require_length("rmse", rmse, len(kl) + 1)
-    # At t = T, T − 1, …, 1.
-    rate = prior + np.concatenate([[0.0], np.cumsum(kl[::-1])])
-    distortion = rmse[::-1]
-    t = np.arange(len(rmse), 0, -1)
+    rate = rates(kl, prior)
+    t = np.arange(1, len(rmse) + 1)
     figure, (rate_axes, distortion_axes, both) = _figure(3)
-    _curve(rate_axes, t, rate)
-    _curve(distortion_axes, t, distortion)
-    _curve(both, rate, distortion)
-    for axes in (rate_axes, distortion_axes):
-        _count_timesteps(axes, len(rmse))
-        axes.invert_xaxis()
-    unit = "in data units" if max_value is None else f"on [0, {max_value}]"
-    for axes in (distortion_axes, both):
-        axes.set_ylabel(rf"RMSE of $\hat{{x}}_0(x_t)$ {unit}")
-    for axes in (rate_axes, distortion_axes, both):
-        axes.set_ylim(bottom=0)
-    rate_axes.set(ylabel="bits/dim to know $x_t$", title="Rate")
-    distortion_axes.set_title("Distortion")
-    both.set(xlabel="rate (bits/dim)", title="Rate–distortion")
-    both.set_xlim(left=0)
+    draw_rate(rate_axes, t, rate)
+    draw_distortion(distortion_axes, t, rmse, max_value)
+    draw_rate_distortion(both, rate, rmse, max_value)
     save_figure(path, figure)
+
+
+def rates(kl: np.ndarray, prior: float) -> np.ndarray:
+    """The cost of x_t at t = 1..T: the prior plus the KLs at T, …, t + 1, in their unit."""
+    return prior + np.concatenate([np.cumsum(kl[::-1])[::-1], [0.0]])
+
+
+def draw_kl(
+    axes: Any, t: np.ndarray, kl: np.ndarray, kl_se: np.ndarray | None, num_timesteps: int
+) -> None:
+    """The KL in bits/dim at timesteps t out of 1 … T, with a band of ± 2 standard errors."""
+    _curve(axes, t, kl, kl_se)
+    if not log_if_wide(axes, kl):
+        axes.set_ylim(bottom=0)
+    _count_timesteps(axes, num_timesteps)
+    axes.set(ylabel="KL at t (bits/dim)", title="KL per timestep")
+
+
+def draw_kl_density(axes: Any, kl: np.ndarray, log_snr: np.ndarray) -> None:
+    """KLs of steps over the log-SNRs at their ends, one more than steps.
+
+    Each KL is spread evenly over the log-SNRs of its step.
+    """
+    gaps = log_snr[:-1] - log_snr[1:]
+    # A step without a gap adds no noise and has no KL.
+    density = np.divide(kl, gaps, out=np.zeros_like(kl), where=gaps > 0)
+    axes.stairs(density[::-1], log_snr[::-1], color=BLUE, fill=True, alpha=0.25)
+    axes.stairs(density[::-1], log_snr[::-1], color=BLUE, linewidth=1.0, baseline=None)
+    axes.set_ylim(bottom=0)
+    axes.set(
+        xlabel="log-SNR (nats); noise to the left",
+        ylabel="bits/dim per nat of log-SNR",
+        title="Density: its area is the diffusion term",
+    )
+
+
+def draw_rate(axes: Any, t: np.ndarray, rate: np.ndarray) -> None:
+    """The rate in bits/dim at t = 1 … T, from T on the left."""
+    _curve(axes, t, rate)
+    _count_timesteps(axes, int(t[-1]))
+    axes.invert_xaxis()
+    axes.set_ylim(bottom=0)
+    axes.set(ylabel="bits/dim to know xₜ", title="Rate")
+
+
+def draw_distortion(axes: Any, t: np.ndarray, rmse: np.ndarray, max_value: int | None) -> None:
+    """The error of x̂_0(x_t) at t = 1 … T, from T on the left."""
+    _curve(axes, t, rmse)
+    _count_timesteps(axes, int(t[-1]))
+    axes.invert_xaxis()
+    axes.set_ylim(bottom=0)
+    axes.set(ylabel=_rmse_label(max_value), title="Distortion")
+
+
+def draw_rate_distortion(
+    axes: Any, rate: np.ndarray, rmse: np.ndarray, max_value: int | None
+) -> None:
+    """The error of x̂_0(x_t) over the rate of x_t in bits/dim."""
+    _curve(axes, rate, rmse)
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(left=0)
+    axes.set(xlabel="rate (bits/dim)", ylabel=_rmse_label(max_value), title="Rate–distortion")
+
+
+def _rmse_label(max_value: int | None) -> str:
+    unit = "in data units" if max_value is None else f"on [0, {max_value}]"
+    return f"RMSE of x̂₀(xₜ) {unit}"
+
+
+def draw_lines(
+    axes: Any, lines: Sequence[tuple[np.ndarray, np.ndarray]], xlabel: str, ylabel: str
+) -> None:
+    """Lines of (x, y), in the styles `LINE_STYLES` in turn; a legend is the caller's."""
+    styles = itertools.cycle(LINE_STYLES)
+    for (x, y), (color, dashes) in zip(lines, styles, strict=False):
+        marker = "o" if len(x) <= _POINTS_SHOWN else None
+        style = {"marker": marker, "markersize": 3, "linewidth": 1.4}
+        axes.plot(x, y, color=color, linestyle=dashes, **style)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+
+
+def log_if_wide(axes: Any, y: np.ndarray) -> bool:
+    """Makes the y axis logarithmic for positive values of very different sizes."""
+    is_wide = len(y) > 0 and y.max() > _LOG_RANGE * y.min() > 0
+    if is_wide:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+    return bool(is_wide)
 
 
 def plot_costs(path: epath.PathLike, costs: dict[str, dict[str, float]], goal: float) -> None:
@@ -254,6 +314,11 @@ def plot_quality(path: epath.PathLike, entries: Sequence[Mapping[str, Any]]) -> 
     save_figure(path, figure)
 
 
+def panel() -> tuple[Any, Any]:
+    """A figure of one panel: (figure, axes)."""
+    return _figure(1)
+
+
 def _figure(panels: int, size: float = 0.0) -> tuple[Any, Any]:
     # Without pyplot, whose state belongs to a notebook that may call this.
     from matplotlib.figure import Figure
@@ -262,7 +327,7 @@ def _figure(panels: int, size: float = 0.0) -> tuple[Any, Any]:
     figure = Figure(figsize=(width * panels, height), layout="constrained")
     axes = figure.subplots(1, panels)
     for panel in np.atleast_1d(axes):
-        panel.grid(color="#dddddd", linewidth=0.6)
+        panel.grid(color=GRID, linewidth=0.6)
         panel.set_axisbelow(True)
         panel.spines[["top", "right"]].set_visible(False)
     return figure, axes
