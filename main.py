@@ -22,8 +22,8 @@ _EXPERIMENT = flags.DEFINE_enum(
     "experiment",
     "all",
     arguments.EXPERIMENTS,
-    "What to run: all trains, evaluates and samples; import and export exchange a network with "
-    "diffusers; the others do one part with what the work directory holds.",
+    "What to run: all trains, evaluates, samples and reports; import and export exchange a network "
+    "with diffusers; the others do one part with what the work directory holds.",
 )
 flags.DEFINE_bool("helpconfig", False, "List every setting of the config.")
 _COORDINATOR = flags.DEFINE_string(

@@ -29,6 +29,7 @@ SETTINGS = Group(
     diffusers=results.diffusers(),
     compress=results.compress(),
     ablate=studies.ablate(),
+    report=results.report(),
 )
 """All settings. A test compares docs/settings.md with them."""
 

@@ -1,11 +1,11 @@
-"""The main job: train, evaluate and sample, as far as the work directory lacks it."""
+"""The main job: train, evaluate, sample and report, as far as the work directory lacks it."""
 
 from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
 
-from experiments import evaluate, sample, train
+from experiments import evaluate, report, sample, train
 from experiments.harness import checks
 from experiments.harness.data import splits
 from experiments.harness.processes import distributed
@@ -25,6 +25,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         result = evaluate.evaluate(config, workdir, checked=True)
     if not _is_sampled(config, workdir):
         sample.sample(config, workdir, checked=True)
+    if not finished or not (epath.Path(workdir) / report.REPORT_FILE).exists():
+        report.report(config, workdir)
     if finished:
         print(f"{workdir} is finished: {int(state.step)} steps, evaluated and sampled")
     print(evaluate.result_line(result))

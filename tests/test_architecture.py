@@ -21,7 +21,7 @@ LEVELS = (
     ("checks", "paths", "memory", "processes", "devices"),
     ("data", "pictures", "pipelines", "workdir"),
     ("setup",),
-    ("training", "evaluation", "sampling", "compression", "command_line", "arguments"),
+    ("training", "evaluation", "sampling", "compression", "reports", "command_line", "arguments"),
     ("study",),
 )
 LEVEL_OF = {room: number for number, rooms in enumerate(LEVELS, 1) for room in rooms}

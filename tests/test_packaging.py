@@ -21,3 +21,22 @@ def test_every_folder_of_a_package_is_found(package):
     assert f"{package}*" in PROJECT["tool"]["setuptools"]["packages"]["find"]["include"]
     folders = {path.parent for path in (ROOT / package).rglob("*.py")}
     assert all((folder / "__init__.py").is_file() for folder in folders)
+
+
+def test_every_file_that_the_packages_read_is_installed():
+    """Templates are no modules, so they are installed only where package-data names them."""
+    named = PROJECT["tool"]["setuptools"]["package-data"]
+    installed = {
+        path
+        for package, patterns in named.items()
+        for pattern in patterns
+        for path in (ROOT / package.replace(".", "/")).glob(pattern)
+    }
+    files = {
+        path
+        for package in ("diffusion", "models", "experiments", "configs")
+        for path in (ROOT / package).rglob("*.*")
+        if path.suffix not in (".py", ".pyc")
+    }
+    assert len(files) >= 5
+    assert files == installed

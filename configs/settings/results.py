@@ -360,3 +360,12 @@ def diffusers() -> Group:
         target=Setting("", Text(), "The new folder that export writes a pipeline to."),
         checkpoint=Setting("best", CHECKPOINT, "The exported checkpoint."),
     )
+
+
+def report() -> Group:
+    return Group(
+        "--experiment=report: a page of what work directories hold.",
+        file=Setting(
+            "", Text(), "The page; empty: report.html in the first of the work directories."
+        ),
+    )

@@ -34,6 +34,7 @@ EXPERIMENTS = (
     "spacing",
     "compress",
     "ablate",
+    "report",
     "import",
     "export",
 )
@@ -53,6 +54,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     try:
         argv = _completed(argv)
         config = _flag_value(argv, "config")
+        flags.FLAGS.set_gnu_getopt()  # flags may follow the further directories of a report
         rest = flags.FLAGS(argv)
         _check_is_config(config)
         _check_tuples(argv)

@@ -18,6 +18,7 @@ from experiments.harness.processes.signals import Interrupted
 from experiments.harness.workdir import record
 
 TOGETHER = ("all", "train", "evaluate", "sample")  # that several processes can run together
+REPORT = "report"  # takes several work directories, in any state
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -34,7 +35,7 @@ def run(
       experiment: its name.
       config: the config.
       workdir: the work directory, None where none is named.
-      leftover: arguments that are no flags, which is a mistake.
+      leftover: arguments that are no flags: further work directories of a report, else a mistake.
       join: joins the other processes, where several run together, and sets up the devices.
     """
     try:
@@ -76,16 +77,20 @@ def _run(
     # A module cannot have the name of a keyword, `import`.
     name = experiment + "_" * keyword.iskeyword(experiment)
     module = importlib.import_module(f"experiments.{name}")
-    if leftover:
-        raise ConfigError(f"{leftover[0]!r} is no flag; flags begin with --, as in --workdir=…")
+    if leftover and experiment != REPORT:
+        raise ConfigError(
+            f"{leftover[0]!r} is no flag; flags begin with --, as in --workdir=…; only "
+            f"--experiment={REPORT} takes further directories"
+        )
     join()
     if experiment not in TOGETHER:
         distributed.require_one_process(f"--experiment={experiment}")
     if not workdir:
         raise ConfigError("--workdir is missing; name a directory, as in --workdir=runs/digits")
     with signals.listening(), _first_prints():
-        record.open_run(workdir)
-        module.run(config.lock(), workdir)
+        if experiment != REPORT:
+            record.open_run(workdir)
+        module.run(config.lock(), workdir, *leftover)
     return 0
 
 

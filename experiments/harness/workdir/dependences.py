@@ -90,7 +90,7 @@ _GROUPS = {
         profile.first_step profile.num_steps train.steps_per_dispatch evaluate.batch_size
         evaluate.chunk_size sample.batch_size""",
     # The fingerprints of the data's files count: see `DataFiles`.
-    "place": "data.data_dir diffusers.source diffusers.target",
+    "place": "data.data_dir diffusers.source diffusers.target report.file",
     "monitoring": """train.log_every train.checkpoint_every train.sample_every
         train.sample_timesteps train.keep_checkpoints train.validation_timesteps
         train.skip_nonfinite train.allow_changes""",

@@ -21,7 +21,7 @@ from experiments.harness.workdir.dependences import RUN, depends
 from experiments.harness.workdir.files import append, plain, replace
 from experiments.harness.workdir.provenance import flatten
 
-_FILE = "metrics.jsonl"
+METRICS_FILE = "metrics.jsonl"
 _GOALS = ("validation_bits_per_dim", "test/bits_per_dim")  # what TensorBoard compares settings by
 
 
@@ -153,7 +153,7 @@ class MetricsLog:
     """
 
     def __init__(self, workdir: epath.PathLike, resume_step: int | None = None):
-        self._path = epath.Path(workdir) / _FILE
+        self._path = epath.Path(workdir) / METRICS_FILE
         self.events = Events(workdir)
         if distributed.is_first():
             _cut(self._path, resume_step)
