@@ -6,14 +6,15 @@
     print(run.bound("test"))
     images = run.sample(16)
 
-Nothing is written to the work directory.
+Nothing is written to the work directory. The registries of data sets and networks are here too,
+for parts of one's own (docs/extending.md).
 """
 
 from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped
 from ml_collections import ConfigDict
 
 from configs import recorded
@@ -22,12 +23,17 @@ from diffusion.model import DiffusionModel
 from diffusion.schedules import Array
 from diffusion.statistics.standard_errors import Estimate
 from experiments.harness.data import splits
+from experiments.harness.data.sources.source import Source
+from experiments.harness.data.splits import DATASETS
 from experiments.harness.errors import ConfigError
 from experiments.harness.evaluation.full_bound import full_bound, summary
 from experiments.harness.evaluation.subject import Subject, subject_of, subject_of_model
 from experiments.harness.sampling.draw import Drawer, to_grey_levels
 from experiments.harness.setup import trained
+from experiments.harness.setup.definition import MODELS
 from experiments.harness.workdir.record import open_run, recorded_config
+
+__all__ = ["DATASETS", "MODELS", "MeasuredBound", "Run", "Source", "load", "measure"]
 
 REPLICATES = 32  # KLs of an example that are drawn a second time, for the error over noise
 
@@ -139,8 +145,7 @@ class Run(trained.Run):
         Raises:
           ConfigError: if there is no such split, or the schedule has no such levels.
         """
-        choose = None if num_examples is None else splits.first(num_examples)
-        dataset = splits.load_measured(self.config, split, choose)
+        dataset = self._dataset(split, num_examples)
         subject = subject_of(self.config, self.definition, self.params, dataset)
         if num_timesteps is not None:
             try:
@@ -148,6 +153,25 @@ class Run(trained.Run):
             except ValueError as error:
                 raise ConfigError(f"bound: {error}") from error
         return _measured(split, subject, self.config.evaluate.replicates)
+
+    def data(
+        self, split: str = "test", num_examples: int | None = None
+    ) -> Float[np.ndarray, "n *d"]:
+        """x_0, the examples of a split in data units, as `measure` takes them.
+
+        Args:
+          split: train, validation or test.
+          num_examples: only the first ones of the split; None for all.
+
+        Raises:
+          ConfigError: if there is no such split.
+        """
+        images = self._dataset(split, num_examples).images
+        return np.asarray(self.definition.to_data(images))
+
+    def _dataset(self, split: str, num_examples: int | None) -> splits.Dataset:
+        choose = None if num_examples is None else splits.first(num_examples)
+        return splits.load_measured(self.config, split, choose)
 
     def sample(
         self, num_samples: int, num_timesteps: int | None = None

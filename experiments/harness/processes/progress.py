@@ -2,9 +2,15 @@
 
 import sys
 import time
+import warnings
 from typing import Any
 
-from tqdm import auto, std
+from tqdm import std
+
+with warnings.catch_warnings():
+    # In a notebook without ipywidgets: the lines of a log file serve there.
+    warnings.simplefilter("ignore", std.TqdmWarning)
+    from tqdm import auto
 
 from experiments.harness.processes import distributed
 
