@@ -109,7 +109,7 @@ class Events:
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
     """The complete lines of metrics.jsonl; none if there is no such file."""
-    path, lines = epath.Path(workdir) / _FILE, []
+    path, lines = epath.Path(workdir) / METRICS_FILE, []
     for line in path.read_bytes().splitlines() if path.exists() else ():
         with suppress(ValueError):  # incomplete, left by a kill
             lines.append(json.loads(line))
