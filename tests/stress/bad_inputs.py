@@ -130,6 +130,10 @@ def flags() -> Iterator[Case]:
     for flag, contained in MISTAKES.items():
         yield Case(flag[:60], (flag,), contained)
     yield Case("no workdir", ("--workdir=",), "--workdir is missing")
+    yield Case("a report of nothing", ("--experiment=report",), "holds nothing to report")
+    others = ("--experiment=report", "--config.report.file={here}", "{here}")
+    yield Case("a report in a directory", others, "config.report.file = ")
+    yield Case("a second directory", ("{here}/run", "{here}"), "is no flag")
     yield Case("a flag without a value", ("--experiment",), "experiment")
     for encoding in ("ascii", "cp1252"):
         flag = "--config.data.name=±→\udcff"
