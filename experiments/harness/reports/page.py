@@ -14,7 +14,8 @@ from experiments.harness.reports.figures import Figure
 from experiments.harness.reports.markdown import blocks
 from experiments.harness.reports.reading import Picture
 
-_BYTES = 2_400_000  # of plots and pictures
+_BYTES = 2_400_000  # of plots and pictures, and of the tables of many runs
+_TABLES = 25_000  # bytes of a run's tables, about
 _MOST_DRAWN = 4  # runs whose own curves are drawn; those of more take too long
 
 _SAMPLES = {
@@ -100,8 +101,9 @@ def render(runs: Sequence[Contents], studies: Sequence[Contents] = (), skipped=(
         lstrip_blocks=True,
     )
     environment.filters |= {"bits": tables.bits, "value": tables.value, "svg": Markup}
-    size = _BYTES / (len(runs) + len(studies))
     several = _compared(runs) if len(runs) > 1 else None
+    overlaid = sum(shown.size for shown in several["figures"]) if several else 0
+    size = (_BYTES - overlaid) / (len(runs) + len(studies)) - _TABLES
     return environment.get_template("page.html").render(
         made=f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
         title=", ".join(each.name for each in (studies or runs)[:3])
