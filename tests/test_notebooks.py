@@ -24,6 +24,12 @@ SHORT = {
         "samplers": {"ancestral": 2, "ddim": 2},
     },
     "lecture": {"num_examples": 50},
+    "somebody_elses_model": {
+        "num_steps": 2,
+        "num_examples": 4,
+        "num_timesteps": (5, 3),
+        "samplers": {"ancestral": 2, "ddim": 2},
+    },
     "your_own_denoiser": {"num_steps": 80, "num_test": 32, "num_timesteps": 8, "grid_size": 8},
 }
 NEEDS = {"somebody_elses_model": "torch"}
