@@ -2,7 +2,7 @@
 
     python main.py --experiment=ablate --config=configs/digits_sigma.py --workdir=runs/sigma
 
-One training of 300 steps with a learned Σ_θ, and twenty bounds. docs/ablations.md has its table.
+One training of 300 steps with a learned Σ_θ, and twenty bounds.
 """
 
 from ml_collections import ConfigDict

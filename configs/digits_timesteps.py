@@ -4,7 +4,6 @@
 
 Eight trainings of 300 steps on the bound, of a network at one resolution and without attention: a
 ninth is skipped, since a learned schedule has no discrete t to draw by importance.
-docs/ablations.md has its table.
 """
 
 from ml_collections import ConfigDict
