@@ -102,7 +102,7 @@ def _make_program(run: Run) -> Callable[..., tuple[Array, Array, Any, LossHistor
 
     @jax.jit
     def program(params, total, examples, key, history):
-        x_0 = definition.quantization.to_data(examples.images)
+        x_0 = definition.to_data(examples.images)
         x_0 = jax.lax.with_sharding_constraint(x_0, split)
         inputs, _ = draw(key, x_0, examples.labels)
         gradient = jax.value_and_grad(loss_fn, has_aux=True)
