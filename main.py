@@ -6,6 +6,8 @@ trains, evaluates the exact bound on the test split, and samples; the same comma
 Any setting of the config can be overridden: --config.train.batch_size=64
 """
 
+import functools
+
 from absl import app, flags
 from ml_collections import config_flags
 
@@ -40,17 +42,18 @@ def main(argv: list[str]) -> int:
     """Runs the chosen experiment; the exit status."""
     # Only now, since they import JAX: help and mistakes need none.
     from experiments.harness import command_line
-    from experiments.harness.processes import allocator, compilation, cpu, distributed
+    from experiments.harness.processes import allocator, compilation, distributed
 
     if _EXPERIMENT.value not in ("import", "export"):  # they use no memory a second time
         allocator.keep_memory()
     compilation.keep_programs()
-
-    def join() -> None:
-        coordinator, count = _COORDINATOR.value, _NUM_PROCESSES.value
-        distributed.initialize(coordinator, count, _PROCESS_ID.value, _DISTRIBUTED.value)
-        cpu.divide(_CONFIG.value)
-
+    join = functools.partial(
+        distributed.initialize,
+        _COORDINATOR.value,
+        _NUM_PROCESSES.value,
+        _PROCESS_ID.value,
+        _DISTRIBUTED.value,
+    )
     return command_line.run(_EXPERIMENT.value, _CONFIG.value, _WORKDIR.value, argv[1:], join)
 
 

@@ -7,8 +7,8 @@ Our training step is the compiled step of `main.py`: loss, gradients, optimizer 
 PyTorch's is diffusers' `UNet2DModel` of the same layers with a squared error, Adam, a clip of the
 gradient norm and a moving average. PyTorch runs in three forms: eager, with channels last, and
 compiled. All forms take turns in one process, one run each a round. The table has medians, and the
-ratio of PyTorch's best form to ours. A CPU is divided by the config's `devices.cpu`, as in main.py.
-Both sides are in float32. It needs tests/parity/requirements.txt.
+ratio of PyTorch's best form to ours. Both sides are in float32. It needs
+tests/parity/requirements.txt.
 """
 
 import statistics
@@ -23,9 +23,7 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from benchmarks.diffusers_unet import like
-from experiments.harness import devices
 from experiments.harness.data.splits import Examples
-from experiments.harness.processes import cpu
 from experiments.harness.processes.allocator import keep_memory
 from experiments.harness.training.state import TrainingSetup, first_state, make_setup
 from experiments.harness.training.step import make_train_step, trained_network
@@ -53,7 +51,6 @@ def main(argv: list[str]) -> None:
     if config.data.name == "cifar10":
         config.data.update(name="photos")  # images of the same shape that need no download
     config.train.batch_size = _BATCH.value
-    cpu.divide(config)
     setup = make_setup(config)
     device = jax.devices()[0].device_kind
     print(f"{device}, jax {jax.__version__}, torch {_torch().__version__}, batch {_BATCH.value}\n")
@@ -83,13 +80,11 @@ def _print_table(medians: dict[tuple[str, str], float]) -> None:
 def _ours(setup: TrainingSetup) -> dict[tuple[str, str], Run]:
     shape = (_BATCH.value, *setup.definition.image_shape)
     images = np.random.default_rng(0).integers(0, 17, shape).astype(np.uint8)
-    whole, split = devices.replicated(setup.mesh), devices.split_batch(setup.mesh)
-    examples = jax.device_put(Examples(images, None), whole)
-    indices = jax.device_put(np.arange(_BATCH.value), split)
+    examples, indices = jax.device_put((Examples(images, None), np.arange(_BATCH.value)))
     state, step = first_state(setup), make_train_step(setup)
     network = setup.definition.network
     params = jax.tree.map(jnp.copy, state.params["network"])
-    x_t, log_snr = jax.device_put((jnp.ones(shape), jnp.zeros(_BATCH.value)), split)
+    x_t, log_snr = jnp.ones(shape), jnp.zeros(_BATCH.value)
     apply = jax.jit(network.apply)
 
     def train() -> None:

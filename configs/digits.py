@@ -29,7 +29,6 @@ def get_config() -> ConfigDict:
         fourier_exponents=(3, 4),
     )
     config.decoder.name = "categorical"
-    config.devices.cpu = 2
     config.train.update(
         objective="vlb",
         num_steps=1500,

@@ -373,12 +373,6 @@ def devices() -> Group:
             "Devices over which parameters and optimizer state are split in training. Evaluation "
             "and sampling hold the parameters whole on each device.",
         ),
-        cpu=Setting(
-            1,
-            Int("[1, 64]"),
-            "Devices that main.py makes of a CPU, each with a part of every batch. With two cores "
-            "or more, 2 is faster for a small network and slower for a large one.",
-        ),
     )
 
 

@@ -36,7 +36,7 @@ def run(
       config: the config.
       workdir: the work directory, None where none is named.
       leftover: arguments that are no flags: further work directories of a report, else a mistake.
-      join: joins the other processes, where several run together, and sets up the devices.
+      join: joins the other processes, where several run together.
     """
     try:
         return _run(experiment, config, workdir, leftover, join)

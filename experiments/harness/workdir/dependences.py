@@ -86,7 +86,7 @@ _GROUPS = {
     "loss variance": "ablate.repeats",
     # No kept result depends on the rest. Each run of the experiments sigma, spacing,
     # variance and compress writes its table anew, and nothing reads it.
-    "speed": """data.stream data.memory_limit_mb data.workers data.prefetch devices.fsdp devices.cpu
+    "speed": """data.stream data.memory_limit_mb data.workers data.prefetch devices.fsdp
         profile.first_step profile.num_steps train.steps_per_dispatch evaluate.batch_size
         evaluate.chunk_size sample.batch_size""",
     # The fingerprints of the data's files count: see `DataFiles`.
