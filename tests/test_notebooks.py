@@ -23,6 +23,7 @@ SHORT = {
         "num_timesteps": 20,
         "samplers": {"ancestral": 2, "ddim": 2},
     },
+    "ablation": {"num_steps": 20, "num_test": 32, "num_timesteps": 4, "seeds": (0,)},
     "lecture": {"num_examples": 50},
     "somebody_elses_model": {
         "num_steps": 2,
@@ -34,7 +35,7 @@ SHORT = {
 }
 NEEDS = {"somebody_elses_model": "torch"}
 MAX_BYTES = 300_000
-OTHERS = {"flax", "jax", "matplotlib", "numpy", "optax", "sklearn", "torch"}
+OTHERS = {"IPython", "flax", "jax", "matplotlib", "numpy", "optax", "sklearn", "torch"}
 each = pytest.mark.parametrize("name", execute.NAMES)
 
 
