@@ -64,7 +64,7 @@ def ablate(config: ConfigDict, workdir: epath.PathLike) -> Summary:
 
     Raises:
       ConfigError: for a study that is not possible; nothing was written.
-      RunError: if a training failed; all others are finished.
+      RunError: if a training or its measurement failed; all others are finished.
     """
     plan = make_plan(config)
     directory.check(plan.study, config, workdir)
@@ -80,11 +80,11 @@ def ablate(config: ConfigDict, workdir: epath.PathLike) -> Summary:
     directory.record(plan.study, config, workdir)
     worker.run(chosen)
     summary = worker.report()
-    failures = [t for t in plan.trainings if directory.failure(t, workdir)]
+    reasons = {t.name: directory.failure(t, workdir) for t in plan.trainings}
+    failures = [f"{name} ({reason})" for name, reason in reasons.items() if reason]
     if failures:
-        names = ", ".join(training.name for training in failures)
         raise RunError(
-            f"workdir={workdir}: {len(failures)} trainings failed ({names}); the table says why"
+            f"workdir={workdir}: {len(failures)} trainings failed: {'; '.join(failures)}"
         )
     return summary
 
@@ -162,14 +162,12 @@ class Worker:
             directory.forget_failure(training, self.workdir)
             try:
                 train.train(training.config, place, checked=True)
+                for key in [key for key in training.cells if key not in measured]:
+                    measures.measure(key, self.plan.study.cells[key], place, self.workdir)
+                    self.report()
             except RunError as error:
                 directory.record_failure(training, self.workdir, str(error))
                 tqdm.write(f"warning: cell {training.name} failed: {error}")
-                return
-        for key in training.cells:
-            if key not in measured:
-                measures.measure(key, self.plan.study.cells[key], place, self.workdir)
-                self.report()
         jax.clear_caches()  # the next network has other programs
 
     def measurements(self, training: Training) -> dict[Key, Measurement]:
@@ -194,7 +192,7 @@ class Worker:
                 plan.skipped | self.failures(cells),
                 ablate.seeds,
             )
-            results.write(self.workdir, summary, facts(plan.config))
+            results.write(self.workdir, summary, facts(plan.study))
         self.bar.update(sum(len(m) for m in measured.values()) - self.bar.n)
         return summary
 
@@ -226,15 +224,19 @@ class Worker:
         }
 
 
-def facts(config: ConfigDict) -> dict[str, Any]:
+def facts(study: Study) -> dict[str, Any]:
     """What all cells have in common, for the readers of the tables."""
-    ablate = config.ablate
-    return {
-        "data": config.data.name,
-        "split": ablate.split,
-        "checkpoint": ablate.checkpoint,
-        "num_steps": config.train.num_steps,
-        "num_timesteps": ablate.num_timesteps or config.schedule.num_timesteps,
-        "draws": ablate.draws,
-        "seed": config.seed,
-    }
+    of_cells = [
+        {
+            "data": cell.data.name,
+            "split": cell.ablate.split,
+            "checkpoint": cell.ablate.checkpoint,
+            "num_steps": cell.train.num_steps,
+            "num_timesteps": cell.ablate.num_timesteps or cell.schedule.num_timesteps,
+            "draws": cell.ablate.draws,
+            "seed": cell.seed,
+        }
+        for cell in study.cells.values()
+    ]
+    first = of_cells[0]
+    return {name: first[name] for name in first if all(f[name] == first[name] for f in of_cells)}

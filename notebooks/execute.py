@@ -13,6 +13,7 @@ import pathlib
 import re
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -111,7 +112,8 @@ def main(names: tuple[str, ...]) -> None:
     """Executes these notebooks and writes them back."""
     for name in names or NAMES:
         start, before = time.monotonic(), _processor_seconds()
-        executed = execute(read(name), FOLDER)
+        with tempfile.TemporaryDirectory() as folder:  # so that no earlier run is found
+            executed = execute(read(name), pathlib.Path(folder))
         nbformat.write(cleaned(executed), FOLDER / f"{name}.ipynb")
         wall, busy = time.monotonic() - start, _processor_seconds() - before
         print(f"{name}: {wall / 60:.1f} minutes, {busy / 60:.1f} of a processor")

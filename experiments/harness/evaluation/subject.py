@@ -144,8 +144,9 @@ def subject_of_model(
                 f"the condition is {leaf.shape}: it must have a row for each of the {len(x_0)} "
                 "examples"
             )
-    some = x_0[:batch_size]
-    model.decoder(some, some, some, model.levels)  # a discrete decoder refuses data off its levels
+    for start in range(0, len(x_0), batch_size):
+        some = x_0[start : start + batch_size]
+        model.decoder(some, some, some, model.levels)  # a discrete one refuses data off its levels
     return Subject(
         model=lambda params, condition: model.given(condition),
         params=(),

@@ -196,9 +196,12 @@ def facts(contents: Contents) -> Table:
 
 
 def training_time(contents: Contents) -> str:
-    """The sum of the sessions that have ended."""
+    """The sum of the sessions; at least that of those whose end is recorded."""
     seconds = [s["seconds"] for s in contents.sessions if s.get("seconds") is not None]
-    return duration(sum(seconds)) if seconds else "–"
+    if not seconds:
+        return "–"
+    unknown = len(contents.sessions) - len(seconds)
+    return f"{'more than ' if unknown else ''}{duration(sum(seconds))}"
 
 
 def duration(seconds: float | None) -> str:
@@ -214,18 +217,19 @@ def duration(seconds: float | None) -> str:
 def side_by_side(runs: Sequence[Contents]) -> Table:
     """The results of several runs."""
     head = ["run", "bits/dim", "± over examples", "± over noise", "prior", "diffusion"]
-    head += ["reconstruction", "on", "T", "steps", "validation", "images/s", "time"]
+    head += ["reconstruction", "on", "T", "at step", "trained to", "validation", "images/s", "time"]
     return Table(head, [_row(run) for run in runs])
 
 
 def _row(run: Contents) -> list[str]:
     evaluation = run.evaluation
-    measured = ["–"] * 8
+    measured = ["–"] * 9
     if evaluation is not None:
         errors = evaluation.bits_per_dim_se, evaluation.bits_per_dim_mc_se
         measured = [bits(v) for v in (evaluation.bits_per_dim, *errors)]
         measured += [bits(part) for part in evaluation.parts.values()]
         measured += [f"{evaluation.num_examples} {evaluation.split}", str(evaluation.num_timesteps)]
+        measured.append(f"{evaluation.step:,}")
     nothing = (None, [])
     validation = run.curves.get("validation_bits_per_dim", nothing)[1]
     speed = run.curves.get("images_per_second", nothing)[1]

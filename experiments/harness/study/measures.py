@@ -21,7 +21,11 @@ from experiments.harness.evaluation.paired import Choice
 from experiments.harness.evaluation.subject import subject_of
 from experiments.harness.sampling import quality, sampler
 from experiments.harness.setup import trained
-from experiments.harness.setup.definition import check_levels, define_model
+from experiments.harness.setup.definition import (
+    check_levels,
+    define_model,
+    require_grey_levels,
+)
 from experiments.harness.setup.trained import Run
 from experiments.harness.study.axes import file_name
 from experiments.harness.study.summary import Curve, Key
@@ -54,6 +58,9 @@ def check(config: ConfigDict) -> None:
     if config.ablate.num_timesteps:
         check_levels(config, definition, "ablate.num_timesteps")
     if samples:
+        require_grey_levels(
+            definition, "ablate.measures", config.ablate.measures, "leave out quality"
+        )
         sampler.check(config, definition)
         quality.check(config)
 

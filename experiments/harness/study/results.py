@@ -95,7 +95,7 @@ def _figures(measured: Measured, baseline: Measured | None) -> dict[str, Figure]
         has_ratio = ratios and min(ratios) > 0 and min(reference.values()) > 0
         ratio = float(np.exp(np.mean(np.log(ratios)))) if has_ratio else np.nan
         errors = measured.figures.get(f"{name}_se")
-        se = np.nan if errors is None else float(np.linalg.norm(errors) / len(errors))
+        se = np.nan if errors is None else float(np.mean(errors))
         figures[name] = Figure(tuple(map(float, values)), se, ratio)
     return figures
 

@@ -84,7 +84,8 @@ class Figure(NamedTuple):
 
     Attributes:
       values: of each training seed.
-      se: standard error of their mean with the networks fixed; NaN if it is not known.
+      se: standard error of their mean with the networks fixed, at most: the draws are the same
+        for all seeds, so that errors do not average out. NaN if it is not known.
       ratio: to the baseline, the geometric mean over the seeds that both have; NaN where a value
         of either is not positive.
     """

@@ -33,7 +33,7 @@ def to_markdown(summary: Summary, facts: Mapping[str, Any]) -> str:
 
 def _facts(summary: Summary, facts: Mapping[str, Any]) -> str:
     seeds = ", ".join(map(str, summary.seeds))
-    common = {**facts, "test examples": summary.num_examples, "training seeds": seeds}
+    common = {**facts, "examples": summary.num_examples, "training seeds": seeds}
     return "; ".join(f"{escape(str(name))} {escape(str(value))}" for name, value in common.items())
 
 
@@ -117,11 +117,11 @@ def _meaning_of_error(summary: Summary, differences: Sequence[Difference]) -> st
     contains = f"It contains the noise of the bound{part}."
     if len(summary.seeds) == 1:
         return (
-            "± is one standard error over test examples only: with one training seed the table "
+            "± is one standard error over examples only: with one training seed the table "
             f"speaks of these trained networks, not of their settings. {contains}"
         )
     text = (
-        "± is one standard error over training seeds and test examples, both as draws from their "
+        "± is one standard error over training seeds and examples, both as draws from their "
         f"populations. {contains}"
     )
     if any(len(cell.seeds) == 1 for cell in summary.cells):

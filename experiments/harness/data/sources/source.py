@@ -84,8 +84,14 @@ class Source(NamedTuple):
             raise ConfigError("a data set has values that are not finite; leave them out")
         if is_continuous:
             images = images.astype(np.float32)
-        labels, num_classes = None if labels is None else np.asarray(labels, np.int32), 0
+        num_classes = 0
         if labels is not None:
+            labels = np.asarray(labels)
+            if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+                raise ConfigError(
+                    f"labels are {labels.dtype} {labels.shape}; they must be {len(images)} integers"
+                )
+            labels = labels.astype(np.int32)
             num_classes = num_classes_of(labels, "a data set")
         content = b"".join(a.tobytes() for a in (images, labels) if a is not None)
         digest = hashlib.sha256(content).hexdigest()[:12]
