@@ -226,7 +226,7 @@ class Worker:
 
 def facts(study: Study) -> dict[str, Any]:
     """What all cells have in common, for the readers of the tables."""
-    of_cells = [
+    facts_of_cells = [
         {
             "data": cell.data.name,
             "split": cell.ablate.split,
@@ -238,5 +238,9 @@ def facts(study: Study) -> dict[str, Any]:
         }
         for cell in study.cells.values()
     ]
-    first = of_cells[0]
-    return {name: first[name] for name in first if all(f[name] == first[name] for f in of_cells)}
+    first, *others = facts_of_cells
+    return {
+        name: value
+        for name, value in first.items()
+        if all(other[name] == value for other in others)
+    }

@@ -90,8 +90,8 @@ def _read(
             studies.append(contents)
             prefix = f"{name}/" if len(directories) > 1 else ""
             cells = sorted(cell for cell in (path / CELLS).glob("*") if cell.is_dir())
-            found = (read_contents(cell, f"{prefix}{cell.name}") for cell in cells)
-            runs += [cell for cell in found if not cell.is_empty]
+            contents_of_cells = (read_contents(cell, f"{prefix}{cell.name}") for cell in cells)
+            runs += [cell for cell in contents_of_cells if not cell.is_empty]
         elif contents.is_empty:
             skipped.append(f"{path} holds nothing")
         else:

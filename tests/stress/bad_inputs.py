@@ -5,37 +5,17 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
 
 from configs.base import SETTINGS
 from configs.settings.declaration import Bool, Choice, Float, Int, Kind, Name, Tuple
 from tests.stress import bad_files, command
 from tests.stress.bad_files import Make
+from tests.stress.bad_studies import studies
+from tests.stress.case import Case, write
 from tests.stress.kill import SETTINGS as SMALL
 
 DATA = f"--config={command.ROOT}/configs/digits.py", "--config.train.batch_size=8"
-
-
-class Case(NamedTuple):
-    """A bad input.
-
-    Attributes:
-      name: its name in the table.
-      flags: those of `main.py`. {here} stands for a new directory; the first flag is
-        --workdir={here}/run, unless they have one.
-      contained: a text that the error line contains.
-      make: writes files into the new directory, or beneath it.
-      environment: further variables; {here} as in flags.
-      directory: the working directory; {here} as in flags.
-    """
-
-    name: str
-    flags: tuple[str, ...]
-    contained: str
-    make: Callable[[pathlib.Path], Any] = lambda here: None
-    environment: Mapping[str, str] = {}
-    directory: str = str(command.ROOT)
 
 
 def bad_values(kind: Kind) -> Iterator[str]:
@@ -190,13 +170,8 @@ def config_files() -> Iterator[Case]:
     texts = CONFIG_FILES | {_CONFIG_FILE.format(line=k): v for k, v in CONFIG_LINES.items()}
     for text, contained in texts.items():
         name = repr(text if text in CONFIG_FILES else text.splitlines()[5].strip())
-        make = functools.partial(_write, "mine.py", text.encode())
+        make = functools.partial(write, "mine.py", text.encode())
         yield Case(name, ("--config={here}/mine.py",), contained, make)
-
-
-def _write(name: str, content: bytes, here: pathlib.Path) -> None:
-    (here / name).parent.mkdir(parents=True, exist_ok=True)
-    (here / name).write_bytes(content)
 
 
 LONG = "a" * 5000
@@ -335,67 +310,6 @@ def _train() -> pathlib.Path:
     ended = command.run([*SHORT, f"--workdir={workdir}"], limit=600)
     assert ended.status == 0, ended.stderr
     return workdir
-
-
-AXES = {
-    "()": "a study has at least one axis",
-    "5": "config.ablate.axes",
-    "('train.objective', ('vlb', 'simple'))": "it must be a tuple of",
-    "(('train.objective', ('vlb',)), ('train.objective', ('simple',)))": "it must be a tuple of",
-    "(('train.objective', ()),)": "has no values",
-    "(('train.objectiv', ('vlb',)),)": "did you mean train.objective?",
-    "(('train.objective', ('vlb', 'simpel')),)": "'simpel' is unknown",
-    "(('train.learning_rate', (1e-3, 'high')),)": "train.learning_rate = 'high'; it must be",
-    "(('train.batch_size', (64, 64.5)),)": "train.batch_size = 64.5; it must be",
-    "(('train.batch_size', (5000, 6000)),)": "none of the 2 cells is possible",
-    "(('data.name', ('digits', 'photos')),)": "not paired",
-    "(('data.splits.test', ('test', 'train')),)": "not paired",
-    "(('ablate.split', ('test', 'train')),)": "not paired",
-    "(('seed', (0, 1)),)": "config.ablate.seeds",
-    "(('sample.sampler', ('ddim', 'euler')),)": "(ddim) and (euler) are the same",
-    "(('a', {'b': {'train.beta2': 0.9}, 'c': {'train.beta2': 0.9}}),)": "(b) and (c) are the same",
-    "(('a', {'b': {'train.beta2': None}}),)": "train.beta2 = None",
-    "(('a', {'b': {'train': 5}}),)": "train is no setting",
-}
-_GOOD_AXES = "--config.ablate.axes=(('train.objective', ('vlb', 'simple')),)"
-_STUDY = "study.json"
-STUDY_FILES: dict[str, tuple[Make, str]] = {
-    "another study": (
-        lambda here: _write(_STUDY, b'{"axes": {"train.beta2": {}}, "settings": {}}', here),
-        "its axes were train.beta2, now train.objective",
-    ),
-    "another training": (
-        lambda here: _write(
-            _STUDY,
-            b'{"axes": {"train.objective": {}}, "settings": {"train.num_steps": 5}}',
-            here,
-        ),
-        "train.num_steps was 5, now 1500",
-    ),
-    "a damaged study.json": (lambda here: _write(_STUDY, b"{}", here), _STUDY),
-    "a run": (lambda here: _write("config.json", b"{}", here), "config.json"),
-}
-
-
-def studies() -> Iterator[Case]:
-    """Studies that are not possible."""
-    base = (f"--config={command.ROOT}/configs/digits.py", "--experiment=ablate")
-    for text, contained in AXES.items():
-        yield Case(f"axes={text}", (*base, f"--config.ablate.axes={text}"), contained)
-    for flag, contained in {
-        "--config.ablate.baseline=('simpel',)": "config.ablate.baseline = ('simpel',)",
-        "--config.ablate.baseline=('vlb', 'simple')": "it must name a value of each axis",
-        "--config.ablate.cell=3": "the study has 2 trainings",
-        "--config.ablate.num_timesteps=1": "none of the 2 cells is possible",
-    }.items():
-        yield Case(flag, (*base, _GOOD_AXES, flag), contained)
-    for name, (make, contained) in STUDY_FILES.items():
-        workdir = "--workdir={here}/study"
-
-        def make_study(here: pathlib.Path, make: Make = make) -> None:
-            make(here / "study")
-
-        yield Case(f"study: {name}", (*base, _GOOD_AXES, workdir), contained, make_study)
 
 
 def processes() -> Iterator[Case]:

@@ -19,7 +19,8 @@ from collections.abc import Iterator
 from tqdm import tqdm
 
 from tests.stress import command
-from tests.stress.bad_inputs import GROUPS, Case
+from tests.stress.bad_inputs import GROUPS
+from tests.stress.case import Case
 
 LIMIT = 10.0  # seconds of processor time, since other programs may occupy the machine
 

@@ -3,7 +3,8 @@
 import pytest
 
 from tests.stress import bad_inputs, command, inputs
-from tests.stress.bad_inputs import GROUPS, Case
+from tests.stress.bad_inputs import GROUPS
+from tests.stress.case import Case
 
 QUICK = [*bad_inputs.flags(), *bad_inputs.config_files()]
 SLOW = [

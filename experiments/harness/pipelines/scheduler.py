@@ -187,11 +187,9 @@ def _sampler(name: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], lis
             remarks.append(f"samples step through evenly spaced levels: {option} is not known here")
         else:
             settings["sample.spacing"] = SPACINGS[option]
-    largest, quantile = (
-        options.get("sample_max_value", 1),
-        options.get("dynamic_thresholding_ratio"),
-    )
-    # Only these two clip unless they are told not to.
+    largest = options.get("sample_max_value", 1)
+    quantile = options.get("dynamic_thresholding_ratio")
+    # clip_sample has the default True in these two schedulers only.
     clips = options.get("clip_sample", name in ("DDPMScheduler", "DDIMScheduler"))
     limit = options.get("clip_sample_range", 1)
     if options.get("thresholding"):

@@ -60,8 +60,8 @@ def _obstacle(first: Contents, other: Contents) -> str:
     a, b = first.evaluation, other.evaluation
     if a.split != b.split:
         return f"another split: {a.split} and {b.split}"
-    if given := _differing(_labels(a), _labels(b)):
-        return f"only one of the bounds is given the labels ({given})"
+    if labels := _differing(_labels(a), _labels(b)):
+        return f"only one of the bounds is given the labels ({labels})"
     if data := _differing(_data(a), _data(b)):
         return f"other data: {data}"
     counts = [each.num_examples for each in (a, b)]

@@ -122,8 +122,8 @@ class Contents(NamedTuple):
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to show."""
-        kept = (self.settings, self.curves, self.evaluation, self.evaluations, self.problems)
-        return not any((*kept, self.documents, self.samples, self.progress, self.sessions))
+        numbers = (self.settings, self.curves, self.evaluation, self.evaluations, self.problems)
+        return not any((*numbers, self.documents, self.samples, self.progress, self.sessions))
 
     @property
     def is_study(self) -> bool:
@@ -241,14 +241,14 @@ def _config_changes(reader: Reader) -> list[tuple[int, list[str]]]:
 
 def _sessions(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each session's first line, with the seconds and the outcome of its last one, if it ended."""
-    found = []
+    sessions = []
     for line in lines:
         if line.get("event") == "start":
-            found.append(dict(line))
-        elif found and line.get("event") == "end" and "outcome" not in found[-1]:
+            sessions.append(dict(line))
+        elif sessions and line.get("event") == "end" and "outcome" not in sessions[-1]:
             ended = {"outcome": line.get("outcome"), "seconds": number(line.get("seconds"))}
-            found[-1] |= ended | {"ended": line.get("time")}
-    return found
+            sessions[-1] |= ended | {"ended": line.get("time")}
+    return sessions
 
 
 def _documents(reader: Reader) -> list[Document]:

@@ -26,42 +26,42 @@ class Block(NamedTuple):
 
 def blocks(text: str) -> list[Block]:
     """The blocks of a Markdown text. Links and pictures become their text."""
-    found, paragraph, lines = [], [], text.splitlines()
+    result, paragraph, lines = [], [], text.splitlines()
     while lines:
         line = lines.pop(0).strip()
         heading = re.match(r"#+\s+(.*)", line)
         item = re.match(r"[-*]\s+(.*)", line)
         if line.startswith("|") or heading or item or not line:
             if paragraph:
-                found.append(_text("paragraph", " ".join(paragraph)))
+                result.append(_text("paragraph", " ".join(paragraph)))
             paragraph = []
         if line.startswith("|"):
             table = [line]
             while lines and lines[0].strip().startswith("|"):
                 table.append(lines.pop(0).strip())
-            found.append(_table(table))
+            result.append(_table(table))
         elif heading:
-            found.append(_text("heading", heading[1]))
+            result.append(_text("heading", heading[1]))
         elif item:
-            found.append(_text("item", item[1]))
+            result.append(_text("item", item[1]))
         elif line:
             paragraph.append(line)
     if paragraph:
-        found.append(_text("paragraph", " ".join(paragraph)))
-    return found
+        result.append(_text("paragraph", " ".join(paragraph)))
+    return result
 
 
 def spans(text: str) -> Spans:
     """A line of Markdown in pieces."""
     text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
     pieces, place = [], 0
-    for found in re.finditer(r"\*\*(.+?)\*\*|`([^`]+)`|(?<![\\*\w])\*([^*\s][^*]*)\*(?!\w)", text):
-        bold, code, italic = found.groups()
-        pieces += [("", _plain(text[place : found.start()]))]
+    for match in re.finditer(r"\*\*(.+?)\*\*|`([^`]+)`|(?<![\\*\w])\*([^*\s][^*]*)\*(?!\w)", text):
+        bold, code, italic = match.groups()
+        pieces += [("", _plain(text[place : match.start()]))]
         pieces += [("strong", _plain(bold))] if bold else []
         pieces += [("code", code)] if code else []
         pieces += [("em", _plain(italic))] if italic else []
-        place = found.end()
+        place = match.end()
     pieces.append(("", _plain(text[place:])))
     return [piece for piece in pieces if piece[1]]
 

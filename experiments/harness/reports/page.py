@@ -105,7 +105,7 @@ def render(runs: Sequence[Contents], studies: Sequence[Contents] = (), skipped=(
     overlaid = sum(shown.size for shown in several["figures"]) if several else 0
     size = (_BYTES - overlaid) / (len(runs) + len(studies)) - _TABLES
     return environment.get_template("page.html").render(
-        made=f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
+        created=f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
         title=", ".join(each.name for each in (studies or runs)[:3])
         + (f" and {len(runs) - 3} more" if not studies and len(runs) > 3 else ""),
         lines=[_line_style(i) for i in range(len(LINE_STYLES))],

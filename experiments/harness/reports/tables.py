@@ -102,7 +102,7 @@ def status(contents: Contents) -> str:
 def evaluations(contents: Contents) -> Table:
     """Every evaluation that the directory keeps, in the order of time."""
     head = ["split", "T", "Σ_θ", "step", "bits/dim", "± over examples", "± over noise", "time"]
-    kept = sorted(contents.evaluations.values(), key=_time)
+    by_time = sorted(contents.evaluations.values(), key=_time)
     rows = [
         [
             each.split,
@@ -114,7 +114,7 @@ def evaluations(contents: Contents) -> Table:
             bits(each.bits_per_dim_mc_se),
             _time(each),
         ]
-        for each in kept
+        for each in by_time
     ]
     return Table(head, rows)
 

@@ -71,14 +71,14 @@ def effects(bounds: Bounds, axes: Mapping[str, tuple[str, ...]], baseline: Key) 
     """
     if len(axes) < 2:
         return []
-    found = [
+    measured_effects = [
         effect
         for place, axis in enumerate(axes)
         for value in axes[axis]
         if value != baseline[place]
         and (effect := _main_effect(bounds, axes, baseline, place, value)) is not None
     ]
-    return found + (_interactions(bounds, axes, baseline) if len(axes) == 2 else [])
+    return measured_effects + (_interactions(bounds, axes, baseline) if len(axes) == 2 else [])
 
 
 def _main_effect(
@@ -104,11 +104,11 @@ def _main_effect(
 def _interactions(
     bounds: Bounds, axes: Mapping[str, tuple[str, ...]], baseline: Key
 ) -> list[Effect]:
-    found = []
+    interactions = []
     for key in itertools.product(*axes.values()):
         if key[0] == baseline[0] or key[1] == baseline[1]:
             continue
         corners = key, (key[0], baseline[1]), (baseline[0], key[1]), baseline
         if (difference := interaction(bounds, *corners)) is not None:
-            found.append(Effect(dict(zip(axes, key, strict=True)), difference, 1, 1))
-    return found
+            interactions.append(Effect(dict(zip(axes, key, strict=True)), difference, 1, 1))
+    return interactions

@@ -97,7 +97,8 @@ def work_off(
 ) -> None:
     """Calls a function for each training, while this process holds the training's lock.
 
-    It returns when every training has been free once, so that none is left to another process.
+    It waits for trainings that other processes hold, and calls the function for these too. So the
+    training of a process that died is finished.
     """
     remaining, is_waiting = list(trainings), False
     while remaining:

@@ -31,8 +31,8 @@ class TrainingNoise(NamedTuple):
         distributions of t or schedules with the same ends.
       loss_variance_se: its standard error over the draws, with weights and data fixed.
       gradient_noise: tr Cov(g)/‖E g‖² of the gradient g. It has no unit and compares all settings.
-        It is the batch size at which noise and gradient are of equal size; NaN where the mean
-        gradient is lost in the noise.
+        It is the batch size at which noise and gradient are of equal size, the simple noise scale
+        of McCandlish et al. (2018), equation 2.9; NaN where the estimate of ‖E g‖² is not positive.
     """
 
     loss_variance: float
@@ -41,7 +41,7 @@ class TrainingNoise(NamedTuple):
 
 
 class _Sums(NamedTuple):
-    """Of one batch of examples: a loss and a squared gradient norm for each draw, and Σ g."""
+    """The draws of one batch of examples: the loss and ‖g‖² of each, and ‖Σ g‖² over all."""
 
     losses: Float[np.ndarray, "k"]
     squares: Float[np.ndarray, "k"]

@@ -17,13 +17,12 @@ from experiments.harness.data.sources.source import (
     Options,
     Source,
     check_labels,
-    check_no_sibling_split,
     check_unpacked,
     choose_split,
     num_classes_of,
     part_of,
-    split_paths,
 )
+from experiments.harness.data.sources.split_names import check_no_sibling_split, split_paths
 from experiments.harness.errors import ConfigError
 
 _HEADERS = {

@@ -25,11 +25,13 @@ from experiments.harness.data.sources.source import (
     Directory,
     Options,
     Source,
-    check_no_sibling_split,
-    check_not_pooled,
     choose_split,
     part_of,
     read_each,
+)
+from experiments.harness.data.sources.split_names import (
+    check_no_sibling_split,
+    check_not_pooled,
     split_paths,
 )
 from experiments.harness.errors import ConfigError

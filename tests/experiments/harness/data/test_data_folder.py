@@ -11,9 +11,8 @@ from PIL import Image
 
 from experiments.harness.data.sources.source import (
     Options,
-    check_no_sibling_split,
-    check_not_pooled,
 )
+from experiments.harness.data.sources.split_names import check_no_sibling_split, check_not_pooled
 from experiments.harness.data.splits import describe, first, load, some
 from experiments.harness.errors import ConfigError
 from tests.experiments.harness.data.image_files import (
