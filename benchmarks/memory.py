@@ -29,7 +29,7 @@ from experiments.harness import devices
 from experiments.harness.data.splits import Examples
 from experiments.harness.setup.definition import define_model
 from experiments.harness.setup.params import abstract_params
-from experiments.harness.training import step
+from experiments.harness.training import gradients, step
 from experiments.harness.training.loss import init_history, make_draw, make_loss
 from experiments.harness.training.state import abstract_state, make_setup
 
@@ -98,7 +98,7 @@ def _memory(dtype: str, remat: bool, device: jax.Device) -> tuple[int, int]:
 def bytes_for_gradient(config: ConfigDict) -> int:
     """The bytes that a forward pass stores for the gradient, parameters included."""
     definition = define_model(config)
-    definition = definition._replace(network=step.trained_network(config, definition.network))
+    definition = definition._replace(network=gradients.trained_network(config, definition.network))
     draw, loss_fn = make_draw(config), make_loss(config, definition)
     x_0 = jax.ShapeDtypeStruct((config.train.batch_size, *definition.image_shape), jnp.float32)
     key, history = jax.eval_shape(lambda: (jax.random.key(0), init_history(config, definition)))

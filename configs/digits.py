@@ -31,6 +31,7 @@ def get_config() -> ConfigDict:
     config.decoder.name = "categorical"
     config.train.update(
         objective="vlb",
+        accumulate=2,  # on a CPU both halves at once
         num_steps=1500,
         learning_rate=3e-3,
         warmup_steps=100,

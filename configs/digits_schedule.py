@@ -17,5 +17,5 @@ def get_config() -> ConfigDict:
     config = digits.get_config()
     config.schedule.name = "learned"
     config.schedule.learned.update(max=8.0, min=-5.0)
-    config.train.time = "continuous"
+    config.train.update(time="continuous", accumulate=1)
     return config

@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
         channel_multipliers=(1,), attention_resolutions=(), middle_attention="none"
     )
     config.schedule.learned.update(max=8.0, min=-5.0)
+    config.train.accumulate = 1  # a learned schedule needs the whole batch
     config.ablate.axes = (
         (
             "schedule",

@@ -25,6 +25,7 @@ from experiments.harness.errors import ConfigError
 from experiments.harness.processes import distributed
 from experiments.harness.setup.definition import MODELS
 from experiments.harness.setup.params import init_params
+from experiments.harness.training.gradients import make_gradients
 from experiments.harness.training.state import (
     TrainState,
     abstract_state,
@@ -32,7 +33,7 @@ from experiments.harness.training.state import (
     make_setup,
     state_shardings,
 )
-from experiments.harness.training.step import make_gradients, make_train_step
+from experiments.harness.training.step import make_train_step
 from experiments.harness.workdir.checkpoints import Checkpoints
 from tests.experiments import tiny
 

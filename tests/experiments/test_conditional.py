@@ -20,9 +20,10 @@ from experiments.harness.evaluation import programs
 from experiments.harness.evaluation.subject import subject_of
 from experiments.harness.setup.definition import define_model
 from experiments.harness.setup.trained import load
-from experiments.harness.training import step as steps
+from experiments.harness.training import gradients
+from experiments.harness.training.gradients import drop_labels
 from experiments.harness.training.state import first_state, make_setup
-from experiments.harness.training.step import drop_labels, make_train_step
+from experiments.harness.training.step import make_train_step
 from tests.experiments import tiny
 
 pytest_plugins = ["tests.experiments.tiny"]
@@ -90,7 +91,7 @@ def test_labels_are_withheld_apart_from_a_step_s_other_random_numbers():
 
     def agree(key):
         of_others = jax.random.split(key)
-        withheld = drop_labels(jax.random.fold_in(key, steps.LABELS), labels, 0.5, K) == NONE
+        withheld = drop_labels(jax.random.fold_in(key, gradients.LABELS), labels, 0.5, K) == NONE
         return jnp.stack([withheld == jax.random.bernoulli(k, shape=(100,)) for k in of_others])
 
     agreement = jax.vmap(agree)(jax.random.split(jax.random.key(1), 100))

@@ -12,6 +12,7 @@ from diffusion.forward import example_noise
 from diffusion.samplers import base, ddpm
 from experiments.harness.data import splits
 from experiments.harness.errors import ConfigError
+from experiments.harness.processes import cores
 from experiments.harness.sampling.draw import START, STRETCH, Drawer, stretches
 from experiments.harness.seeds import STREAMS, stream
 from experiments.harness.setup.definition import define_model
@@ -119,6 +120,18 @@ def test_a_sample_does_not_depend_on_those_around_it(model, n, batch_size):
         assert way.shape == (2, shown, 8, 8, 1)
         size = np.abs(expected_way).max()
         np.testing.assert_allclose(way, expected_way[:, :shown], rtol=0, atol=1e-5 * size)
+
+
+def test_the_cores_of_a_cpu_draw_the_samples_of_one(model, monkeypatch):
+    """Two batches of 32, in halves, the second not full."""
+    config = tiny.config(sample__batch_size=32)
+    whole, halves = [], []
+    for number, drawn in ((1, whole), (2, halves)):
+        monkeypatch.setattr(cores, "num_cores", lambda number=number: number)
+        drawn.extend(draw(config, model, 40, record=(8, 3)))
+    for a, b in zip(halves, whole, strict=True):
+        assert a.shape == b.shape
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
 
 
 def test_samples_differ_from_one_another_and_from_those_of_another_seed(model):

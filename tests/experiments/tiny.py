@@ -78,6 +78,7 @@ def config(network: str = "convolution", **overrides: Any) -> ConfigDict:
     tiny.model.unet.update(channels=8, num_groups=4)
     tiny.train.update(
         batch_size=16,
+        accumulate=1,
         num_steps=12,
         learning_rate=0.02,
         warmup_steps=min(3, overrides.get("train__num_steps", 3)),

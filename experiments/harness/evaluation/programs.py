@@ -34,6 +34,7 @@ from diffusion.schedules import Step
 from diffusion.trajectory import step_log_ratio, trajectory
 from experiments.harness import devices
 from experiments.harness.evaluation.subject import Subject
+from experiments.harness.processes import cores
 from experiments.harness.seeds import stream
 
 Program = Callable[..., object]
@@ -233,8 +234,8 @@ def _example_keys(subject: Subject, index: Int[Array, "b"], draw: Int[Array, "b"
 def compile_program(subject: Subject, function: Callable, num_shared: int = 0) -> Program:
     """Compiles a function of examples, with full-precision matrix products.
 
-    Each device runs the function on its own examples, and nothing is communicated. If several
-    processes run together, each gets all results, as NumPy arrays.
+    Each device, and each core of a CPU, runs the function on its own examples, and nothing is
+    communicated. If several processes run together, each gets all results, as NumPy arrays.
 
     Args:
       subject: gives the model and x_0.
@@ -263,9 +264,13 @@ def compile_program(subject: Subject, function: Callable, num_shared: int = 0) -
 
     def run(subject, index, *others):
         batched, shared = others[: len(others) - num_shared], others[len(others) - num_shared :]
-        examples = subject.dataset.examples(index)
-        with jax.default_matmul_precision("highest"):
-            results = compiled(subject.params, subject.levels, shared, examples, index, batched)
-        return results if jax.process_count() == 1 else devices.gather(results)
+
+        def call(index, *batched):
+            examples = subject.dataset.examples(index)
+            with jax.default_matmul_precision("highest"):
+                results = compiled(subject.params, subject.levels, shared, examples, index, batched)
+            return results if jax.process_count() == 1 else devices.gather(results)
+
+        return cores.in_parts(call, index, *batched)
 
     return run

@@ -1,7 +1,7 @@
 """Draws samples in batches. A sampler is compiled once, for any levels and recorded frames."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +22,7 @@ from experiments.harness.data.order import padded_batches
 from experiments.harness.errors import RunError
 from experiments.harness.pictures.images import grid, save_png, strip
 from experiments.harness.pictures.plots import plot_points
-from experiments.harness.processes import distributed
+from experiments.harness.processes import cores, distributed
 from experiments.harness.processes.progress import progress
 from experiments.harness.sampling.sampler import Inputs, build_sampler, guidance_interval
 from experiments.harness.seeds import stream
@@ -143,25 +143,35 @@ class Drawer:
     ) -> Samples:
         """One batch. After each stretch `report` is called with its share of the levels."""
         last = levels.num_timesteps
-        inputs = devices.place(inputs, self._split)
-        state = self._begin(params, inputs)
+        parts = [
+            devices.place(jax.tree.map(lambda a, part=part: a[part], inputs), self._split)
+            for part in cores.batch_parts(len(inputs.index))
+        ]
+
+        def advance(state: State, inputs: Inputs) -> State:
+            state = self._advance(params, state, stretch, count, np.int32(last), inputs)
+            return jax.block_until_ready(state)
+
+        states = [self._begin(params, part) for part in parts]
         x_t, x_0_hat = {}, {}
         for top, bottom in stretches(last, record):
             if top in record:
-                x_t[top] = devices.gather(state.x[:rows])
+                x_t[top] = _joined(state.x for state in states)[:rows]
             stretch, count = _cut(levels, top, bottom), np.int32(top - bottom)
-            state = self._advance(params, state, stretch, count, np.int32(last), inputs)
+            states = cores.at_once(advance, states, parts)
             if top in record:
-                x_0_hat[top] = devices.gather(state.x_0_hat[:rows])
-            jax.block_until_ready(state.x)
+                x_0_hat[top] = _joined(state.x_0_hat for state in states)[:rows]
             report((top - bottom) / last)
-        x_0 = devices.gather(state.x)
+        x_0 = _joined(state.x for state in states)
         nothing = np.zeros((0, rows, *x_0.shape[1:]), x_0.dtype)
+        evaluations = cores.at_once(
+            lambda *part: self._evaluations(params, part[0], np.int32(last), part[1]), states, parts
+        )
         return Samples(
             x_0,
             np.stack([x_t[t] for t in record]) if record else nothing,
             np.stack([x_0_hat[t] for t in record]) if record else nothing,
-            devices.gather(self._evaluations(params, state, np.int32(last), inputs)),
+            _joined(evaluations),
         )
 
     def _require_finite(self, x_0: np.ndarray) -> None:
@@ -243,6 +253,11 @@ def stretches(last: int, record: Sequence[int]) -> list[tuple[int, int]]:
     base.check_record(record, last)
     cuts = {0, last, *record, *(t - 1 for t in record), *range(last, 0, -STRETCH)}
     return list(itertools.pairwise(sorted(cuts, reverse=True)))
+
+
+def _joined(parts: Iterable[jax.Array]) -> np.ndarray:
+    """The parts of a batch as one array of the host."""
+    return np.concatenate([devices.gather(part) for part in parts])
 
 
 def _cut(levels: Levels, top: int, bottom: int) -> Stretch:

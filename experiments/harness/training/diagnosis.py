@@ -8,8 +8,9 @@ from jaxtyping import Array, Int
 
 from experiments.harness import devices
 from experiments.harness.data.splits import Examples
+from experiments.harness.training.gradients import make_gradients
 from experiments.harness.training.state import TrainingSetup, TrainState
-from experiments.harness.training.step import make_gradients, quartile_of
+from experiments.harness.training.step import quartile_of
 
 _MODULES_SHOWN = 8
 

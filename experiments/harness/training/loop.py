@@ -15,9 +15,9 @@ from experiments.harness.processes import signals
 from experiments.harness.processes.progress import progress, start_after
 from experiments.harness.processes.signals import Interrupted
 from experiments.harness.training import diagnosis
-from experiments.harness.training.speed import Profile, Timing, count_flops
+from experiments.harness.training.speed import Profile, Timing
 from experiments.harness.training.state import TrainingSetup, TrainState
-from experiments.harness.training.step import make_train_step
+from experiments.harness.training.step import compile_step, make_train_step
 from experiments.harness.workdir.checkpoints import Checkpoints
 
 
@@ -110,10 +110,10 @@ class Trainer:
         """The first step is left out of the timing, since the first call of a program is slow."""
         self.bar.set_postfix_str("compiling")
         batch, began = self.feed.next(), time.monotonic()
-        traced = make_train_step(self.setup, self.feed.streamed).trace(state, *batch)
-        self.train_step = traced.lower().compile()
+        train_step = make_train_step(self.setup, self.feed.streamed)
+        self.train_step, flops = compile_step(train_step, state, *batch)
         self.clock.compile_seconds = time.monotonic() - began
-        self.clock.flops = count_flops(traced.jaxpr) / self.steps_per_call
+        self.clock.flops = flops / self.steps_per_call
         self.profile.before(0, state)
         state = self.train_step(state, *batch)
         jax.block_until_ready(state.step)

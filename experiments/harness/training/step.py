@@ -3,21 +3,26 @@
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from experiments.harness import devices
 from experiments.harness.data.splits import Examples
 from experiments.harness.errors import ConfigError
-from experiments.harness.seeds import stream
+from experiments.harness.processes import cores
 from experiments.harness.setup.definition import ModelDefinition
-from experiments.harness.training.loss import Batch, LossFn, make_draw, make_loss
+from experiments.harness.training.gradients import (
+    join_parts,
+    make_gradients,
+    make_part,
+    trained_network,
+)
+from experiments.harness.training.loss import Batch
+from experiments.harness.training.speed import count_flops
 from experiments.harness.training.state import (
     TrainingSetup,
     TrainState,
@@ -26,9 +31,6 @@ from experiments.harness.training.state import (
 )
 
 TrainStep = Callable[[TrainState, Examples, Any], TrainState]
-LABELS = 2  # folded into a step's key: 0 and 1 give the keys that `split` gives
-DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}
-GATHERED = "gathered"
 
 
 def check(config: ConfigDict, definition: ModelDefinition) -> None:
@@ -57,26 +59,6 @@ def check(config: ConfigDict, definition: ModelDefinition) -> None:
         )
 
 
-def trained_network(config: ConfigDict, network: nn.Module) -> nn.Module:
-    """The network with the config's `model.dtype` and `model.remat`, for the same parameters.
-
-    Evaluation and sampling use the network without them: in float32.
-
-    Raises:
-      ConfigError: for a network without these fields.
-    """
-    dtype = DTYPES[config.model.dtype]
-    if dtype is None and not config.model.remat:
-        return network
-    try:
-        return network.clone(dtype=dtype, remat=config.model.remat)
-    except TypeError as error:
-        raise ConfigError(
-            f"config.model.name = {config.model.name!r} has no config.model.dtype or remat; use "
-            "float32 and False"
-        ) from error
-
-
 def make_train_step(setup: TrainingSetup, streamed: bool = False) -> TrainStep:
     """One optimisation step as (state, examples of the whole set, indices [b]) -> state.
 
@@ -88,8 +70,10 @@ def make_train_step(setup: TrainingSetup, streamed: bool = False) -> TrainStep:
       streamed: whether the examples are a batch, split over the devices, and the indices None; with
         k > 1 their first axis is k.
     """
-    train_step, mesh = _make_one_step(setup), setup.mesh
-    is_scanned = setup.config.train.steps_per_dispatch > 1
+    if setup.config.train.accumulate > 1 and cores.num_cores() > 1:
+        return StepInParts(setup)
+    mesh = setup.mesh
+    train_step, is_scanned = _make_one_step(setup), setup.config.train.steps_per_dispatch > 1
 
     def train_steps(state, examples, indices):
         def step(state, batch):
@@ -107,14 +91,56 @@ def make_train_step(setup: TrainingSetup, streamed: bool = False) -> TrainStep:
     )
 
 
+class StepInParts:
+    """A step on a CPU that computes the parts of its batch at once, each on a core.
+
+    It has two programs: the gradient of a part, and what is done with the mean of the gradients.
+    """
+
+    def __init__(self, setup: TrainingSetup):
+        self._numbers = np.arange(setup.config.train.accumulate)
+        finish, num_parts = _make_finish(setup), len(self._numbers)
+
+        def join(state, parts):
+            batches, grads = zip(*parts, strict=True)
+            batch = join_parts(jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches))
+            return finish(state, batch, jax.tree.map(lambda *g: sum(g) / num_parts, *grads))
+
+        self._part = jax.jit(make_part(setup))
+        self._join = jax.jit(join, donate_argnums=0, out_shardings=state_shardings(setup))
+
+    def __call__(self, state: TrainState, examples: Examples, indices: Any) -> TrainState:
+        parts = cores.at_once(lambda n: self._part(state, examples, indices, n), self._numbers)
+        return self._join(state, parts)
+
+    def compile(self, *batch: Any) -> float:
+        """Compiles both programs for (state, examples, indices); returns a step's operations."""
+        part = self._part.trace(*batch, self._numbers[0])
+        join = self._join.trace(batch[0], [part.out_info] * len(self._numbers))
+        self._part, self._join = cores.at_once(lambda a: a.lower().compile(), [part, join])
+        return len(self._numbers) * count_flops(part.jaxpr) + count_flops(join.jaxpr)
+
+
+def compile_step(train_step: TrainStep, *batch: Any) -> tuple[TrainStep, float]:
+    """A step compiled for (state, examples, indices), and a call's floating-point operations."""
+    if isinstance(train_step, StepInParts):
+        return train_step, train_step.compile(*batch)
+    traced = train_step.trace(*batch)
+    return traced.lower().compile(), count_flops(traced.jaxpr)
+
+
 def _make_one_step(setup: TrainingSetup) -> TrainStep:
     """A single step, not compiled."""
+    gradients, finish = make_gradients(setup), _make_finish(setup)
+    return lambda state, *batch: finish(state, *gradients(state, *batch))
+
+
+def _make_finish(setup: TrainingSetup) -> Callable[[TrainState, Batch, Any], TrainState]:
+    """What a step does with its losses and gradients; not compiled."""
     config, _, optimizer, _ = setup
-    gradients = make_gradients(setup)
     follows_losses, decay = config.train.timesteps == "importance", config.train.ema_decay
 
-    def train_step(state, examples, indices):
-        batch, grads = gradients(state, examples, indices)
+    def finish(state, batch, grads):
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         rate = jnp.minimum(decay, (1 + state.step) / (10 + state.step))
@@ -134,7 +160,7 @@ def _make_one_step(setup: TrainingSetup) -> TrainStep:
         step = jnp.where(stopped, state.step, state.step + 1)
         return TrainState(step, params, ema_params, opt_state, window, history)
 
-    return train_step
+    return finish
 
 
 def _update_window(
@@ -179,103 +205,6 @@ def _update_window(
 
 def _all_finite(tree: Any) -> Array:
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
-
-
-def make_gradients(
-    setup: TrainingSetup,
-) -> Callable[[TrainState, Examples, Any], tuple[Batch, Any]]:
-    """The losses and gradients of a step, as (state, examples, indices) -> (Batch, gradients).
-
-    Not compiled. The random numbers are functions of the seed and the state's step. If the indices
-    are None, the examples are the batch.
-    """
-    config, definition, _, mesh = setup
-    definition = definition._replace(network=trained_network(config, definition.network))
-    draw, loss_fn = make_draw(config), make_loss(config, definition)
-    if mesh.shape.get("fsdp", 1) > 1:
-        loss_fn = gather_params(loss_fn, mesh)
-    value_and_gradient = accumulate_gradients(loss_fn, config.train.accumulate, mesh)
-    seed_key = stream(config.seed, "train")
-
-    def gradients(state, examples, indices):
-        if indices is not None:
-            examples = jax.tree.map(lambda array: array[indices], examples)
-        key = jax.random.fold_in(seed_key, state.step)
-        flip_key, loss_key = jax.random.split(key)
-        x_0 = definition.to_data(examples.images)
-        x_0 = jax.lax.with_sharding_constraint(x_0, devices.split_batch(mesh))
-        labels = None
-        if definition.num_classes:
-            labels = jax.lax.with_sharding_constraint(examples.labels, devices.split_batch(mesh))
-            share, label_key = config.train.label_dropout, jax.random.fold_in(key, LABELS)
-            labels = drop_labels(label_key, labels, share, definition.num_classes)
-        if config.data.flip:
-            x_0 = random_flip(flip_key, x_0)
-        inputs, dropout_key = draw(loss_key, x_0, labels)
-        return value_and_gradient(state.params, inputs, dropout_key, state.history)
-
-    return gradients
-
-
-def gather_params(loss_fn: LossFn, mesh: Mesh) -> LossFn:
-    """The same loss, of parameters that are split over devices.
-
-    They are gathered where they are used, and gathered again for the gradient instead of stored.
-    """
-
-    def gathered(params, *args):
-        params = jax.lax.with_sharding_constraint(params, devices.replicated(mesh))
-        params = jax.tree.map(lambda leaf: checkpoint_name(leaf, GATHERED), params)
-        return loss_fn(params, *args)
-
-    policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
-    return jax.checkpoint(gathered, policy=policy)
-
-
-def accumulate_gradients(
-    loss_fn: LossFn, num_parts: int, mesh: Mesh
-) -> Callable[..., tuple[Batch, Any]]:
-    """The gradient as (params, inputs, dropout_key, history) -> (Batch, gradients).
-
-    The batch is processed in parts, one after another, and the gradient is the mean of theirs. An
-    example has the same noise and time for any number of parts; each part draws its own dropout.
-    A part has every num_parts-th example, so that it is spread over all devices evenly.
-    """
-    gradient = jax.value_and_grad(loss_fn, has_aux=True)
-
-    def whole_batch(*args):
-        (_, batch), grads = gradient(*args)
-        return batch, grads
-
-    def in_parts(params, inputs, dropout_key, history):
-        def add(total, number):
-            part = jax.tree.map(lambda a: a.reshape(-1, num_parts, *a.shape[1:])[:, number], inputs)
-            part = jax.lax.with_sharding_constraint(part, devices.split_batch(mesh))
-            key = jax.random.fold_in(dropout_key, number)
-            (_, batch), grads = gradient(params, part, key, history)
-            return jax.tree.map(jnp.add, total, grads), batch
-
-        # In a compiled loop a CPU takes many times as long for a convolution's gradient.
-        unroll = mesh.devices.flat[0].platform == "cpu"
-        zero = jax.tree.map(jnp.zeros_like, params)
-        total, batches = jax.lax.scan(add, zero, jnp.arange(num_parts), unroll=unroll)
-        batch = jax.tree.map(lambda a: a.T.reshape(-1), batches)
-        return batch, jax.tree.map(lambda a: a / num_parts, total)
-
-    return whole_batch if num_parts == 1 else in_parts
-
-
-def random_flip(key: Array, x_0: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    """Mirrors each image left to right with probability ½."""
-    mirrored = jax.random.bernoulli(key, shape=(x_0.shape[0], 1, 1, 1))
-    return jnp.where(mirrored, x_0[:, :, ::-1], x_0)
-
-
-def drop_labels(
-    key: Array, labels: Int[Array, "b"], probability: float, num_classes: int
-) -> Int[Array, "b"]:
-    """Replaces each label, with this probability, by num_classes, which stands for no label."""
-    return jnp.where(jax.random.bernoulli(key, probability, labels.shape), num_classes, labels)
 
 
 def quartile_of(time: Float[Array, "b"]) -> Int[Array, "b"]:

@@ -21,7 +21,7 @@ from experiments.harness.data import splits
 from experiments.harness.errors import ConfigError
 from experiments.harness.processes import distributed
 from experiments.harness.setup.definition import MODELS, define_model
-from experiments.harness.training import step
+from experiments.harness.training import gradients
 from experiments.harness.training.loss import Batch, Inputs
 from experiments.harness.training.state import first_state, make_setup
 from experiments.train import check as check_training
@@ -233,10 +233,6 @@ def test_settings_that_do_not_fit_are_named(overrides, expected):
         check_training(processes.config(**overrides))
 
 
-def gradients(config):
-    return processes.Training(config, devices.mesh()).gradients()
-
-
 def assert_close(actual, expected, tolerance):
     """To within so much of an array's largest element, or a thousandth of the largest of all.
 
@@ -263,7 +259,7 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(timesteps, monkeypatch):
         setup = make_setup(config)
         state = first_state(setup)
         examples = splits.load_data(config, "train").examples(slice(None))
-        compute = jax.jit(step.make_gradients(setup))
+        compute = jax.jit(gradients.make_gradients(setup))
         found.append(jax.device_get(compute(state, examples, np.arange(16))))
     (batch, whole), (batch_in_parts, in_parts) = found
     np.testing.assert_array_equal(batch_in_parts.t, batch.t)
@@ -278,8 +274,8 @@ def test_each_part_of_a_batch_has_its_own_dropout_key():
         return params * draws.sum(), Batch(draws, draws, inputs.time, history)
 
     inputs = Inputs(jnp.ones((4, 8, 8, 1)), jnp.ones((4, 8, 8, 1)), jnp.ones(4), None)
-    gradient = step.accumulate_gradients(loss, 2, devices.mesh())
-    batch, _ = gradient(1.0, inputs, jax.random.key(0), jnp.zeros(2, int))
+    gradient = gradients.accumulate_gradients(loss, 2, devices.mesh())
+    batch, _ = gradient(1.0, (inputs, jax.random.key(0)), jnp.zeros(2, int))
     assert len(np.unique(batch.losses)) == 4
 
 
@@ -344,7 +340,7 @@ def test_bfloat16_trains_float32_parameters_to_its_own_precision(full):
 
 def test_norms_softmax_and_output_stay_in_float32_under_bfloat16():
     config = tiny.config("unet", model__dtype="bfloat16")
-    network = step.trained_network(config, define_model(config).network)
+    network = gradients.trained_network(config, define_model(config).network)
     x_t, log_snr = jnp.zeros((2, 8, 8, 1)), jnp.zeros(2)
     variables = jax.eval_shape(network.init, jax.random.key(0), x_t, log_snr)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}

@@ -8,7 +8,8 @@ import pytest
 from diffusion.objectives import OBJECTIVES, Loss, Objective
 from experiments.harness import devices
 from experiments.harness.data import order, splits
-from experiments.harness.training import step
+from experiments.harness.processes import cores
+from experiments.harness.training import gradients, step
 from experiments.harness.training.optimizer import learning_rate, make_optimizer
 from experiments.harness.training.state import first_state, make_setup
 from tests.experiments import tiny
@@ -43,6 +44,30 @@ def test_a_step_is_compiled_once_and_donates_its_state():
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
     assert stepper.compiled._cache_size() == 1
     assert int(stepper.state.step) == 4
+
+
+@pytest.mark.parametrize("timesteps", ["stratified", "importance"])
+def test_parts_at_once_take_the_step_of_parts_in_turn(timesteps, monkeypatch):
+    """With their dropout, up to the order of sums; and count the same operations."""
+    config = tiny.config(train__accumulate=2, train__timesteps=timesteps)
+    steppers, flops = [], []
+    for number in (1, 2):
+        monkeypatch.setattr(cores, "num_cores", lambda number=number: number)
+        stepper = Stepper(config)
+        batch = stepper.examples, order.batch_indices(0, 0, 1000, 16)
+        stepper.compiled, count = step.compile_step(stepper.compiled, stepper.state, *batch)
+        before = stepper.state
+        stepper.step()
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
+        stepper.step()
+        steppers.append(stepper)
+        flops.append(count)
+    in_turn, at_once = (jax.device_get(stepper.state) for stepper in steppers)
+    assert isinstance(steppers[1].compiled, step.StepInParts)
+    assert flops[0] == flops[1]
+    # Adam divides a gradient by its size: where that is near zero, rounding counts in full.
+    for a, b in zip(jax.tree.leaves(at_once), jax.tree.leaves(in_turn), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("decay", [0.3, 0.9999])
@@ -198,7 +223,7 @@ def test_the_first_bad_step_is_remembered(bad, monkeypatch):
 
 def test_about_half_the_images_are_mirrored_left_to_right():
     images = jax.random.normal(jax.random.key(0), (1000, 4, 6, 3))
-    flipped = step.random_flip(jax.random.key(1), images)
+    flipped = gradients.random_flip(jax.random.key(1), images)
     is_same = (flipped == images).all(axis=(1, 2, 3))
     is_mirrored = (flipped == images[:, :, ::-1, :]).all(axis=(1, 2, 3))
     assert (is_same ^ is_mirrored).all()
