@@ -5,7 +5,6 @@ directory, and the processes share its trainings.
 """
 
 import math
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -68,6 +67,7 @@ def ablate(config: ConfigDict, workdir: epath.PathLike) -> Summary:
     """
     plan = make_plan(config)
     directory.check(plan.study, config, workdir)
+    plan = plan._replace(trainings=directory.located(plan.trainings, plan.study, workdir))
     worker = Worker(plan, workdir)
     chosen = config.ablate.cell
     if chosen > len(plan.trainings):
@@ -157,9 +157,9 @@ class Worker:
         is_failed = directory.failure(training, self.workdir) is not None
         if is_failed and training.name not in self.failed_before:  # in another process
             return
+        directory.forget_failure(training, self.workdir)
         if len(measured) < len(training.cells):
             tqdm.write(f"cell {training.name}")
-            directory.forget_failure(training, self.workdir)
             try:
                 train.train(training.config, place, checked=True)
                 for key in [key for key in training.cells if key not in measured]:
@@ -189,8 +189,9 @@ class Worker:
                 plan.study.baseline,
                 {axis: tuple(values) for axis, values in plan.study.axes.items()},
                 math.prod(splits.describe_data(plan.config, "train").image_shape),
-                plan.skipped | self.failures(cells),
+                plan.skipped,
                 ablate.seeds,
+                self.failures(),
             )
             results.write(self.workdir, summary, facts(plan.study))
         self.bar.update(sum(len(m) for m in measured.values()) - self.bar.n)
@@ -213,15 +214,14 @@ class Worker:
             curves={name: [part.curves[name] for part in parts] for name in parts[0].curves},
         )
 
-    def failures(self, cells: Mapping[Key, Measured | None]) -> dict[Key, str]:
-        """Why cells without any measurement have none, where their trainings failed."""
-        return {
-            key: reason
-            for training in self.plan.trainings
-            if (reason := directory.failure(training, self.workdir)) is not None
-            for key in training.cells
-            if cells[key] is None
-        }
+    def failures(self) -> dict[Key, dict[int, str]]:
+        """Of each cell, why trainings failed, by their seed."""
+        failures: dict[Key, dict[int, str]] = {}
+        for training in self.plan.trainings:
+            reason = directory.failure(training, self.workdir)
+            for key in training.cells if reason is not None else ():
+                failures.setdefault(key, {})[training.config.seed] = reason
+        return failures
 
 
 def facts(study: Study) -> dict[str, Any]:

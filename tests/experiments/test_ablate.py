@@ -20,38 +20,11 @@ from experiments.harness.errors import RunError
 from experiments.harness.study import measures, sharing
 from experiments.harness.workdir import lock
 from tests.experiments import tiny
+from tests.experiments.tiny_study import SIMPLE, study_config, tables, totals
 from tests.stress import command
 
-pytest_plugins = ["tests.experiments.tiny"]
+pytest_plugins = ["tests.experiments.tiny", "tests.experiments.tiny_study"]
 pytestmark = pytest.mark.usefixtures("quick_compiles")
-
-SIMPLE = "cells/simple,seed=0"
-OBJECTIVES = ("train.objective", ("vlb", "simple"))
-
-
-def study_config(*chosen, **overrides):
-    """Four steps of a convolution, for each cell."""
-    steps = {f"train__{name}": 4 for name in ("num_steps", "checkpoint_every", "sample_every")}
-    config = tiny.config(**steps | overrides)
-    config.ablate.axes = chosen or (OBJECTIVES,)
-    return config
-
-
-def tables(directory):
-    """The content of the study's own files."""
-    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
-
-
-def totals(directory, key, training):
-    return np.load(directory / "cells" / training / "measurements" / f"{key}.npz")["totals"]
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, quick_compiles):
-    """A finished study, run without an interruption. Look, and copy before changing anything."""
-    workdir = tmp_path_factory.mktemp("study")
-    ablate.ablate(study_config(), workdir)
-    return workdir
 
 
 def test_a_cell_is_a_run_and_its_bound_that_of_an_evaluation(finished):
@@ -113,10 +86,7 @@ def test_a_measure_that_has_no_value_is_kept_as_such(finished, tmp_path, monkeyp
 
 
 CONFIG_FILE = """
-from tests.experiments import test_ablate
-
-def get_config():
-    return test_ablate.study_config()
+from tests.experiments.tiny_study import study_config as get_config
 """
 
 
@@ -251,19 +221,20 @@ def test_cells_of_one_network_are_measured_with_it(tmp_path):
     assert (totals(tmp_path, "own,3", training.name) > one).all()
 
 
-def test_a_study_may_grow_and_a_damaged_measurement_is_made_again(finished, tmp_path, monkeypatch):
-    workdir = tiny.copy(finished, tmp_path)
-    path = workdir / SIMPLE / "measurements" / "simple.npz"
-    path.write_bytes(path.read_bytes()[:100])
-    began = []
-    trained = train.train
-    monkeypatch.setattr(
-        train, "train", lambda c, place, **o: began.append(place.name) or trained(c, place, **o)
-    )
-    config = study_config(("train.objective", ("vlb", "simple", "min_snr")))
-    summary = ablate.ablate(config, workdir)
-    assert began == ["simple,seed=0", "min_snr,seed=0"]
-    assert {cell.key for cell in summary.cells} == {("vlb",), ("simple",), ("min_snr",)}
+def test_a_seed_that_fails_is_listed(tmp_path, monkeypatch):
+    train_one = train.train
+
+    def fail(config, place, **options):
+        if config.seed == 3 and config.train.objective == "simple":
+            raise RunError("the loss is nan")
+        return train_one(config, place, **options)
+
+    monkeypatch.setattr(train, "train", fail)
+    with pytest.raises(RunError, match=r"1 trainings failed: simple,seed=3"):
+        ablate.ablate(study_config(ablate__seeds=(0, 3)), tmp_path)
+    text = (tmp_path / "ablation.md").read_text()
+    assert "- failed: train.objective = simple, training seed 3: the loss is nan" in text
+    assert "| 0; failed: 3 |" in text
 
 
 def test_a_training_that_fails_leaves_the_others_and_is_tried_again(tmp_path, monkeypatch):
@@ -281,28 +252,3 @@ def test_a_training_that_fails_leaves_the_others_and_is_tried_again(tmp_path, mo
     summary = ablate.ablate(study_config(), tmp_path)
     assert not summary.skipped
     assert len(summary.cells) == 2
-
-
-@pytest.mark.parametrize(
-    ("chosen", "overrides", "contained"),
-    [
-        ((), {"train__num_steps": 8}, "train.num_steps was 4, now 8"),
-        ((), {"ablate__split": "validation"}, "ablate.split was 'test', now 'validation'"),
-        ((("train.beta2", (0.9, 0.99)),), {}, "its axes were train.objective, now train.beta2"),
-        (
-            (("train.objective", {"vlb": {"train.objective": "p2"}}),),
-            {},
-            "train.objective = vlb was {'train.objective': 'vlb'}",
-        ),
-    ],
-)
-def test_the_directory_of_another_study_is_refused(finished, chosen, overrides, contained):
-    before = tiny.files(finished)
-    with tiny.refused(f"workdir={finished}", "another study", contained):
-        ablate.ablate(study_config(*chosen, **overrides), finished)
-    assert tiny.files(finished) == before
-
-
-def test_the_directory_of_a_run_is_refused(finished):
-    with tiny.refused("holds a run", "a directory of its own"):
-        ablate.ablate(study_config(), finished / SIMPLE)

@@ -78,7 +78,7 @@ def require_different(cells: Mapping[Key, ConfigDict]) -> None:
     """Raises ConfigError if two cells differ in nothing that is measured."""
     seen: dict[str, Key] = {}
     for key, config in cells.items():
-        first = seen.setdefault(identity(MEASUREMENT, config), key)
+        first = seen.setdefault(json.dumps(identity(MEASUREMENT, config)), key)
         if first != key:
             raise ConfigError(
                 f"config.ablate.axes: the cells ({named(first)}) and ({named(key)}) are the same: "
@@ -86,13 +86,13 @@ def require_different(cells: Mapping[Key, ConfigDict]) -> None:
             )
 
 
-def identity(result: str, config: ConfigDict) -> str:
+def identity(result: str, config: ConfigDict) -> dict[str, Any]:
     """The settings that determine a result; with those of the speed, if that is measured."""
     settings = flatten(config.to_dict())
     names = depends(result, settings)
     if "speed" in config.ablate.measures:
         names |= {name for name in settings if group(name) == "speed"}
-    return json.dumps({name: settings[name] for name in sorted(names)})
+    return {name: settings[name] for name in sorted(names)}
 
 
 def _axes(config: ConfigDict) -> Axes:

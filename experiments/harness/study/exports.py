@@ -46,7 +46,8 @@ def to_csv(summary: Summary) -> str:
             values += [getattr(figure, part, "") for part in _FIGURE]
         values = ["" if value != value else value for value in values]  # NaN is no value
         seeds = " ".join(map(str, cell.seeds))
-        rows.append([*cell.key, _status(cell), "", seeds, *values])
+        failures = summary.failed.get(cell.key, {})
+        rows.append([*cell.key, _status(cell), _reason(failures), seeds, *values])
     rows += [[*key, status, reason] for key, status, reason in _unmeasured(summary)]
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -64,8 +65,18 @@ def _status(cell: Cell) -> str:
 
 def _unmeasured(summary: Summary) -> list[tuple[Key, str, str]]:
     """(cell, status, reason)."""
-    skipped = [(key, "skipped", reason) for key, reason in summary.skipped.items()]
-    return skipped + [(key, "missing", "") for key in summary.missing]
+    measured = {cell.key for cell in summary.cells}
+    failed = {key: s for key, s in summary.failed.items() if key not in measured}
+    missing = [key for key in summary.missing if key not in measured and key not in failed]
+    return [
+        *((key, "skipped", reason) for key, reason in summary.skipped.items()),
+        *((key, "failed", _reason(failures)) for key, failures in failed.items()),
+        *((key, "missing", "") for key in missing),
+    ]
+
+
+def _reason(failures: Mapping[int, str]) -> str:
+    return "; ".join(f"training seed {seed}: {reason}" for seed, reason in failures.items())
 
 
 def _cell(summary: Summary, cell: Cell) -> dict[str, Any]:
@@ -73,6 +84,8 @@ def _cell(summary: Summary, cell: Cell) -> dict[str, Any]:
         "cell": _named(summary, cell.key),
         "status": _status(cell),
         "seeds": cell.seeds,
+        "failed": summary.failed.get(cell.key, {}),
+        "missing": summary.missing.get(cell.key, ()),
         "not_finite": cell.not_finite,
         **_numbers(cell),
         "figures": {

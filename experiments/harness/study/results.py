@@ -24,6 +24,7 @@ def summarize(
     num_dims: int,
     skipped: Mapping[Key, str],
     seeds: Sequence[int],
+    failures: Mapping[Key, Mapping[int, str]] | None = None,
 ) -> Summary:
     """The summary of what has been measured so far.
 
@@ -34,6 +35,8 @@ def summarize(
       num_dims: dimensions of an example.
       skipped: the cells of the grid that can't be trained, with the reason.
       seeds: all training seeds of the study.
+      failures: of a cell, why trainings failed, by their seed. What was measured counts all the
+        same.
 
     Raises:
       ValueError: for a cell outside the grid, or totals of another number of seeds, examples or
@@ -41,6 +44,19 @@ def summarize(
     """
     grid = list(itertools.product(*axes.values()))
     _check(cells, baseline, grid, skipped)
+    absent = {
+        key: tuple(seed for seed in seeds if key not in cells or seed not in cells[key].seeds)
+        for key in grid
+        if key not in skipped
+    }
+    failed = {
+        key: {seed: reasons[seed] for seed in absent[key] if seed in reasons}
+        for key, reasons in (failures or {}).items()
+    }
+    missing = {
+        key: tuple(seed for seed in numbers if seed not in failed.get(key, ()))
+        for key, numbers in absent.items()
+    }
     bounds = contrasts.finite_bounds(cells, num_dims)
     results = [_cell(key, cells, baseline, bounds) for key in grid if key in cells]
     return Summary(
@@ -51,7 +67,8 @@ def summarize(
         cells=_sorted(_corrected(results), baseline),
         effects=contrasts.effects(bounds, axes, baseline),
         skipped=skipped,
-        missing=[key for key in grid if key not in cells and key not in skipped],
+        failed={key: reasons for key, reasons in failed.items() if reasons},
+        missing={key: numbers for key, numbers in missing.items() if numbers},
     )
 
 
@@ -186,8 +203,9 @@ def _grid(summary: Summary) -> comparisons.Grid:
     rows, columns = summary.axes.values()
     values = np.full((len(rows), len(columns)), np.nan)
     texts = np.full(values.shape, "missing", object)
-    for key in summary.skipped:
-        texts[rows.index(key[0]), columns.index(key[1])] = "skipped"
+    for text, keys in (("skipped", summary.skipped), ("failed", summary.failed)):
+        for key in keys:
+            texts[rows.index(key[0]), columns.index(key[1])] = text
     for cell in summary.cells:
         place = rows.index(cell.key[0]), columns.index(cell.key[1])
         if cell.key == summary.baseline:

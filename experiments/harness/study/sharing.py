@@ -5,6 +5,7 @@ trainings by locks: each takes one that no other process holds. The system unloc
 process ends, so that another process takes over what a dead one has left.
 """
 
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -52,7 +53,7 @@ def trainings(study: Study, valid: Sequence[Key], seeds: Sequence[int]) -> list[
       seeds: the training seeds.
     """
     groups: dict[str, list[Key]] = {}
-    identities = {key: identity(WEIGHTS, config) for key, config in study.cells.items()}
+    identities = {key: json.dumps(identity(WEIGHTS, config)) for key, config in study.cells.items()}
     for key in valid:
         groups.setdefault(identities[key], []).append(key)
     places = [

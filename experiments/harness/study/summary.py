@@ -164,7 +164,8 @@ class Summary(NamedTuple):
       cells: the measured cells: the baseline, then by rising difference, then those without one.
       effects: main effects, and for two axes the interactions.
       skipped: cells that can't be trained, with the reason.
-      missing: cells of which nothing has been measured yet.
+      failed: of each cell, why trainings failed, by their seed.
+      missing: of each cell, the training seeds that have not been measured yet, and did not fail.
     """
 
     axes: Mapping[str, tuple[str, ...]]
@@ -174,9 +175,10 @@ class Summary(NamedTuple):
     cells: list[Cell]
     effects: list[Effect]
     skipped: Mapping[Key, str]
-    missing: list[Key]
+    failed: Mapping[Key, Mapping[int, str]]
+    missing: Mapping[Key, tuple[int, ...]]
 
     @property
     def is_complete(self) -> bool:
         """Whether every cell that can be trained has been measured for every training seed."""
-        return not self.missing and all(len(c.seeds) == len(self.seeds) for c in self.cells)
+        return not self.missing and not self.failed

@@ -32,7 +32,7 @@ def to_markdown(summary: Summary, facts: Mapping[str, Any]) -> str:
 
 
 def _facts(summary: Summary, facts: Mapping[str, Any]) -> str:
-    seeds = ", ".join(map(str, summary.seeds))
+    seeds = _listed(summary.seeds)
     common = {**facts, "examples": summary.num_examples, "training seeds": seeds}
     return "; ".join(f"{escape(str(name))} {escape(str(value))}" for name, value in common.items())
 
@@ -41,8 +41,12 @@ def _progress(summary: Summary) -> str:
     if summary.is_complete:
         return ""
     done = sum(len(cell.seeds) for cell in summary.cells)
-    todo = (len(summary.cells) + len(summary.missing)) * len(summary.seeds)
-    return f"**Not finished: {done} of {todo} measurements are done.**"
+    num_failed, num_missing = (
+        sum(map(len, seeds.values())) for seeds in (summary.failed, summary.missing)
+    )
+    failed = f", {num_failed} failed" if num_failed else ""
+    todo = done + num_failed + num_missing
+    return f"**Not finished: {done} of {todo} measurements are done{failed}.**"
 
 
 def _differences(summary: Summary) -> str:
@@ -55,8 +59,22 @@ def _differences(summary: Summary) -> str:
     rows = []
     for cell in summary.cells:
         row = [*map(escape, cell.key), _bound(summary, cell), *_comparison(summary, cell)]
-        rows.append(row + ([f"{len(cell.seeds)} of {len(summary.seeds)}"] if partial else []))
+        rows.append(row + ([_seeds(summary, cell)] if partial else []))
     return _table(head, rows)
+
+
+def _seeds(summary: Summary, cell: Cell) -> str:
+    """The training seeds of a cell, and those that it lacks."""
+    parts = [_listed(cell.seeds)]
+    if cell.key in summary.failed:
+        parts.append(f"failed: {_listed(summary.failed[cell.key])}")
+    if cell.key in summary.missing:
+        parts.append(f"missing: {_listed(summary.missing[cell.key])}")
+    return "; ".join(parts)
+
+
+def _listed(seeds: Iterable[int]) -> str:
+    return ", ".join(map(str, seeds))
 
 
 def _bound(summary: Summary, cell: Cell) -> str:
@@ -137,7 +155,16 @@ def _unmeasured(summary: Summary) -> str:
         f"- skipped: {_named(summary, key)}: {escape(reason)}"
         for key, reason in summary.skipped.items()
     ]
-    lines += [f"- not measured yet: {_named(summary, key)}" for key in summary.missing]
+    lines += [
+        f"- failed: {_named(summary, key)}, training seed {seed}: {escape(reason)}"
+        for key, reasons in summary.failed.items()
+        for seed, reason in reasons.items()
+    ]
+    lines += [
+        f"- not measured yet: {_named(summary, key)}, training seed"
+        f"{'s' if len(seeds) > 1 else ''} {_listed(seeds)}"
+        for key, seeds in summary.missing.items()
+    ]
     return "\n".join(lines)
 
 

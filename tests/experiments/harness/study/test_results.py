@@ -93,7 +93,8 @@ def test_training_seeds_are_paired_by_their_number():
     assert not summary.is_complete
     text = tables.to_markdown(summary, FACTS)
     assert "**Not finished: 16 of 18 measurements are done.**" in text
-    assert "**higher** for this network | 1 of 3 |" in text
+    assert "**higher** for this network | 2; missing: 0, 1 |" in text
+    assert "not measured yet: parameterization = v, objective = vlb, training seeds 0, 1" in text
 
 
 def test_effects_of_an_additive_grid():
@@ -119,6 +120,39 @@ def test_an_interaction_is_what_the_effects_do_not_explain():
     assert abs(mean["x_0"].mean) < 4 * mean["x_0"].se
 
 
+def test_each_failed_training_is_listed_with_its_seed_and_reason(tmp_path):
+    """One cell lacks a seed, another has none; a failure of what was measured does not count."""
+    cells = additive()
+    del cells["v", "simple"]
+    cells["v", "vlb"] = measured(noisy(1.0)[:2], seeds=(0, 2))
+    failures = {
+        ("v", "vlb"): {1: "the loss is nan"},
+        ("v", "simple"): {0: "no space", 1: "no space"},
+        ("x_0", "vlb"): {0: "an old failure"},
+    }
+    summary = results.summarize(cells, BASELINE, AXES, NUM_DIMS, {}, (0, 1, 2), failures)
+    assert not summary.is_complete
+    assert summary.missing == {("v", "simple"): (2,)}
+    results.write(tmp_path, summary, FACTS)
+    text = (tmp_path / "ablation.md").read_text()
+    assert "**Not finished: 14 of 18 measurements are done, 3 failed.**" in text
+    assert "| 0, 2; failed: 1 |" in text
+    assert "- failed: parameterization = v, objective = vlb, training seed 1: the loss is" in text
+    assert text.count("no space") == 2
+    assert "an old failure" not in text
+    assert "not measured yet: parameterization = v, objective = simple, training seed 2" in text
+    entries = json.loads((tmp_path / "ablation.json").read_text())["cells"]
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "ablation.csv").read_text())))
+    for entry, row in zip(entries, rows, strict=True):
+        key = tuple(entry["cell"].values())
+        expected = {("v", "simple"): "failed"}.get(key, "measured")
+        assert entry["status"] == row["status"] == expected
+        if key == ("v", "vlb"):
+            assert entry["failed"] == {"1": "the loss is nan"}
+            assert row["seeds"] == "0 2"
+            assert row["reason"] == "training seed 1: the loss is nan"
+
+
 def test_effects_use_the_pairs_that_are_there():
     cells = additive()
     del cells["v", "simple"]
@@ -131,7 +165,7 @@ def test_effects_use_the_pairs_that_are_there():
         ("x_0", "simple"): (1, 1),
     }
     assert summary.is_complete
-    assert summary.missing == []
+    assert summary.missing == {}
 
 
 def test_one_axis_has_no_effects_beside_its_differences():
