@@ -84,7 +84,8 @@ def ablate(config: ConfigDict, workdir: epath.PathLike) -> Summary:
     failures = [f"{name} ({reason})" for name, reason in reasons.items() if reason]
     if failures:
         raise RunError(
-            f"workdir={workdir}: {len(failures)} trainings failed: {'; '.join(failures)}"
+            f"workdir={workdir}: {len(failures)} of {len(plan.trainings)} trainings failed: "
+            f"{'; '.join(failures)}"
         )
     return summary
 

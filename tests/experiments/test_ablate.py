@@ -230,7 +230,7 @@ def test_a_seed_that_fails_is_listed(tmp_path, monkeypatch):
         return train_one(config, place, **options)
 
     monkeypatch.setattr(train, "train", fail)
-    with pytest.raises(RunError, match=r"1 trainings failed: simple,seed=3"):
+    with pytest.raises(RunError, match=r"1 of 4 trainings failed: simple,seed=3"):
         ablate.ablate(study_config(ablate__seeds=(0, 3)), tmp_path)
     text = (tmp_path / "ablation.md").read_text()
     assert "- failed: train.objective = simple, training seed 3: the loss is nan" in text
@@ -246,7 +246,7 @@ def test_a_training_that_fails_leaves_the_others_and_is_tried_again(tmp_path, mo
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "train", fail)
-        with pytest.raises(RunError, match=r"2 trainings failed: .*the loss is nan"):
+        with pytest.raises(RunError, match=r"2 of 2 trainings failed: .*the loss is nan"):
             ablate.ablate(study_config(), tmp_path)
     assert began == ["vlb,seed=0", "simple,seed=0"]
     summary = ablate.ablate(study_config(), tmp_path)

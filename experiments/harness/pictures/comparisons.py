@@ -43,7 +43,8 @@ class Grid(NamedTuple):
     Attributes:
       axes: the names of the axis of the rows and of that of the columns.
       names: the names of the rows, and those of the columns.
-      values: the differences; NaN where there is none.
+      values: the differences, which determine the colours: zero where one is not significant, and
+        NaN where there is none.
       texts: what is printed in each place.
     """
 

@@ -199,7 +199,7 @@ def _bar(cell: Cell) -> comparisons.Bar:
 
 
 def _grid(summary: Summary) -> comparisons.Grid:
-    """The differences by the values of two axes."""
+    """The differences by the values of two axes; only significant ones have a colour."""
     rows, columns = summary.axes.values()
     values = np.full((len(rows), len(columns)), np.nan)
     texts = np.full(values.shape, "missing", object)
@@ -213,8 +213,9 @@ def _grid(summary: Summary) -> comparisons.Grid:
         elif cell.difference is None:
             texts[place] = "not finite" if cell.not_finite else "no difference"
         else:
-            values[place] = cell.difference.mean.mean
-            number = f"{values[place]:+.4f}".replace("-", "−")
+            mean = cell.difference.mean.mean
+            values[place] = mean if cell.difference.is_significant else 0.0
+            number = f"{mean:+.4f}".replace("-", "−")
             verdict = "" if cell.difference.is_significant else f"\n{cell.difference.verdict}"
             texts[place] = number + verdict
     return comparisons.Grid(tuple(summary.axes), (rows, columns), values, texts.tolist())

@@ -189,7 +189,7 @@ def _effects(summary: Summary) -> str:
             kind += f" over {effect.num_pairs} of {effect.num_possible} pairs of cells"
         difference = effect.difference
         interval = f"{_signed(difference.low)} … {_signed(difference.high)}"
-        rows.append([names, kind, plus_minus(difference.mean, signed=True), interval])
+        rows.append([names, kind, difference_text(difference), interval])
     caption = (
         "A main effect is the mean difference to the baseline's value over the values of the other "
         "axes"
@@ -220,6 +220,10 @@ def _figures(summary: Summary) -> str:
         caption += (
             " The variance of the loss compares only cells whose losses estimate the same number, "
             "such as the bound with different distributions of t."
+        )
+    if "images_per_second" in names:
+        caption += (
+            " Images per second compare only trainings on equal machines that had no other work."
         )
     if "gradient_noise" in names:
         caption += (

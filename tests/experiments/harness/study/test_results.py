@@ -345,6 +345,17 @@ def test_a_study_without_a_measurement_has_a_table_of_what_is_missing(tmp_path):
     assert "0 of 18" in text
 
 
+@pytest.mark.parametrize(("scale", "has_colour"), [(2.0, False), (0.01, True)])
+def test_only_significant_differences_have_a_colour(tmp_path, scale, has_colour):
+    key = ("v", "simple")
+    cells = {BASELINE: measured(common()), key: measured(noisy(0.1, scale))}
+    summary = summarize(cells)
+    assert by_key(summary)[key].difference.is_significant == has_colour
+    results.write(tmp_path, summary, FACTS)
+    image = matplotlib.image.imread(tmp_path / "ablation.png")[..., :3]
+    assert (np.ptp(image, axis=-1).max() > 0.2) == has_colour
+
+
 def test_plots_bear_any_numbers(tmp_path):
     """Differences that are huge, zero, or without an error, and cells that are missing."""
     n = (3, 20, 2)
