@@ -39,7 +39,8 @@ class _Record(NamedTuple):
 def check(study: Study, config: ConfigDict, workdir: epath.PathLike) -> None:
     """Raises ConfigError if the directory holds something else than this study.
 
-    Axes, values, seeds and measures may have been added, values, seeds and measures taken out.
+    Values of axes, seeds and measures may have been added or taken out. An axis may have been
+    added if one of its values leaves the settings as they were.
     """
     check_path(workdir)
     if (epath.Path(workdir) / CONFIG_FILE).exists() or not is_new(workdir):
