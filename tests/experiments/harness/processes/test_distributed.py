@@ -35,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 def start(environment, num_devices, *arguments):
     """The program of `processes` on so many devices of a CPU."""
     flags = (
-        f"--xla_force_host_platform_device_count={num_devices} "
+        f"{environment.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={num_devices} "
         # More threads than cores: one may be late.
         "--xla_cpu_collective_call_terminate_timeout_seconds=600"
     )
