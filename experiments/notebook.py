@@ -76,9 +76,9 @@ class MeasuredBound(NamedTuple):
         n, num_timesteps = self.terms.eps_error.shape
         return (
             f"{self.split or 'bound'}: {self.bits_per_dim:.4f} bits/dim "
-            f"± {self.bits_per_dim_se:.4f} over "
-            f"examples, ± {self.bits_per_dim_mc_se:.4f} over noise ({', '.join(parts)}; "
-            f"{n} examples, T = {num_timesteps})"
+            f"± {self.bits_per_dim_se:.4f} over examples, "
+            f"± {self.bits_per_dim_mc_se:.4f} over noise\n"
+            f"    {', '.join(parts)}; {n} examples, T = {num_timesteps}"
         )
 
 

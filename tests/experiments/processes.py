@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from experiments.harness import command_line, devices
+from experiments.harness import command_line, devices, seeds
 from experiments.harness.data import feed, order, splits
 from experiments.harness.errors import ConfigError
 from experiments.harness.processes import distributed
@@ -106,7 +106,8 @@ class Training:
     def gradients(self) -> Any:
         """Of the step to come, on the host."""
         compute = jax.jit(make_gradients(self.setup))
-        return devices.gather(compute(self.state, *self.batch(int(self.state.step)))[1])
+        root = seeds.root(self.config.seed)
+        return devices.gather(compute(root, self.state, *self.batch(int(self.state.step)))[1])
 
 
 def measured(streamed: bool, mesh: Mesh, numbers: dict[str, np.ndarray], name: str) -> None:

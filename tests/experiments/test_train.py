@@ -9,6 +9,7 @@ import pytest
 
 from experiments.harness.data import order
 from experiments.harness.errors import ConfigError, RunError
+from experiments.harness.processes import shared_programs
 from experiments.harness.training import loop
 from experiments.harness.workdir import provenance, record
 from experiments.train import train
@@ -168,6 +169,7 @@ def test_each_program_is_compiled_once(tmp_path):
         def listen(event, seconds, **_):
             events.extend([event] if event.endswith("backend_compile_duration") else [])
 
+        shared_programs._programs.clear()  # so that earlier runs compiled nothing for this one
         jax.monitoring.register_event_duration_secs_listener(listen)
         config = tiny.config(train__num_steps=num_steps, train__sample_every=4)
         train(config, tmp_path / str(num_steps))

@@ -20,7 +20,7 @@ from diffusion.statistics.standard_errors import Estimate, estimate
 from diffusion.variances import Variance
 from experiments.harness import devices, memory
 from experiments.harness.data import order, splits
-from experiments.harness.evaluation.programs import compile_program, evaluation_noise
+from experiments.harness.evaluation.programs import compile_program
 from experiments.harness.evaluation.subject import Subject
 from experiments.harness.pictures import plots
 from experiments.harness.processes.progress import progress
@@ -130,8 +130,8 @@ def _make_terms(
     T and the schedule are arguments, so that one program serves all.
     """
 
-    def terms(model, x_0, index, t, log_snr, gap):
-        reverse, ones = model.reverse, jnp.ones_like(index)
+    def terms(model, batch, t, log_snr, gap):
+        x_0, reverse, ones = batch.x_0, model.reverse, jnp.ones_like(batch.index)
 
         def at(eps, log_snr, gap):
             step = Step(log_snr * ones, gap * ones)
@@ -145,7 +145,7 @@ def _make_terms(
 
             return jnp.stack([kl(variance) for variance in variances])
 
-        noises = [evaluation_noise(subject, index, draw) for draw in range(draws)]
+        noises = [batch.noise(draw) for draw in range(draws)]
         eps = jnp.stack([jax.vmap(noise)(t[:, None] * ones) for noise in noises])
         kls = jax.lax.map(lambda eps: jax.vmap(at)(eps, log_snr, gap), eps)
         return jnp.transpose(kls, (3, 2, 0, 1))
@@ -156,9 +156,9 @@ def _make_terms(
 def _make_ends(subject: Subject, draws: int) -> Callable[..., Float[Array, "b draws"]]:
     """Prior plus reconstruction: (subject with the first levels, index, λ_T) -> [b draws]."""
 
-    def ends(model, x_0, index, last_log_snr):
-        ones = jnp.ones_like(index)
-        noises = [evaluation_noise(subject, index, draw) for draw in range(draws)]
+    def ends(model, batch, last_log_snr):
+        x_0, ones = batch.x_0, jnp.ones_like(batch.index)
+        noises = [batch.noise(draw) for draw in range(draws)]
         parts = [reconstruction(model, x_0, noise(ones)) for noise in noises]
         return prior_kl(x_0, last_log_snr * ones)[:, None] + jnp.stack(parts, axis=1)
 

@@ -1,12 +1,12 @@
 """The compiled programs of an evaluation.
 
 Random numbers are functions of (seed, example, t), so that the batch size and the devices change
-nothing beyond rounding. Parameters and levels are arguments, so that other weights and a learned
-schedule need no new program.
+nothing beyond rounding. Parameters, levels and the seed are arguments, so that other weights, a
+learned schedule and another seed need no new program.
 
 A program is called as `program(subject, index, *others)`, where `index` [b] numbers the examples.
-It was compiled for the `model`, `to_data`, `seed` and `chunk_size` of the subject that it was made
-for; parameters, levels and examples are those of the subject that it is called with.
+It was compiled for the `model`, `to_data` and `chunk_size` of the subject that it was made for;
+parameters, levels, seed and examples are those of the subject that it is called with.
 """
 
 from collections.abc import Callable
@@ -32,21 +32,60 @@ from diffusion.forward import Noise, example_noise
 from diffusion.model import DiffusionModel
 from diffusion.schedules import Step
 from diffusion.trajectory import step_log_ratio, trajectory
-from experiments.harness import devices
+from experiments.harness import devices, seeds
 from experiments.harness.evaluation.subject import Subject
 from experiments.harness.processes import cores
-from experiments.harness.seeds import stream
+from experiments.harness.processes.shared_programs import share
 
 Program = Callable[..., object]
 
 ENDS_SLOT = 2**30  # the noises of the reconstruction have the slots from here on
 
 
+class Batch(NamedTuple):
+    """Some examples inside a program, and their random numbers.
+
+    Attributes:
+      x_0: the examples, in data units.
+      index: their numbers in the data set.
+      root: the key of the seed.
+    """
+
+    x_0: Float[Array, "b *d"]
+    index: Int[Array, "b"]
+    root: seeds.Root
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one example."""
+        return self.x_0.shape[1:]
+
+    def noise(self, draw: int = 0) -> Noise:
+        """The noise of an evaluation: a function of (seed, example, t, draw)."""
+        return example_noise(seeds.stream(self.root, "evaluate"), self.index, self.shape, draw)
+
+    def slot_noise(self, draw: Int[Array, "b"]) -> Noise:
+        """The noise of an estimate, another stream: a function of (seed, example, slot, draw)."""
+        keys = self.keys(draw)
+
+        def noise(slot):
+            at_slot = jax.vmap(jax.random.fold_in)(keys, slot)
+            return jax.vmap(lambda key: jax.random.normal(key, self.shape))(at_slot)
+
+        return noise
+
+    def keys(self, draw: Int[Array, "b"]) -> Array:
+        """Keys [b] of an estimate, each a function of (seed, example, draw)."""
+        root = seeds.stream(self.root, "estimate")
+        fold = jax.vmap(jax.random.fold_in, (None, 0))
+        return jax.vmap(jax.random.fold_in)(fold(root, self.index), draw)
+
+
 def make_bound(subject: Subject) -> Callable[..., Bound]:
     """The bound with the full sum over t: (subject, index) -> Bound [b, …] in nats."""
 
-    def full(model, x_0, index):
-        return bound(model, x_0, evaluation_noise(subject, index), subject.chunk_size)
+    def full(model, batch):
+        return bound(model, batch.x_0, batch.noise(), subject.chunk_size)
 
     return compile_program(subject, full)
 
@@ -59,8 +98,8 @@ def make_terms_at(subject: Subject, draw: int) -> Callable[..., Bound]:
       draw: numbers independent noises of an example; the full bound uses 0.
     """
 
-    def some(model, x_0, index, t):
-        noise, ones = evaluation_noise(subject, index, draw), jnp.ones_like(index)
+    def some(model, batch, t):
+        x_0, noise, ones = batch.x_0, batch.noise(draw), jnp.ones_like(batch.index)
         terms = bound_terms_at(model, x_0, t, noise, subject.chunk_size)
         return Bound(
             prior=_prior(model, x_0),
@@ -127,8 +166,8 @@ def make_rates(subject: Subject, continuous: bool) -> Callable[..., Rates]:
     """
     num_terms = max(subject.levels.num_timesteps - 1, 1)
 
-    def rates(model, x_0, index, points, draw, controls):
-        eps = slot_noise(subject, index, draw)(points.slot)
+    def rates(model, batch, points, draw, controls):
+        x_0, eps = batch.x_0, batch.slot_noise(draw)(points.slot)
         if continuous:
             terms = continuous_rate(model.reverse, x_0, eps, points.log_snr, -points.rate)
             scale = 0.5 * points.rate
@@ -146,11 +185,11 @@ def make_log_ratios(subject: Subject) -> Callable[..., Float[Array, "b"]]:
     """T − 1 times the log-ratio of (13.10) at single steps: (subject, index, points, draw [b])."""
     num_terms = subject.levels.num_timesteps - 1
 
-    def log_ratios(model, x_0, index, points, draw):
-        noise = slot_noise(subject, index, draw)
+    def log_ratios(model, batch, points, draw):
+        noise = batch.slot_noise(draw)
         noises = noise(2 * points.slot), noise(2 * points.slot + 1)
         step = Step(points.log_snr, points.rate)
-        return num_terms * step_log_ratio(model.reverse, x_0, *noises, step)[1]
+        return num_terms * step_log_ratio(model.reverse, batch.x_0, *noises, step)[1]
 
     return compile_program(subject, log_ratios)
 
@@ -158,9 +197,9 @@ def make_log_ratios(subject: Subject) -> Callable[..., Float[Array, "b"]]:
 def make_ends(subject: Subject) -> Callable[..., tuple[Float[Array, "b"], Float[Array, "b"]]]:
     """(subject, index, draw [b], slot [b]) -> prior [b] and reconstruction [b]."""
 
-    def ends(model, x_0, index, draw, slot):
-        eps = slot_noise(subject, index, draw)(ENDS_SLOT + slot)
-        return _prior(model, x_0), reconstruction(model, x_0, eps)
+    def ends(model, batch, draw, slot):
+        eps = batch.slot_noise(draw)(ENDS_SLOT + slot)
+        return _prior(model, batch.x_0), reconstruction(model, batch.x_0, eps)
 
     return compile_program(subject, ends)
 
@@ -168,8 +207,8 @@ def make_ends(subject: Subject) -> Callable[..., tuple[Float[Array, "b"], Float[
 def make_trajectory(subject: Subject) -> Callable[..., Float[Array, "b"]]:
     """(13.10) along whole trajectories: (subject, index, draw [b]) -> totals [b]."""
 
-    def totals(model, x_0, index, draw):
-        return trajectory(model, x_0, slot_noise(subject, index, draw)).total
+    def totals(model, batch, draw):
+        return trajectory(model, batch.x_0, batch.slot_noise(draw)).total
 
     return compile_program(subject, totals)
 
@@ -187,19 +226,18 @@ def make_ode(subject: Subject, settings: ConfigDict) -> Callable[..., DiscreteBo
     if settings.num_steps:
         solver = FixedGrid(settings.num_steps, settings.method)
 
-    def solve(model, x_0, index, draw):
+    def solve(model, batch, draw):
         probes = None
         if settings.trace == "hutchinson":
-            root = jax.random.fold_in(stream(subject.seed, "probes"), draw[0])
-            probes = example_probes(root, index, settings.probes, subject.shape)
+            root = jax.random.fold_in(seeds.stream(batch.root, "probes"), draw[0])
+            probes = example_probes(root, batch.index, settings.probes, batch.shape)
         if settings.dequantization == "uniform":
-            keys = _example_keys(subject, index, draw)
-            u = jax.vmap(lambda key: jax.random.uniform(key, subject.shape))(keys)
-            y = x_0 + subject.spacing * (u - 0.5)
+            u = jax.vmap(lambda key: jax.random.uniform(key, batch.shape))(batch.keys(draw))
+            y = batch.x_0 + subject.spacing * (u - 0.5)
             spacing = subject.spacing
             return uniform_dequantization(model, y, spacing, solver, probes, subject.chunk_size)
-        eps = slot_noise(subject, index, draw)(jnp.zeros_like(index))
-        return noise_dequantization(model, x_0, eps, solver, probes, subject.chunk_size)
+        eps = batch.slot_noise(draw)(jnp.zeros_like(batch.index))
+        return noise_dequantization(model, batch.x_0, eps, solver, probes, subject.chunk_size)
 
     return compile_program(subject, solve)
 
@@ -209,28 +247,6 @@ def _prior(model: DiffusionModel, x_0: Float[Array, "b *d"]) -> Float[Array, "b"
     return prior_kl(x_0, model.levels.step(last).log_snr)
 
 
-def evaluation_noise(subject: Subject, index: Int[Array, "b"], draw: int = 0) -> Noise:
-    """The noise of an evaluation: a function of (seed, example, t, draw)."""
-    return example_noise(stream(subject.seed, "evaluate"), index, subject.shape, draw)
-
-
-def slot_noise(subject: Subject, index: Int[Array, "b"], draw: Int[Array, "b"]) -> Noise:
-    """The noise of an estimate, a stream of its own: a function of (seed, example, slot, draw)."""
-    keys = _example_keys(subject, index, draw)
-
-    def noise(slot):
-        at_slot = jax.vmap(jax.random.fold_in)(keys, slot)
-        return jax.vmap(lambda key: jax.random.normal(key, subject.shape))(at_slot)
-
-    return noise
-
-
-def _example_keys(subject: Subject, index: Int[Array, "b"], draw: Int[Array, "b"]) -> Array:
-    """Keys [b], each a function of (seed, example, draw)."""
-    root = stream(subject.seed, "estimate")
-    return jax.vmap(lambda i, d: jax.random.fold_in(jax.random.fold_in(root, i), d))(index, draw)
-
-
 def compile_program(subject: Subject, function: Callable, num_shared: int = 0) -> Program:
     """Compiles a function of examples, with full-precision matrix products.
 
@@ -238,8 +254,8 @@ def compile_program(subject: Subject, function: Callable, num_shared: int = 0) -
     communicated. If several processes run together, each gets all results, as NumPy arrays.
 
     Args:
-      subject: gives the model and x_0.
-      function: (model, x_0 [b, …], index [b], *others) -> pytree of arrays [b, …].
+      subject: gives the model and `to_data`.
+      function: (model, batch, *others) -> pytree of arrays [b, …], where batch is a `Batch`.
       num_shared: the last `num_shared` others are the same for all examples.
 
     Returns:
@@ -248,27 +264,30 @@ def compile_program(subject: Subject, function: Callable, num_shared: int = 0) -
     mesh = devices.mesh()
     split, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
 
-    def local(params, levels, shared, examples, index, others):
+    def local(params, levels, root, shared, examples, index, others):
         model = subject.model(params, examples.labels)._replace(levels=levels)
-        return function(model, subject.to_data(examples.images), index, *others, *shared)
+        batch = Batch(subject.to_data(examples.images), index, root)
+        return function(model, batch, *others, *shared)
 
-    compiled = jax.jit(
-        jax.shard_map(
-            local,
-            mesh=mesh,
-            in_specs=(whole, whole, whole, split, split, split),
-            out_specs=split,
-            check_vma=False,
+    compiled = share(
+        jax.jit(
+            jax.shard_map(
+                local,
+                mesh=mesh,
+                in_specs=(whole, whole, whole, whole, split, split, split),
+                out_specs=split,
+                check_vma=False,
+            )
         )
     )
 
     def run(subject, index, *others):
         batched, shared = others[: len(others) - num_shared], others[len(others) - num_shared :]
+        replicated = subject.params, subject.levels, seeds.root(subject.seed), shared
 
         def call(index, *batched):
-            examples = subject.dataset.examples(index)
             with jax.default_matmul_precision("highest"):
-                results = compiled(subject.params, subject.levels, shared, examples, index, batched)
+                results = compiled(*replicated, subject.dataset.examples(index), index, batched)
             return results if jax.process_count() == 1 else devices.gather(results)
 
         return cores.in_parts(call, index, *batched)

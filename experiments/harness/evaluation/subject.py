@@ -29,7 +29,7 @@ class Subject(NamedTuple):
       dataset: the examples.
       to_data: images of the data set -> x_0 in data units.
       spacing: distance of neighbouring grey levels in data units; 0 for continuous data.
-      seed: determines noise and times.
+      seed: determines noise and times; an argument of every program.
       batch_size: examples in one call of a program.
       chunk_size: timesteps evaluated at once.
     """

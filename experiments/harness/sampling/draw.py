@@ -14,18 +14,18 @@ from tqdm import tqdm
 
 from diffusion.forward import Noise, example_noise
 from diffusion.samplers import base
-from diffusion.samplers.base import Samples, State
+from diffusion.samplers.base import Sampler, Samples, State
 from diffusion.samplers.guidance import evaluations_at
 from diffusion.schedules import Levels, Step
-from experiments.harness import devices
+from experiments.harness import devices, seeds
 from experiments.harness.data.order import padded_batches
 from experiments.harness.errors import RunError
 from experiments.harness.pictures.images import grid, save_png, strip
 from experiments.harness.pictures.plots import plot_points
 from experiments.harness.processes import cores, distributed
 from experiments.harness.processes.progress import progress
+from experiments.harness.processes.shared_programs import share
 from experiments.harness.sampling.sampler import Inputs, build_sampler, guidance_interval
-from experiments.harness.seeds import stream
 from experiments.harness.setup.definition import ModelDefinition
 
 START = 2**31 - 1  # the number of the noise that is x_T, the same at any T
@@ -47,16 +47,23 @@ class Stretch(NamedTuple):
     gap: Float[Array, "n"]
 
 
-def make_noise(config: ConfigDict, definition: ModelDefinition, index: Int[Array, "b"]) -> Noise:
-    """The noise of samples, a function of (seed, index, number)."""
-    return example_noise(stream(config.seed, "sample"), index, definition.image_shape)
+class Fixed(NamedTuple):
+    """The inputs that all batches have in common.
+
+    Attributes:
+      params: the networks' parameters.
+      root: the key of the seed.
+    """
+
+    params: Any
+    root: seeds.Root
 
 
 class Drawer:
     """Draws samples with a config's sampler.
 
-    Compiled once, on first use: the number of levels, their spacing and the recorded levels are
-    arguments. Memory does not grow with the number of steps.
+    Compiled once, on first use: the number of levels, their spacing, the recorded levels and the
+    seed are arguments. Memory does not grow with the number of steps.
     """
 
     def __init__(self, config: ConfigDict, definition: ModelDefinition):
@@ -64,14 +71,18 @@ class Drawer:
         mesh = devices.mesh()
         whole, split = devices.replicated(mesh), devices.split_batch(mesh)
         self._whole, self._split = whole, split
-        self._begin = jax.jit(self._first_state, in_shardings=(whole, split), out_shardings=split)
-        self._advance = jax.jit(
-            self._run_stretch,
-            in_shardings=(whole, split, whole, whole, whole, split),
-            out_shardings=split,
-            donate_argnums=1,
+        self._begin = share(
+            jax.jit(self._first_state, in_shardings=(whole, split), out_shardings=split)
         )
-        self._evaluations = jax.jit(self._count_evaluations)
+        self._advance = share(
+            jax.jit(
+                self._run_stretch,
+                in_shardings=(whole, split, whole, whole, whole, split),
+                out_shardings=split,
+                donate_argnums=1,
+            )
+        )
+        self._evaluations = share(jax.jit(self._count_evaluations))
 
     def __call__(
         self,
@@ -100,13 +111,13 @@ class Drawer:
           ValueError: if a level to record is not in 1 … T, or is repeated.
         """
         make_inputs = make_inputs or self.inputs
-        params = devices.place(params, self._whole)
+        fixed = devices.place(Fixed(params, seeds.root(self.config.seed)), self._whole)
         x_0, evaluations, x_t, x_0_hat = [], [], [], []
         with progress(n, "sample", "img", delay=2, leave=False, unit_scale=True) as bar:
             for index, mask in padded_batches(n, self.config.sample.batch_size):
                 recorded, count = int((mask & (index < rows)).sum()), int(mask.sum())
                 batch = self._batch(
-                    params,
+                    fixed,
                     levels,
                     make_inputs(index),
                     record if recorded else (),
@@ -134,7 +145,7 @@ class Drawer:
 
     def _batch(
         self,
-        params: Any,
+        fixed: Fixed,
         levels: Levels,
         inputs: Inputs,
         record: Sequence[int],
@@ -149,10 +160,10 @@ class Drawer:
         ]
 
         def advance(state: State, inputs: Inputs) -> State:
-            state = self._advance(params, state, stretch, count, np.int32(last), inputs)
+            state = self._advance(fixed, state, stretch, count, np.int32(last), inputs)
             return jax.block_until_ready(state)
 
-        states = [self._begin(params, part) for part in parts]
+        states = [self._begin(fixed, part) for part in parts]
         x_t, x_0_hat = {}, {}
         for top, bottom in stretches(last, record):
             if top in record:
@@ -165,7 +176,7 @@ class Drawer:
         x_0 = _joined(state.x for state in states)
         nothing = np.zeros((0, rows, *x_0.shape[1:]), x_0.dtype)
         evaluations = cores.at_once(
-            lambda *part: self._evaluations(params, part[0], np.int32(last), part[1]), states, parts
+            lambda *part: self._evaluations(fixed, part[0], np.int32(last), part[1]), states, parts
         )
         return Samples(
             x_0,
@@ -200,22 +211,28 @@ class Drawer:
             f"{', or '.join(remedies)}"
         )
 
-    def _first_state(self, params: Any, inputs: Inputs) -> State:
-        noise = make_noise(self.config, self.definition, inputs.index)
-        sampler = build_sampler(self.config, self.definition, params, inputs)
+    def _noise(self, fixed: Fixed, inputs: Inputs) -> Noise:
+        """The noise of samples, a function of (seed, index, number)."""
+        root = seeds.stream(fixed.root, "sample")
+        return example_noise(root, inputs.index, self.definition.image_shape)
+
+    def _sampler(self, fixed: Fixed, inputs: Inputs) -> Sampler:
+        return build_sampler(self.config, self.definition, fixed.params, inputs)
+
+    def _first_state(self, fixed: Fixed, inputs: Inputs) -> State:
+        noise, sampler = self._noise(fixed, inputs), self._sampler(fixed, inputs)
         return base.start(sampler, noise(jnp.full(inputs.index.shape, START)))
 
     def _run_stretch(
         self,
-        params: Any,
+        fixed: Fixed,
         state: State,
         stretch: Stretch,
         count: Int[Array, ""],
         last: Int[Array, ""],
         inputs: Inputs,
     ) -> State:
-        noise = make_noise(self.config, self.definition, inputs.index)
-        sampler = build_sampler(self.config, self.definition, params, inputs)
+        noise, sampler = self._noise(fixed, inputs), self._sampler(fixed, inputs)
 
         def one(i, state):
             t, *step = (jnp.full(inputs.index.shape, values[i]) for values in stretch)
@@ -224,9 +241,9 @@ class Drawer:
         return jax.lax.fori_loop(0, count, one, state)
 
     def _count_evaluations(
-        self, params: Any, state: State, last: Int[Array, ""], inputs: Inputs
+        self, fixed: Fixed, state: State, last: Int[Array, ""], inputs: Inputs
     ) -> Int[Array, "b"]:
-        sampler = build_sampler(self.config, self.definition, params, inputs)
+        sampler = self._sampler(fixed, inputs)
         evaluations = jnp.asarray(sampler.evaluations(state.history, last), jnp.int32)
         return jnp.broadcast_to(evaluations, inputs.index.shape)
 

@@ -13,11 +13,13 @@ from configs.settings.declaration import unknown
 from diffusion.samplers import interpolation
 from diffusion.samplers.base import sample
 from diffusion.samplers.ddpm import ddim, ddim_encode
+from diffusion.schedules import Levels
 from experiments.harness import devices
 from experiments.harness.data import splits
 from experiments.harness.data.batches import over_examples
 from experiments.harness.errors import ConfigError, RunError
 from experiments.harness.processes.progress import progress
+from experiments.harness.processes.shared_programs import share
 from experiments.harness.sampling import quality, sweep
 from experiments.harness.sampling.draw import (
     Drawer,
@@ -112,13 +114,14 @@ def interpolate(run: Run) -> None:
     levels = run.levels(settings.num_timesteps)
     weights = np.linspace(0.0, 1.0, settings.columns)
 
+    @share
     @jax.jit
-    def blend(params, x_0_a: Array, x_0_b: Array) -> Array:
+    def blend(params: Any, levels: Levels, x_0_a: Array, x_0_b: Array) -> Array:
         model = definition.model(params)._replace(levels=levels)
         return interpolation.interpolate(model, ddim(model), x_0_a, x_0_b, np.float32(weights))
 
     params = devices.place(run.params, devices.replicated(devices.mesh()))
-    blended = np.asarray(blend(params, x_0_a, x_0_b))
+    blended = np.asarray(blend(params, levels, x_0_a, x_0_b))
     _check_decoded(definition, "interpolate", blended, levels.num_timesteps)
     frames = np.stack([x_0_a, *blended, x_0_b])
     captions = ["data", *(f"{weight:.2f}" for weight in weights), "data"]
@@ -138,8 +141,11 @@ def encode(run: Run) -> None:
     levels, mesh = run.levels(settings.num_timesteps), devices.mesh()
     whole, split = devices.replicated(mesh), devices.split_batch(mesh)
 
-    @functools.partial(jax.jit, in_shardings=(whole, split, split), out_shardings=split)
-    def encode_decode(params: Any, x_0: Array, labels: Array | None) -> tuple[Array, Array]:
+    @share
+    @functools.partial(jax.jit, in_shardings=(whole, whole, split, split), out_shardings=split)
+    def encode_decode(
+        params: Any, levels: Levels, x_0: Array, labels: Array | None
+    ) -> tuple[Array, Array]:
         model = definition.model(params, labels)._replace(levels=levels)
         x_T = ddim_encode(model, x_0, settings.iterations)
         return x_T, sample(ddim(model), levels, lambda t: x_T, len(x_T), x_T=x_T).x_0
@@ -147,7 +153,7 @@ def encode(run: Run) -> None:
     params, n = devices.place(run.params, whole), len(x_0)
 
     def encode_batch(index):
-        return encode_decode(params, x_0[index], dataset.examples(index).labels)
+        return encode_decode(params, levels, x_0[index], dataset.examples(index).labels)
 
     with progress(n, "encode and decode", "img", leave=False) as bar:
         both = over_examples(encode_batch, n, config.sample.batch_size, bar)

@@ -10,16 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from diffusion.forward import example_noise
 from diffusion.variances import VARIANCES, Variance, from_measured_error
-from experiments.harness import devices
+from experiments.harness import devices, seeds
 from experiments.harness.data import order, splits
-from experiments.harness.data.splits import Examples
 from experiments.harness.processes.progress import progress
-from experiments.harness.seeds import stream
+from experiments.harness.processes.shared_programs import share
 from experiments.harness.setup.definition import ModelDefinition
 from experiments.harness.workdir import dependences
 
@@ -70,14 +69,14 @@ def measure_errors(
     dataset = splits.load_measured(config, "train", splits.some(config.analytic.examples))
     mesh, n = devices.mesh(), len(dataset.images)
     squared_errors = _make_squared_errors(config, definition, mesh)
-    params = devices.place(params, devices.replicated(mesh))
+    fixed = devices.place((params, seeds.root(config.seed)), devices.replicated(mesh))
     total = np.zeros((num_levels, *definition.image_shape))
     with progress(n * num_levels, "measure Σ", "eval", unit_scale=True, leave=False) as bar:
         for index, mask in order.padded_batches(n, config.evaluate.batch_size):
             examples = dataset.examples(index)
             with jax.default_matmul_precision("highest"):
                 sums = squared_errors(
-                    params, np.float32(log_snr), examples, index, np.float32(mask)
+                    *fixed, np.float32(log_snr), examples, index, np.float32(mask)
                 )
             total += np.asarray(sums, np.float64)
             bar.update(int(mask.sum()) * num_levels)
@@ -86,13 +85,13 @@ def measure_errors(
 
 def _make_squared_errors(
     config: ConfigDict, definition: ModelDefinition, mesh: Mesh
-) -> Callable[[Any, Array, Examples, Int[Array, "b"], Float[Array, "b"]], Float[Array, "L *d"]]:
-    """(params, log_snr [L], examples, index, mask) -> Σ (ε − ε̂)² over the unmasked examples."""
-    root = stream(config.seed, "estimate")
+) -> Callable[..., Float[Array, "L *d"]]:
+    """(params, root, log_snr [L], examples, index, mask) -> Σ (ε − ε̂)² over unmasked examples."""
 
-    def squared_errors(params, log_snr, examples, index, mask):
+    def squared_errors(params, root, log_snr, examples, index, mask):
         x_0 = definition.to_data(examples.images)
-        noise = example_noise(root, index, definition.image_shape, _DRAW)
+        stream = seeds.stream(root, "estimate")
+        noise = example_noise(stream, index, definition.image_shape, _DRAW)
         reverse = definition.model(params, examples.labels).reverse
         ones = jnp.ones_like(index)
 
@@ -109,5 +108,5 @@ def _make_squared_errors(
         return jax.lax.map(at, filled, batch_size=chunk_size)[: len(log_snr)]
 
     everywhere, split = devices.replicated(mesh), devices.split_batch(mesh)
-    shardings = (everywhere, everywhere, split, split, split)
-    return jax.jit(squared_errors, in_shardings=shardings, out_shardings=everywhere)
+    shardings = (everywhere, everywhere, everywhere, split, split, split)
+    return share(jax.jit(squared_errors, in_shardings=shardings, out_shardings=everywhere))

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from experiments.harness.seeds import stream
+from experiments.harness.seeds import Root, stream
 from experiments.harness.setup.definition import ModelDefinition
 
 
-def init_params(definition: ModelDefinition, seed: int) -> Any:
-    """The networks' parameters, a function of the seed."""
+def init_params(definition: ModelDefinition, seed: int | Root) -> Any:
+    """The networks' parameters, a function of the seed, or of its `seeds.root`."""
     return _init(definition.network, definition.noise_schedule, definition.image_shape, seed)
 
 
@@ -20,7 +20,7 @@ def _init(
     network: nn.Module,
     noise_schedule: nn.Module | None,
     image_shape: tuple[int, ...],
-    seed: int,
+    seed: int | Root,
 ) -> Any:
     key, x_t = stream(seed, "params"), jnp.zeros((1, *image_shape))
     params = {"network": jax.jit(network.init)(key, x_t, jnp.zeros(1))["params"]}

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from diffusion.timesteps import HISTORY_LENGTH, LossHistory
 from experiments.harness import devices
 from experiments.harness.data.splits import Dataset, Examples
+from experiments.harness.processes.shared_programs import share
 from experiments.harness.seeds import stream
 from experiments.harness.setup.trained import Run
 from experiments.harness.training.loss import init_history, make_draw, make_loss
@@ -100,6 +101,7 @@ def _make_program(run: Run) -> Callable[..., tuple[Array, Array, Any, LossHistor
     draw, loss_fn = make_draw(config), make_loss(config, definition)
     split = devices.split_batch(devices.mesh())
 
+    @share
     @jax.jit
     def program(params, total, examples, key, history):
         x_0 = definition.to_data(examples.images)

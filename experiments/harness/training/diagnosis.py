@@ -6,7 +6,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Int
 
-from experiments.harness import devices
+from experiments.harness import devices, seeds
 from experiments.harness.data.splits import Examples
 from experiments.harness.training.gradients import make_gradients
 from experiments.harness.training.state import TrainingSetup, TrainState
@@ -30,8 +30,8 @@ def describe_bad_step(
       indices: the batch's, or None if the examples are the batch.
     """
 
-    def measure(state, examples, indices):
-        batch, grads = make_gradients(setup)(state, examples, indices)
+    def measure(root, state, examples, indices):
+        batch, grads = make_gradients(setup)(root, state, examples, indices)
         quartile = quartile_of(batch.time)
         sums = jnp.zeros(4).at[quartile].add(batch.unweighted)
         means = sums / jnp.zeros(4).at[quartile].add(1.0)  # NaN without examples
@@ -43,7 +43,8 @@ def describe_bad_step(
         return batch.losses.mean(), means, norms
 
     compiled = jax.jit(measure, out_shardings=devices.replicated(setup.mesh))
-    loss, means, norms = jax.device_get(compiled(state, examples, indices))
+    root = seeds.root(setup.config.seed)
+    loss, means, norms = jax.device_get(compiled(root, state, examples, indices))
     if not np.isfinite(loss):
         quantity = "the loss"
     elif not all(np.isfinite(norm) for norm in norms.values()):

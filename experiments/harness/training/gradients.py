@@ -15,10 +15,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
-from experiments.harness import devices
+from experiments.harness import devices, seeds
 from experiments.harness.data.splits import Examples
 from experiments.harness.errors import ConfigError
-from experiments.harness.seeds import stream
 from experiments.harness.training.loss import Batch, Inputs, LossFn, make_draw, make_loss
 from experiments.harness.training.state import TrainingSetup, TrainState
 
@@ -49,27 +48,28 @@ def trained_network(config: ConfigDict, network: nn.Module) -> nn.Module:
 
 def make_gradients(
     setup: TrainingSetup,
-) -> Callable[[TrainState, Examples, Any], tuple[Batch, Any]]:
-    """The losses and gradients of a step, as (state, examples, indices) -> (Batch, gradients).
+) -> Callable[[seeds.Root, TrainState, Examples, Any], tuple[Batch, Any]]:
+    """A step's losses and gradients, as (root, state, examples, indices) -> (Batch, gradients).
 
-    Not compiled. The random numbers are functions of the seed and the state's step. If the indices
-    are None, the examples are the batch.
+    Not compiled. The random numbers are functions of the root, `seeds.root` of the seed, and of the
+    state's step. If the indices are None, the examples are the batch.
     """
     draws, (loss_fn, num_parts, mesh) = make_draws(setup), _loss_in_parts(setup)
     gradient = accumulate_gradients(loss_fn, num_parts, mesh)
 
-    def gradients(state, examples, indices):
-        return gradient(state.params, draws(state.step, examples, indices), state.history)
+    def gradients(root, state, examples, indices):
+        return gradient(state.params, draws(root, state.step, examples, indices), state.history)
 
     return gradients
 
 
 def make_part(setup: TrainingSetup) -> Callable[..., tuple[Batch, Any]]:
-    """As `make_gradients`, of one of the batch's parts: (state, examples, indices, number) -> …"""
+    """As `make_gradients`, of a part of the batch: (root, state, examples, indices, number)."""
     draws, gradient = make_draws(setup), part_gradient(*_loss_in_parts(setup))
 
-    def part(state, examples, indices, number):
-        return gradient(state.params, draws(state.step, examples, indices), state.history, number)
+    def part(root, state, examples, indices, number):
+        inputs = draws(root, state.step, examples, indices)
+        return gradient(state.params, inputs, state.history, number)
 
     return part
 
@@ -84,14 +84,14 @@ def _loss_in_parts(setup: TrainingSetup) -> tuple[LossFn, int, Mesh]:
 
 
 def make_draws(setup: TrainingSetup) -> Callable[..., tuple[Inputs, Array]]:
-    """A batch with its random draws: (step, examples, indices) -> (Inputs, key for dropout)."""
+    """A batch with its draws: (root, step, examples, indices) -> (Inputs, key for dropout)."""
     config, definition, _, mesh = setup
-    draw, seed_key = make_draw(config), stream(config.seed, "train")
+    draw = make_draw(config)
 
-    def draws(step, examples, indices):
+    def draws(root, step, examples, indices):
         if indices is not None:
             examples = jax.tree.map(lambda array: array[indices], examples)
-        key = jax.random.fold_in(seed_key, step)
+        key = jax.random.fold_in(seeds.stream(root, "train"), step)
         flip_key, loss_key = jax.random.split(key)
         x_0 = definition.to_data(examples.images)
         x_0 = jax.lax.with_sharding_constraint(x_0, devices.split_batch(mesh))

@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
-from experiments.harness import devices
+from experiments.harness import devices, seeds
+from experiments.harness.processes.shared_programs import share
 from experiments.harness.setup.definition import ModelDefinition, define_model
 from experiments.harness.setup.params import abstract_params, init_params
 from experiments.harness.training.loss import init_history
@@ -122,10 +123,11 @@ def first_state(setup: TrainingSetup, load_params: Callable[[], Any] | None = No
         return init_state(params, optimizer, init_history(config, definition))
 
     if load_params is None:
-        return jax.jit(
-            lambda: start(init_params(definition, config.seed)), out_shardings=shardings
-        )()
-    return jax.jit(start, out_shardings=shardings)(load_params())
+        initial = jax.jit(
+            lambda root: start(init_params(definition, root)), out_shardings=shardings
+        )
+        return share(initial)(seeds.root(config.seed))
+    return share(jax.jit(start, out_shardings=shardings))(load_params())
 
 
 def state_shardings(setup: TrainingSetup) -> TrainState:

@@ -1,5 +1,6 @@
 """The compiled training step. Its random numbers are functions of (seed, step)."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +11,11 @@ import optax
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
-from experiments.harness import devices
+from experiments.harness import devices, seeds
 from experiments.harness.data.splits import Examples
 from experiments.harness.errors import ConfigError
 from experiments.harness.processes import cores
+from experiments.harness.processes.shared_programs import compile_once
 from experiments.harness.setup.definition import ModelDefinition
 from experiments.harness.training.gradients import (
     join_parts,
@@ -65,6 +67,10 @@ def make_train_step(setup: TrainingSetup, streamed: bool = False) -> TrainStep:
     The state is donated. The examples stay on the device and are indexed there. With
     `train.steps_per_dispatch` = k > 1 it takes k steps, and the indices are [k, b].
 
+    The seed's key, `seeds.root`, is an argument of its programs and lies on the devices, so that
+    runs of other seeds can share them: the result is a `StepInParts`, or a `functools.partial` of a
+    jitted function and that key.
+
     Args:
       setup: config, model, optimizer and devices.
       streamed: whether the examples are a batch, split over the devices, and the indices None; with
@@ -75,20 +81,26 @@ def make_train_step(setup: TrainingSetup, streamed: bool = False) -> TrainStep:
     mesh = setup.mesh
     train_step, is_scanned = _make_one_step(setup), setup.config.train.steps_per_dispatch > 1
 
-    def train_steps(state, examples, indices):
+    def train_steps(root, state, examples, indices):
         def step(state, batch):
-            return train_step(state, *(batch if streamed else (examples, batch))), None
+            return train_step(root, state, *(batch if streamed else (examples, batch))), None
 
         return jax.lax.scan(step, state, (examples, indices) if streamed else indices)[0]
 
     replicated, state_sharding = devices.replicated(mesh), state_shardings(setup)
     batch = devices.split_batch(mesh, leading=int(is_scanned))
-    return jax.jit(
+    jitted = jax.jit(
         train_steps if is_scanned else train_step,
-        donate_argnums=0,
-        in_shardings=(state_sharding, batch if streamed else replicated, batch),
+        donate_argnums=1,
+        in_shardings=(replicated, state_sharding, batch if streamed else replicated, batch),
         out_shardings=state_sharding,
     )
+    return functools.partial(jitted, _root(setup))
+
+
+def _root(setup: TrainingSetup) -> jax.Array:
+    """The seed's key on the devices."""
+    return devices.place(seeds.root(setup.config.seed), devices.replicated(setup.mesh))
 
 
 class StepInParts:
@@ -98,7 +110,7 @@ class StepInParts:
     """
 
     def __init__(self, setup: TrainingSetup):
-        self._numbers = np.arange(setup.config.train.accumulate)
+        self._root, self._numbers = _root(setup), np.arange(setup.config.train.accumulate)
         finish, num_parts = _make_finish(setup), len(self._numbers)
 
         def join(state, parts):
@@ -110,14 +122,16 @@ class StepInParts:
         self._join = jax.jit(join, donate_argnums=0, out_shardings=state_shardings(setup))
 
     def __call__(self, state: TrainState, examples: Examples, indices: Any) -> TrainState:
-        parts = cores.at_once(lambda n: self._part(state, examples, indices, n), self._numbers)
-        return self._join(state, parts)
+        batch = self._root, state, examples, indices
+        return self._join(state, cores.at_once(lambda n: self._part(*batch, n), self._numbers))
 
     def compile(self, *batch: Any) -> float:
         """Compiles both programs for (state, examples, indices); returns a step's operations."""
-        part = self._part.trace(*batch, self._numbers[0])
-        join = self._join.trace(batch[0], [part.out_info] * len(self._numbers))
-        self._part, self._join = cores.at_once(lambda a: a.lower().compile(), [part, join])
+        part_args = self._root, *batch, self._numbers[0]
+        part = self._part.trace(*part_args)
+        join_args = batch[0], [part.out_info] * len(self._numbers)
+        join = self._join.trace(*join_args)
+        self._part, self._join = cores.at_once(_compiled, [part, join], [part_args, join_args])
         return len(self._numbers) * count_flops(part.jaxpr) + count_flops(join.jaxpr)
 
 
@@ -125,14 +139,20 @@ def compile_step(train_step: TrainStep, *batch: Any) -> tuple[TrainStep, float]:
     """A step compiled for (state, examples, indices), and a call's floating-point operations."""
     if isinstance(train_step, StepInParts):
         return train_step, train_step.compile(*batch)
-    traced = train_step.trace(*batch)
-    return traced.lower().compile(), count_flops(traced.jaxpr)
+    args = (*train_step.args, *batch)
+    traced = train_step.func.trace(*args)
+    compiled = functools.partial(_compiled(traced, args), *train_step.args)
+    return compiled, count_flops(traced.jaxpr)
 
 
-def _make_one_step(setup: TrainingSetup) -> TrainStep:
-    """A single step, not compiled."""
+def _compiled(traced: jax.stages.Traced, args: tuple[Any, ...]) -> jax.stages.Compiled:
+    return compile_once(traced.lower(), args)
+
+
+def _make_one_step(setup: TrainingSetup) -> Callable[..., TrainState]:
+    """A single step as (root, state, examples, indices) -> state, not compiled."""
     gradients, finish = make_gradients(setup), _make_finish(setup)
-    return lambda state, *batch: finish(state, *gradients(state, *batch))
+    return lambda root, state, *batch: finish(state, *gradients(root, state, *batch))
 
 
 def _make_finish(setup: TrainingSetup) -> Callable[[TrainState, Batch, Any], TrainState]:

@@ -16,7 +16,7 @@ import pytest
 
 from benchmarks import memory
 from experiments import all as main_job
-from experiments.harness import devices
+from experiments.harness import devices, seeds
 from experiments.harness.data import splits
 from experiments.harness.errors import ConfigError
 from experiments.harness.processes import distributed
@@ -259,8 +259,8 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(timesteps, monkeypatch):
         setup = make_setup(config)
         state = first_state(setup)
         examples = splits.load_data(config, "train").examples(slice(None))
-        compute = jax.jit(gradients.make_gradients(setup))
-        found.append(jax.device_get(compute(state, examples, np.arange(16))))
+        compute, root = jax.jit(gradients.make_gradients(setup)), seeds.root(config.seed)
+        found.append(jax.device_get(compute(root, state, examples, np.arange(16))))
     (batch, whole), (batch_in_parts, in_parts) = found
     np.testing.assert_array_equal(batch_in_parts.t, batch.t)
     np.testing.assert_array_equal(batch_in_parts.time, batch.time)

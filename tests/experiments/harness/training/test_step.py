@@ -42,7 +42,7 @@ def test_a_step_is_compiled_once_and_donates_its_state():
         before = stepper.state
         stepper.step()
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
-    assert stepper.compiled._cache_size() == 1
+    assert stepper.compiled.func._cache_size() == 1
     assert int(stepper.state.step) == 4
 
 
