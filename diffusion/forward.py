@@ -64,7 +64,16 @@ def posterior(x_t: Float[Array, "b *d"], x_0: Float[Array, "b *d"], step: Step) 
 
 
 def trajectory(x_0: Float[Array, "b *d"], levels: Levels, noise: Noise) -> Float[Array, "T b *d"]:
-    """A sample of q(x_1 … x_T | x_0), drawn one transition after another."""
+    """A sample of q(x_1 … x_T | x_0), drawn one transition after another.
+
+    Args:
+      x_0: clean samples, in data units.
+      levels: the noise levels.
+      noise: gives the noise of each transition, a function of t [b].
+
+    Returns:
+      x_1 … x_T along the first axis: x_t is at t − 1, and x_0 is not included.
+    """
     batch = jnp.shape(x_0)[0]
 
     def advance(x_s, t):
