@@ -173,7 +173,8 @@ def _draw_grid(axes: Any, grid: Grid) -> None:
             color="white" if shade > 0.6 else "black",
             parse_math=False,
         )
-    rows, columns = ([wrapped(name, 20) for name in names] for names in grid.names)
+    rows = [wrapped(name, 20) for name in grid.names[0]]
+    columns = [wrapped(name, 16) for name in grid.names[1]]
     axes.set_yticks(range(len(rows)), labels=rows, fontsize=8)
     axes.set_xticks(range(len(columns)), labels=columns, fontsize=8)
     _as_it_is([*axes.get_yticklabels(), *axes.get_xticklabels()])
