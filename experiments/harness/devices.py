@@ -69,14 +69,6 @@ def mesh(config: ConfigDict | None = None) -> Mesh:
     return Mesh(np.array(devices).reshape(-1, fsdp), AXES)
 
 
-def cpu_mesh() -> Mesh | None:
-    """A mesh of one CPU, also on a machine with accelerators; None if JAX has no CPU backend."""
-    try:
-        return Mesh(np.array(jax.local_devices(backend="cpu")[:1]).reshape(1, 1), AXES)
-    except RuntimeError:
-        return None
-
-
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The same array on every device."""
     return NamedSharding(mesh, PartitionSpec())
