@@ -48,11 +48,12 @@ def main() -> None:
     _print("none: the marginal alone", marginal[np.newaxis], test, 0.0)
     for name, make in MODELS.items():
         began = time.monotonic()
-        given = _conditionals(make, train, both)
-        known, new = given[: len(validation)], given[len(validation) :]
-        weight = min(WEIGHTS, key=lambda w: _bits(_mixed(known, marginal, w), validation).mean())
+        conditionals = _conditionals(make, train, both)
+        at_validation, at_test = np.split(conditionals, [len(validation)])
+        bits = [_bits(_mixed(at_validation, marginal, w), validation).mean() for w in WEIGHTS]
+        weight = WEIGHTS[np.argmin(bits)]
         seconds = time.monotonic() - began
-        _print(name, _mixed(new, marginal, weight), test, seconds)
+        _print(name, _mixed(at_test, marginal, weight), test, seconds)
 
 
 def _load(split: str) -> Levels:
@@ -70,20 +71,22 @@ def _conditionals(make: Callable[[], ClassifierMixin], train: Levels, x: Levels)
 
     def of_pixel(i: int) -> Float[np.ndarray, "n 17"]:
         probabilities = np.zeros((len(x), LEVELS))
-        seen = np.unique(train[:, i])
-        if i == 0 or len(seen) == 1:  # nothing to learn from, or nothing to tell apart
+        levels = np.unique(train[:, i])
+        if i == 0 or len(levels) == 1:  # nothing to learn from, or nothing to tell apart
             probabilities[:] = np.bincount(train[:, i], minlength=LEVELS) / len(train)
         else:
             fitted = make().fit(train[:, :i], train[:, i])
-            probabilities[:, seen] = fitted.predict_proba(x[:, :i])
+            probabilities[:, levels] = fitted.predict_proba(x[:, :i])
         return probabilities
 
     pixels = joblib.Parallel(n_jobs=-1)(joblib.delayed(of_pixel)(i) for i in range(64))
     return np.stack(pixels, axis=1)
 
 
-def _mixed(given: Probabilities, marginal: Float[np.ndarray, "64 17"], w: float) -> Probabilities:
-    return (1 - w) * given + w * marginal
+def _mixed(
+    conditionals: Probabilities, marginal: Float[np.ndarray, "64 17"], w: float
+) -> Probabilities:
+    return (1 - w) * conditionals + w * marginal
 
 
 def _bits(probabilities: Probabilities, x: Levels) -> Float[np.ndarray, "n"]:

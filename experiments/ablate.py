@@ -169,7 +169,7 @@ class Worker:
             except RunError as error:
                 directory.record_failure(training, self.workdir, str(error))
                 tqdm.write(f"warning: cell {training.name} failed: {error}")
-        jax.clear_caches()  # the next network has other programs
+        jax.clear_caches()  # what was traced; programs of equal operations are kept
 
     def measurements(self, training: Training) -> dict[Key, Measurement]:
         """The measurements of a training's cells, as far as there are any."""

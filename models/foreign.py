@@ -26,10 +26,7 @@ from diffusion.gaussian import expand
 from diffusion.schedules import Array, alpha
 
 Function = Callable[[np.ndarray, np.ndarray, Any], np.ndarray]
-"""(x [b, …], noise level [b], condition or None) -> the prediction [b, …], on the host.
-
-On a CPU several threads may call it at once, each with a part of a batch.
-"""
+"""(x [b, …], noise level [b], condition or None) -> the prediction [b, …], on the host."""
 
 NoiseInput = Callable[[Array], Array]
 """Log-SNRs [b] -> what a network receives as its noise level [b]; of NumPy or JAX arrays."""

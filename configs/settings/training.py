@@ -302,8 +302,8 @@ def train() -> Group:
         accumulate=Setting(
             1,
             Int("[1, 10^6]"),
-            "Parts of a batch that are computed one after another, for memory; on a single CPU at "
-            "once, a core for each, which is faster for small networks.",
+            "Parts of a batch that are computed one after another, for memory; those of a small "
+            "network on a CPU at once, a core for each, which is faster.",
         ),
         steps_per_dispatch=Setting(
             1,

@@ -42,8 +42,9 @@ def run(
         return _run(experiment, config, workdir, leftover, join)
     except Interrupted as interrupted:
         status = _fail(interrupted, interrupted.status)
-        # Where all processes leave together they do so in order.
-        return status if interrupted.by_all else distributed.exit_without_waiting(status)
+        if interrupted.by_all and distributed.is_one_of_several():
+            return status  # all leave together, in order
+        return distributed.exit_without_waiting(status)
     except KeyboardInterrupt:
         message = "interrupted; the same command goes on from the last checkpoint"
         return distributed.exit_without_waiting(_fail(message, status=130))

@@ -12,7 +12,7 @@ Root = UInt32[Array | np.ndarray, "k"]
 """The key of a seed as an array, an argument of compiled programs: one program serves all seeds."""
 
 
-@functools.lru_cache(maxsize=64)  # to make it waits for the device
+@functools.lru_cache(maxsize=64)  # making it waits for the device
 def root(seed: int) -> Root:
     """The key of a seed, on the host; it cannot be written to."""
     key = np.array(jax.random.key_data(jax.random.key(seed)))  # a copy: no array on a device stays

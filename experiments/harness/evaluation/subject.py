@@ -15,6 +15,7 @@ from diffusion.schedules import Levels, Schedule
 from experiments.harness import devices
 from experiments.harness.data.batches import over_examples
 from experiments.harness.data.splits import Dataset
+from experiments.harness.processes import cores
 from experiments.harness.setup.definition import ModelDefinition
 
 
@@ -60,8 +61,8 @@ class Subject(NamedTuple):
 
     def padded_to_devices(self) -> "Subject":
         """The same with a batch of the examples alone, where they are fewer than a batch."""
-        devices = jax.device_count()
-        needed = -(-self.num_examples // devices) * devices
+        each = jax.device_count() * cores.num_cores()
+        needed = -(-self.num_examples // each) * each
         return self._replace(batch_size=min(self.batch_size, needed))
 
     def some(self, limit: int) -> "Subject":

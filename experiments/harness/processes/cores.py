@@ -7,7 +7,7 @@ program from several threads run side by side, and the device stays one.
 import functools
 import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -15,14 +15,46 @@ import numpy as np
 
 SMALLEST = 16  # examples; in smaller parts the calls themselves take too much of the time
 
+_calls: list[Future] = []  # the last ones, some of which run on after an error or a signal
+
 
 def at_once(function: Callable[..., Any], *items: Iterable[Any]) -> list[Any]:
-    """As `map`, in order; on a single CPU as many calls at once as it has cores."""
-    return list(map(function, *items) if num_cores() == 1 else _pool().map(function, *items))
+    """The list of `map(function, *items)`; on a single CPU it makes a call on each core at once.
+
+    In the threads of the calls JAX has the precision and the debugging settings of the caller.
+    """
+    arguments = list(zip(*items, strict=True))
+    if num_cores() == 1 or len(arguments) == 1:
+        return [function(*each) for each in arguments]
+    function = _with_settings(function)
+    _calls[:] = [_pool().submit(function, *each) for each in arguments]
+    return [call.result() for call in _calls]
+
+
+def are_at_work() -> bool:
+    """Whether calls still run, which an orderly exit of the process would wait for."""
+    return not all(call.done() for call in _calls)
+
+
+def _with_settings(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with settings that a `with` statement of JAX changes in one thread only."""
+    config = jax.config
+    is_double, precision = config.jax_enable_x64, config.jax_default_matmul_precision
+    finds_nans = config.jax_debug_nans
+
+    def call(*args: Any) -> Any:
+        with (
+            jax.enable_x64(is_double),
+            jax.default_matmul_precision(precision),
+            jax.debug_nans(finds_nans),
+        ):
+            return function(*args)
+
+    return call
 
 
 def batch_parts(size: int) -> list[slice]:
-    """Equal parts of a batch of this size: at most one for each core, and none too small."""
+    """Equal parts of a batch, at most one for each core, of `SMALLEST` examples or more."""
     most = max(min(num_cores(), size // SMALLEST), 1)
     number = next(n for n in range(most, 0, -1) if size % n == 0)
     each = size // number

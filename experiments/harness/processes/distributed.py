@@ -14,6 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from experiments.harness.errors import ConfigError, in_short
+from experiments.harness.processes import cores
 
 _PATIENCE = 300.0  # seconds to wait for the other processes
 
@@ -136,15 +137,16 @@ def wait_for_all(name: str) -> None:
 
 
 def exit_without_waiting(status: int) -> int:
-    """Exits at once if several processes run, which ends the others; else returns the status.
+    """Exits at once if several processes run, or a core is at work; else returns the status.
 
-    An orderly exit would wait for the others, and they may wait for this process.
+    An orderly exit would wait for the other processes, and they may wait for this one; or for what
+    the core computes, which nobody wants any more.
     """
-    if is_one_of_several():
+    if is_one_of_several() or cores.are_at_work():
         sys.stdout.flush()
         sys.stderr.flush()
         # When the first process ends, all end: others with the same error may print it before.
-        time.sleep(2.0 if is_first() else 0.0)
+        time.sleep(2.0 if is_one_of_several() and is_first() else 0.0)
         os._exit(status)
     return status
 

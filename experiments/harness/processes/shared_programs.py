@@ -1,9 +1,9 @@
 """Compiled programs that all runs of a process share.
 
 Each run makes its functions anew, and `jax.jit` would compile them again. A program is found by
-its operations, not by a name: the function is traced again, which takes seconds less, and a program
-of the same operations, constants and shapes is used again. So changed code never gets an old
-program, and whatever differs between two runs must be an argument for them to share.
+its operations, not by a name: the function is traced again, in a fraction of the time, and a
+program of the same operations, constants and shapes is used again. So changed code never gets an
+old program, and whatever differs between two runs must be an argument for them to share.
 """
 
 import hashlib
@@ -18,7 +18,8 @@ import numpy as np
 MAX_PROGRAMS = 64
 MAX_CHARACTERS = 2**24  # of a program's text; one with more has large arrays as constants
 
-_lock = threading.Lock()
+_CALLBACK = "callback"  # in the text of a program that calls Python
+_lock, _python = threading.Lock(), threading.Lock()
 _programs: OrderedDict[Hashable, jax.stages.Compiled] = OrderedDict()
 
 
@@ -33,11 +34,10 @@ def compile_once(lowered: jax.stages.Lowered, args: tuple[Any, ...]) -> jax.stag
       args: its arguments.
     """
     text = lowered.as_text()
-    if "callback" in text or len(text) > MAX_CHARACTERS:
+    if _CALLBACK in text or len(text) > MAX_CHARACTERS:
         return lowered.compile()
     digest = hashlib.sha256(text.encode()).digest()
-    settings = str(sorted(jax.config.values.items()))  # some change how a program is compiled
-    key = digest, lowered.out_tree, _signature(args), settings
+    key = digest, lowered.out_tree, _signature(args)
     compiled = _programs.get(key) or lowered.compile()
     with _lock:
         _programs[key] = compiled
@@ -48,24 +48,52 @@ def compile_once(lowered: jax.stages.Lowered, args: tuple[Any, ...]) -> jax.stag
 
 
 def share(jitted: Callable) -> Callable:
-    """The same function, which `jax.jit` made, compiled by `compile_once` for each new shape."""
-    programs: dict[Hashable, jax.stages.Compiled] = {}
+    """The same function, which `jax.jit` made, compiled by `compile_once` for each new shape.
+
+    One that calls Python runs in one thread at a time: what it hands to Python is copied by threads
+    of XLA, which two such programs can occupy both, and then wait for.
+    """
+    programs: dict[Hashable, Callable[..., Any]] = {}
     compiling = threading.Lock()
 
     def call(*args: Any) -> Any:
         signature = _signature(args)
         with compiling:
             if signature not in programs:
-                programs[signature] = compile_once(jitted.lower(*args), args)
+                lowered = jitted.lower(*args)
+                program = compile_once(lowered, args)
+                calls_python = _CALLBACK in lowered.as_text()
+                programs[signature] = _one_at_a_time(program) if calls_python else program
         return programs[signature](*args)
 
     return call
 
 
+def _one_at_a_time(program: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        with _python:
+            return jax.block_until_ready(program(*args))
+
+    return call
+
+
 def _signature(args: tuple[Any, ...]) -> Hashable:
-    """Structure, shapes and dtypes of arguments, and where arrays on the devices lie."""
+    """What a program is compiled for: settings of JAX, and structure, shapes, dtypes and places.
+
+    The settings are those that tests and notebooks change on the way.
+    """
+    config = jax.config
+    settings = (
+        config.jax_enable_x64,
+        config.jax_default_matmul_precision,
+        getattr(config, "values", {}).get("jax_disable_most_optimizations"),
+    )
     leaves, tree = jax.tree.flatten(args)
-    return tree, tuple(
-        (np.shape(leaf), getattr(leaf, "dtype", type(leaf)), getattr(leaf, "sharding", None))
-        for leaf in leaves
+    return (
+        settings,
+        tree,
+        tuple(
+            (np.shape(leaf), getattr(leaf, "dtype", type(leaf)), getattr(leaf, "sharding", None))
+            for leaf in leaves
+        ),
     )

@@ -1,5 +1,6 @@
 """Draws samples in batches. A sampler is compiled once, for any levels and recorded frames."""
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -159,19 +160,19 @@ class Drawer:
             for part in cores.batch_parts(len(inputs.index))
         ]
 
-        def advance(state: State, inputs: Inputs) -> State:
-            state = self._advance(fixed, state, stretch, count, np.int32(last), inputs)
+        def advance(stretch: Stretch, count: int, state: State, inputs: Inputs) -> State:
+            state = self._advance(fixed, state, stretch, np.int32(count), np.int32(last), inputs)
             return jax.block_until_ready(state)
 
         states = [self._begin(fixed, part) for part in parts]
         x_t, x_0_hat = {}, {}
         for top, bottom in stretches(last, record):
             if top in record:
-                x_t[top] = _joined(state.x for state in states)[:rows]
-            stretch, count = _cut(levels, top, bottom), np.int32(top - bottom)
-            states = cores.at_once(advance, states, parts)
+                x_t[top] = _joined(state.x[:rows] for state in states)[:rows]
+            step = functools.partial(advance, _cut(levels, top, bottom), top - bottom)
+            states = cores.at_once(step, states, parts)
             if top in record:
-                x_0_hat[top] = _joined(state.x_0_hat for state in states)[:rows]
+                x_0_hat[top] = _joined(state.x_0_hat[:rows] for state in states)[:rows]
             report((top - bottom) / last)
         x_0 = _joined(state.x for state in states)
         nothing = np.zeros((0, rows, *x_0.shape[1:]), x_0.dtype)

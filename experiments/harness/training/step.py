@@ -17,6 +17,7 @@ from experiments.harness.errors import ConfigError
 from experiments.harness.processes import cores
 from experiments.harness.processes.shared_programs import compile_once
 from experiments.harness.setup.definition import ModelDefinition
+from experiments.harness.setup.params import abstract_params
 from experiments.harness.training.gradients import (
     join_parts,
     make_gradients,
@@ -33,6 +34,7 @@ from experiments.harness.training.state import (
 )
 
 TrainStep = Callable[[TrainState, Examples, Any], TrainState]
+SMALL_NETWORK = 5_000_000  # parameters, up to which a core for each part of a batch is faster
 
 
 def check(config: ConfigDict, definition: ModelDefinition) -> None:
@@ -76,7 +78,7 @@ def make_train_step(setup: TrainingSetup, streamed: bool = False) -> TrainStep:
       streamed: whether the examples are a batch, split over the devices, and the indices None; with
         k > 1 their first axis is k.
     """
-    if setup.config.train.accumulate > 1 and cores.num_cores() > 1:
+    if _gains_from_cores(setup):
         return StepInParts(setup)
     mesh = setup.mesh
     train_step, is_scanned = _make_one_step(setup), setup.config.train.steps_per_dispatch > 1
@@ -96,6 +98,15 @@ def make_train_step(setup: TrainingSetup, streamed: bool = False) -> TrainStep:
         out_shardings=state_sharding,
     )
     return functools.partial(jitted, _root(setup))
+
+
+def _gains_from_cores(setup: TrainingSetup) -> bool:
+    """Whether the parts of a batch are computed at once: all of them, and of a small network.
+
+    The operations of a large one occupy all cores by themselves, and its parts are for memory.
+    """
+    size = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(setup.definition)))
+    return 1 < setup.config.train.accumulate <= cores.num_cores() and size <= SMALL_NETWORK
 
 
 def _root(setup: TrainingSetup) -> jax.Array:
@@ -131,7 +142,8 @@ class StepInParts:
         part = self._part.trace(*part_args)
         join_args = batch[0], [part.out_info] * len(self._numbers)
         join = self._join.trace(*join_args)
-        self._part, self._join = cores.at_once(_compiled, [part, join], [part_args, join_args])
+        lowered = part.lower(), join.lower()  # here, since a thread has other settings of JAX
+        self._part, self._join = cores.at_once(compile_once, lowered, [part_args, join_args])
         return len(self._numbers) * count_flops(part.jaxpr) + count_flops(join.jaxpr)
 
 
@@ -141,12 +153,8 @@ def compile_step(train_step: TrainStep, *batch: Any) -> tuple[TrainStep, float]:
         return train_step, train_step.compile(*batch)
     args = (*train_step.args, *batch)
     traced = train_step.func.trace(*args)
-    compiled = functools.partial(_compiled(traced, args), *train_step.args)
+    compiled = functools.partial(compile_once(traced.lower(), args), *train_step.args)
     return compiled, count_flops(traced.jaxpr)
-
-
-def _compiled(traced: jax.stages.Traced, args: tuple[Any, ...]) -> jax.stages.Compiled:
-    return compile_once(traced.lower(), args)
 
 
 def _make_one_step(setup: TrainingSetup) -> Callable[..., TrainState]:

@@ -1,5 +1,7 @@
 """Parts of a batch are computed side by side, and joined in their order."""
 
+import subprocess
+import sys
 import threading
 
 import jax
@@ -51,6 +53,35 @@ def test_a_batch_in_parts_is_that_batch(two_cores):
     assert seen == [16, 16]
     np.testing.assert_array_equal(result["sum"], x.sum(axis=1) + a)
     np.testing.assert_array_equal(result["index"], a)
+
+
+def test_settings_of_the_caller_hold_in_its_threads(two_cores):
+    def call(_):
+        return jax.numpy.ones(2, float).dtype, jax.config.jax_default_matmul_precision
+
+    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+        assert cores.at_once(call, [0, 1]) == [(np.float64, "highest")] * 2
+    assert cores.at_once(call, [0, 1]) == [(np.float32, call(0)[1])] * 2
+
+
+LONG = """
+import sys, threading, time
+from experiments.harness.processes import cores, distributed
+cores.num_cores = lambda: 2
+def call(number):
+    if number == 0:
+        raise KeyboardInterrupt
+    time.sleep(600)
+try:
+    cores.at_once(call, [0, 1])
+except KeyboardInterrupt:
+    assert cores.are_at_work()
+    sys.exit(distributed.exit_without_waiting(130))
+"""
+
+
+def test_the_program_ends_while_a_core_is_at_work():
+    assert subprocess.run([sys.executable, "-c", LONG], timeout=60).returncode == 130
 
 
 def test_an_error_in_a_part_is_raised(two_cores):

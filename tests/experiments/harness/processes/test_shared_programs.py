@@ -1,5 +1,8 @@
 """Programs of the same operations are compiled once; whatever differs gives another program."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,7 +89,32 @@ def test_a_program_with_large_constants_is_not_kept():
 
 
 def test_other_settings_of_jax_give_another_program():
+    """Of one shared function, and of two of the same operations."""
+    function = share(jax.jit(lambda x: x @ x))
     for precision in ("highest", "bfloat16"):
         with jax.default_matmul_precision(precision):
-            share(jax.jit(lambda x: x @ x))(X)
+            function(X)
     assert len(shared_programs._programs) == 2
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        share(jax.jit(lambda x: x @ x))(X)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+    assert len(shared_programs._programs) == 3
+
+
+# Two such programs at once would wait for one another, from some hundred KiB of arguments on.
+CALLS = """
+import jax, numpy as np
+from experiments.harness.processes import cores
+from experiments.harness.processes.shared_programs import share
+cores.num_cores = lambda: 2
+ask = lambda x: jax.pure_callback(lambda a: 2 * np.asarray(a), jax.typeof(x), x)
+program = share(jax.jit(lambda x: jax.lax.fori_loop(0, 20, lambda i, y: ask(y) / 2, x)))
+x = np.ones((256, 1024), np.float32)
+assert (cores.in_parts(program, x) == x).all()
+"""
+
+
+def test_programs_that_call_python_do_not_wait_for_one_another():
+    subprocess.run([sys.executable, "-c", CALLS], check=True, timeout=120)

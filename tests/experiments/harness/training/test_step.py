@@ -70,6 +70,19 @@ def test_parts_at_once_take_the_step_of_parts_in_turn(timesteps, monkeypatch):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("parts", "num_cores"), [(1, 2), (4, 2), (2, 1)])
+def test_parts_for_memory_follow_one_another(parts, num_cores, monkeypatch):
+    """More of them than cores, or of a large network."""
+    monkeypatch.setattr(cores, "num_cores", lambda: num_cores)
+    setup = make_setup(tiny.config(train__accumulate=parts))
+    assert not isinstance(step.make_train_step(setup), step.StepInParts)
+    monkeypatch.setattr(cores, "num_cores", lambda: 4)
+    setup = make_setup(tiny.config(train__accumulate=2))
+    assert isinstance(step.make_train_step(setup), step.StepInParts)
+    monkeypatch.setattr(step, "SMALL_NETWORK", 10)
+    assert not isinstance(step.make_train_step(setup), step.StepInParts)
+
+
 @pytest.mark.parametrize("decay", [0.3, 0.9999])
 def test_the_average_is_an_average_with_warm_up(decay):
     """e ← r e + (1 − r) p in float64, with r = (1 + k)/(10 + k) after k steps, at most `decay`.
