@@ -77,7 +77,9 @@ def ablate(config: ConfigDict, workdir: epath.PathLike) -> Summary:
     record.make(workdir)
     if not chosen:
         sharing.check_locks(workdir, len(plan.trainings))
-    directory.record(plan.study, config, workdir)
+    with sharing.writing(workdir):
+        directory.check(plan.study, config, workdir)  # another process may have added to it
+        directory.record(plan.study, config, workdir)
     worker.run(chosen)
     summary = worker.report()
     reasons = {t.name: directory.failure(t, workdir) for t in plan.trainings}

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from configs.settings.declaration import shown
 from experiments.harness.errors import ConfigError
@@ -137,14 +138,16 @@ def _located(training: Training, study: Study, present: Mapping[str, dict]) -> T
     names = sorted(present, key=lambda name: name != training.name)  # its own name first
     for name in names:
         recorded = flatten(present[name])
-        # An earlier version's config lacks later settings. It can't tell the values of an axis.
+        # A config of an earlier version, without the settings of an axis, fits no cell.
         is_known = varied & wanted.keys() <= recorded.keys()
         if is_known and not _differing("", recorded, wanted):
             # The run may have begun for a cell that is measured otherwise.
             config = training.config.copy_and_resolve_references()
-            config.update_from_flattened_dict(
-                {n: recorded[n] for n in differences(RUN, present[name], config)}
-            )
+            begun = {n: recorded[n] for n in differences(RUN, present[name], config)}
+            kept = [f"{n} = {shown(value)}" for n, value in begun.items() if n not in varied]
+            if kept:
+                tqdm.write(f"cell {name} goes on with {', '.join(kept)}, as it began")
+            config.update_from_flattened_dict(begun)
             return training._replace(name=name, config=config.lock())
     if training.name in present:
         return training._replace(name=f"{training.name},{fingerprint(wanted)}")

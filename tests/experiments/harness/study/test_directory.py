@@ -164,3 +164,17 @@ def test_the_directory_of_another_study_is_refused(finished, chosen, overrides, 
 def test_the_directory_of_a_run_is_refused(finished):
     with tiny.refused("holds a run", "a directory of its own"):
         ablate.ablate(study_config(), finished / SIMPLE)
+
+
+def test_settings_that_a_training_keeps_are_said(tmp_path, capsys):
+    """T is no matter of L_simple in continuous time, but one of its run."""
+    for num_timesteps, kept in ((8, False), (5, True), (8, False)):
+        config = study_config(
+            ("train.learning_rate", (0.05,)),
+            schedule__num_timesteps=num_timesteps,
+            train__objective="simple",
+            train__time="continuous",
+        )
+        ablate.ablate(config, tmp_path)
+        out = capsys.readouterr().out
+        assert ("cell seed=0 goes on with schedule.num_timesteps = 8, as it began" in out) is kept
