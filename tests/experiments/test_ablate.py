@@ -27,27 +27,27 @@ pytest_plugins = ["tests.experiments.tiny", "tests.experiments.tiny_study"]
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
-def test_a_cell_is_a_run_and_its_bound_that_of_an_evaluation(finished):
+def test_a_cell_is_a_run_and_its_bound_that_of_an_evaluation(studied):
     """Draw 0 of the noise is an evaluation's. Every experiment opens the work directory."""
     config = study_config(train__objective="simple")
-    result = evaluate.evaluate(config, shutil.copytree(finished, finished / "copy") / SIMPLE)
-    shutil.rmtree(finished / "copy")
-    bound = totals(finished, "simple", "simple,seed=0")
+    result = evaluate.evaluate(config, shutil.copytree(studied, studied / "copy") / SIMPLE)
+    shutil.rmtree(studied / "copy")
+    bound = totals(studied, "simple", "simple,seed=0")
     assert bound.shape == (result["num_examples"], config.ablate.draws)
     mean = bits_per_dim(bound[:, 0].mean(), 64)
     # Sums of float32 terms in another order.
     assert mean == pytest.approx(result["bits_per_dim"], rel=1e-5)
 
 
-def test_a_finished_study_is_only_reported(finished, monkeypatch):
-    before = tables(finished)
+def test_a_finished_study_is_only_reported(studied, monkeypatch):
+    before = tables(studied)
     monkeypatch.setattr(train, "train", None)
     monkeypatch.setattr(measures, "measure", None)
-    ablate.ablate(study_config(), finished)
-    assert tables(finished) == before
+    ablate.ablate(study_config(), studied)
+    assert tables(studied) == before
 
 
-def test_a_study_that_was_killed_ends_as_if_it_had_not_been(finished, tmp_path, monkeypatch):
+def test_a_study_that_was_killed_ends_as_if_it_had_not_been(studied, tmp_path, monkeypatch):
     """By a signal in the second training, then before the second measurement."""
     config, second = study_config(), []
     with monkeypatch.context() as patch:
@@ -71,18 +71,18 @@ def test_a_study_that_was_killed_ends_as_if_it_had_not_been(finished, tmp_path, 
     assert tiny.saved_steps(tmp_path / SIMPLE) == [4]
     ablate.ablate(config, tmp_path)
     assert tiny.files(tmp_path / "cells/vlb,seed=0") == first
-    assert tables(tmp_path) == tables(finished)
+    assert tables(tmp_path) == tables(studied)
 
 
-def test_a_measure_that_has_no_value_is_kept_as_such(finished, tmp_path, monkeypatch):
+def test_a_measure_that_has_no_value_is_kept_as_such(studied, tmp_path, monkeypatch):
     """The speed of a training without a line in its log is NaN, which JSON does not have."""
     config = study_config(train__objective="simple", ablate__measures=("speed",))
-    place = shutil.copytree(finished / SIMPLE, tmp_path / "cell")
+    place = shutil.copytree(studied / SIMPLE, tmp_path / "cell")
     monkeypatch.setattr(measures, "read_metrics", lambda _: [])
     measures.measure(("simple",), config, place, tmp_path)
     loaded = measures.load(("simple",), config, place)
     assert np.isnan(loaded.figures["images_per_second"])
-    np.testing.assert_array_equal(loaded.totals, totals(finished, "simple", "simple,seed=0"))
+    np.testing.assert_array_equal(loaded.totals, totals(studied, "simple", "simple,seed=0"))
 
 
 CONFIG_FILE = """
@@ -90,7 +90,7 @@ from tests.experiments.tiny_study import study_config as get_config
 """
 
 
-def test_two_processes_at_once_end_as_one(finished, tmp_path, quick_compiles):
+def test_two_processes_at_once_end_as_one(studied, tmp_path, quick_compiles):
     (tmp_path / "config.py").write_text(CONFIG_FILE)
     flags = [f"--config={tmp_path}/config.py", f"--workdir={tmp_path}/study", "--experiment=ablate"]
     with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -100,7 +100,7 @@ def test_two_processes_at_once_end_as_one(finished, tmp_path, quick_compiles):
     began = sorted(line for end in ended for line in end.stdout.splitlines() if "cell " in line)
     assert began == ["cell simple,seed=0", "cell vlb,seed=0"]
     one, two = (
-        json.loads((d / "ablation.json").read_text()) for d in (finished, tmp_path / "study")
+        json.loads((d / "ablation.json").read_text()) for d in (studied, tmp_path / "study")
     )
     assert_close(two, one)
 
@@ -180,14 +180,14 @@ def refuse_locks(patch):
     patch.setattr(lock.fcntl, "flock", fail)
 
 
-def test_without_locks_each_training_takes_a_command(finished, tmp_path, monkeypatch):
+def test_without_locks_each_training_takes_a_command(studied, tmp_path, monkeypatch):
     refuse_locks(monkeypatch)
     with tiny.refused("without locks", "--config.ablate.cell=1 … 2"):
         ablate.ablate(study_config(), tmp_path)
     assert not (tmp_path / "cells").exists()
     for cell in (1, 2):
         ablate.ablate(study_config(ablate__cell=cell), tmp_path)
-    assert tables(tmp_path) == tables(finished)
+    assert tables(tmp_path) == tables(studied)
 
 
 def test_in_a_bucket_each_training_takes_a_command():
@@ -195,9 +195,9 @@ def test_in_a_bucket_each_training_takes_a_command():
         pass
 
 
-def test_what_changes_is_measured_anew_and_nothing_else(finished, tmp_path, monkeypatch):
+def test_what_changes_is_measured_anew_and_nothing_else(studied, tmp_path, monkeypatch):
     """More draws of the noise begin with those of before; another seed has others."""
-    workdir = tiny.copy(finished, tmp_path)
+    workdir = tiny.copy(studied, tmp_path)
     before = totals(workdir, "vlb", "vlb,seed=0")
     monkeypatch.setattr(train, "train", lambda *arguments, **options: None)
     ablate.ablate(study_config(ablate__draws=3), workdir)

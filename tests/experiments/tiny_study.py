@@ -31,7 +31,7 @@ def totals(workdir, key, training):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, quick_compiles):
+def studied(tmp_path_factory, quick_compiles):
     """A finished study, run without an interruption. Look, and copy before changing anything."""
     workdir = tmp_path_factory.mktemp("study")
     ablate.ablate(study_config(), workdir)

@@ -14,8 +14,8 @@ pytest_plugins = ["tests.experiments.tiny", "tests.experiments.tiny_study"]
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
-def test_a_study_may_grow_and_a_damaged_measurement_is_made_again(finished, tmp_path, monkeypatch):
-    workdir = tiny.copy(finished, tmp_path)
+def test_a_study_may_grow_and_a_damaged_measurement_is_made_again(studied, tmp_path, monkeypatch):
+    workdir = tiny.copy(studied, tmp_path)
     path = workdir / SIMPLE / "measurements" / "simple.npz"
     path.write_bytes(path.read_bytes()[:100])
     began = []
@@ -42,9 +42,9 @@ def trained(monkeypatch):
     return began
 
 
-def test_an_axis_may_be_added_whose_values_have_the_former_one(finished, tmp_path, monkeypatch):
+def test_an_axis_may_be_added_whose_values_have_the_former_one(studied, tmp_path, monkeypatch):
     """The trainings are found by their configs, and keep their directories' names."""
-    workdir = tiny.copy(finished, tmp_path)
+    workdir = tiny.copy(studied, tmp_path)
     began = trained(monkeypatch)
     default = study_config().train.beta2
     beta2 = ("train.beta2", (default, 0.5))
@@ -53,7 +53,7 @@ def test_an_axis_may_be_added_whose_values_have_the_former_one(finished, tmp_pat
     assert began == ["0.5,vlb,seed=0", "0.5,simple,seed=0"]
     for name in OBJECTIVES[1]:
         new = totals(workdir, f"{default},{name}", f"{name},seed=0")
-        np.testing.assert_array_equal(new, totals(finished, name, f"{name},seed=0"))
+        np.testing.assert_array_equal(new, totals(studied, name, f"{name},seed=0"))
 
 
 def test_a_shared_training_is_kept_when_another_cell_comes_first(tmp_path, monkeypatch):
@@ -114,8 +114,8 @@ def test_a_config_of_an_earlier_version_does_not_stand_for_each_value(tmp_path):
     assert [training.name for training in found] == ["0.9,seed=0", "0.99,seed=0"]
 
 
-def test_a_value_that_was_taken_out_keeps_its_meaning(finished, tmp_path, monkeypatch):
-    workdir = tiny.copy(finished, tmp_path)
+def test_a_value_that_was_taken_out_keeps_its_meaning(studied, tmp_path, monkeypatch):
+    workdir = tiny.copy(studied, tmp_path)
     monkeypatch.setattr(train, "train", None)
     summary = ablate.ablate(study_config(("train.objective", ("vlb",))), workdir)
     assert [cell.key for cell in summary.cells] == [("vlb",)]
@@ -154,16 +154,16 @@ def test_a_value_that_leaves_the_config_is_recorded_with_it(tmp_path):
         ),
     ],
 )
-def test_the_directory_of_another_study_is_refused(finished, chosen, overrides, contained):
-    before = tiny.files(finished)
-    with tiny.refused(f"workdir={finished}", "another study", contained):
-        ablate.ablate(study_config(*chosen, **overrides), finished)
-    assert tiny.files(finished) == before
+def test_the_directory_of_another_study_is_refused(studied, chosen, overrides, contained):
+    before = tiny.files(studied)
+    with tiny.refused(f"workdir={studied}", "another study", contained):
+        ablate.ablate(study_config(*chosen, **overrides), studied)
+    assert tiny.files(studied) == before
 
 
-def test_the_directory_of_a_run_is_refused(finished):
+def test_the_directory_of_a_run_is_refused(studied):
     with tiny.refused("holds a run", "a directory of its own"):
-        ablate.ablate(study_config(), finished / SIMPLE)
+        ablate.ablate(study_config(), studied / SIMPLE)
 
 
 def test_settings_that_a_training_keeps_are_said(tmp_path, capsys):
