@@ -61,8 +61,8 @@ class Subject(NamedTuple):
 
     def padded_to_devices(self) -> "Subject":
         """The same with a batch of the examples alone, where they are fewer than a batch."""
-        each = jax.device_count() * cores.num_cores()
-        needed = -(-self.num_examples // each) * each
+        devices = jax.device_count()
+        needed = cores.padded(-(-self.num_examples // devices) * devices)
         return self._replace(batch_size=min(self.batch_size, needed))
 
     def some(self, limit: int) -> "Subject":

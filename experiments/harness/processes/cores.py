@@ -55,10 +55,18 @@ def _with_settings(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def batch_parts(size: int) -> list[slice]:
     """Equal parts of a batch, at most one for each core, of `SMALLEST` examples or more."""
-    most = max(min(num_cores(), size // SMALLEST), 1)
-    number = next(n for n in range(most, 0, -1) if size % n == 0)
+    number = next(n for n in range(_most_parts(size), 0, -1) if size % n == 0)
     each = size // number
     return [slice(start, start + each) for start in range(0, size, each)]
+
+
+def padded(size: int) -> int:
+    """The least size from this one on of which each core gets a part, unless they are too small."""
+    return size + -size % _most_parts(size)
+
+
+def _most_parts(size: int) -> int:
+    return max(min(num_cores(), size // SMALLEST), 1)
 
 
 def in_parts(function: Callable[..., Any], *arrays: Any) -> Any:

@@ -39,6 +39,8 @@ def test_parts_are_equal_and_make_up_the_batch(size, num_cores, monkeypatch):
     assert len(parts) <= num_cores
     assert len({len(part) for part in parts}) == 1
     assert len(parts) == 1 or len(parts[0]) >= cores.SMALLEST
+    assert size <= cores.padded(size) < size + num_cores
+    assert len(cores.batch_parts(cores.padded(size))) == min(num_cores, max(size // 16, 1))
 
 
 def test_a_batch_in_parts_is_that_batch(two_cores):
