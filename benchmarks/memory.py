@@ -88,7 +88,7 @@ def _memory(dtype: str, remat: bool, device: jax.Device) -> tuple[int, int]:
     examples = Examples(jax.ShapeDtypeStruct(images, jnp.uint8, sharding=batch), None)
     train_step = step.make_train_step(setup, streamed=True)
     options = CPU_OPTIONS if device.platform == "cpu" else None
-    lowered = train_step.func.lower(*train_step.args, state, examples, None)
+    lowered = train_step.lower(state, examples, None)
     plan = lowered.compile(compiler_options=options).memory_analysis()
     # The donated state is both an argument and a result.
     shared = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes

@@ -15,7 +15,7 @@ import numpy as np
 
 SMALLEST = 16  # examples; in smaller parts the calls themselves take too much of the time
 
-_calls: list[Future] = []  # the last ones, some of which run on after an error or a signal
+_calls: list[Future] = []  # those that are waited for, or run on after an error or a signal
 
 
 def at_once(function: Callable[..., Any], *items: Iterable[Any]) -> list[Any]:
@@ -28,7 +28,9 @@ def at_once(function: Callable[..., Any], *items: Iterable[Any]) -> list[Any]:
         return [function(*each) for each in arguments]
     function = _with_settings(function)
     _calls[:] = [_pool().submit(function, *each) for each in arguments]
-    return [call.result() for call in _calls]
+    results = [call.result() for call in _calls]
+    _calls.clear()  # they hold the results
+    return results
 
 
 def are_at_work() -> bool:

@@ -33,11 +33,14 @@ def compile_once(lowered: jax.stages.Lowered, args: tuple[Any, ...]) -> jax.stag
       lowered: the function, as `jax.jit(…).lower(*args)` gives it.
       args: its arguments.
     """
-    text = lowered.as_text()
+    return _compiled(lowered, lowered.as_text(), _signature(args))
+
+
+def _compiled(lowered: jax.stages.Lowered, text: str, signature: Hashable) -> jax.stages.Compiled:
     if _CALLBACK in text or len(text) > MAX_CHARACTERS:
         return lowered.compile()
     digest = hashlib.sha256(text.encode()).digest()
-    key = digest, lowered.out_tree, _signature(args)
+    key = digest, lowered.out_tree, signature
     compiled = _programs.get(key) or lowered.compile()
     with _lock:
         _programs[key] = compiled
@@ -61,9 +64,9 @@ def share(jitted: Callable) -> Callable:
         with compiling:
             if signature not in programs:
                 lowered = jitted.lower(*args)
-                program = compile_once(lowered, args)
-                calls_python = _CALLBACK in lowered.as_text()
-                programs[signature] = _one_at_a_time(program) if calls_python else program
+                text = lowered.as_text()
+                program = _compiled(lowered, text, signature)
+                programs[signature] = _one_at_a_time(program) if _CALLBACK in text else program
         return programs[signature](*args)
 
     return call

@@ -17,7 +17,7 @@ from experiments.harness.processes.signals import Interrupted
 from experiments.harness.training import diagnosis
 from experiments.harness.training.speed import Profile, Timing
 from experiments.harness.training.state import TrainingSetup, TrainState
-from experiments.harness.training.step import compile_step, make_train_step
+from experiments.harness.training.step import make_train_step
 from experiments.harness.workdir.checkpoints import Checkpoints
 
 
@@ -110,8 +110,8 @@ class Trainer:
         """The first step is left out of the timing, since the first call of a program is slow."""
         self.bar.set_postfix_str("compiling")
         batch, began = self.feed.next(), time.monotonic()
-        train_step = make_train_step(self.setup, self.feed.streamed)
-        self.train_step, flops = compile_step(train_step, state, *batch)
+        self.train_step = make_train_step(self.setup, self.feed.streamed)
+        flops = self.train_step.compile(state, *batch)
         self.clock.compile_seconds = time.monotonic() - began
         self.clock.flops = flops / self.steps_per_call
         self.profile.before(0, state)

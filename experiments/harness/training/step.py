@@ -1,6 +1,5 @@
 """The compiled training step. Its random numbers are functions of (seed, step)."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +32,6 @@ from experiments.harness.training.state import (
     state_shardings,
 )
 
-TrainStep = Callable[[TrainState, Examples, Any], TrainState]
 SMALL_NETWORK = 5_000_000  # parameters, up to which a core for each part of a batch is faster
 
 
@@ -63,15 +61,14 @@ def check(config: ConfigDict, definition: ModelDefinition) -> None:
         )
 
 
-def make_train_step(setup: TrainingSetup, streamed: bool = False) -> TrainStep:
+def make_train_step(setup: TrainingSetup, streamed: bool = False) -> "WholeStep | StepInParts":
     """One optimisation step as (state, examples of the whole set, indices [b]) -> state.
 
     The state is donated. The examples stay on the device and are indexed there. With
     `train.steps_per_dispatch` = k > 1 it takes k steps, and the indices are [k, b].
 
     The seed's key, `seeds.root`, is an argument of its programs and lies on the devices, so that
-    runs of other seeds can share them: the result is a `StepInParts`, or a `functools.partial` of a
-    jitted function and that key.
+    runs of other seeds can share them.
 
     Args:
       setup: config, model, optimizer and devices.
@@ -97,7 +94,7 @@ def make_train_step(setup: TrainingSetup, streamed: bool = False) -> TrainStep:
         in_shardings=(replicated, state_sharding, batch if streamed else replicated, batch),
         out_shardings=state_sharding,
     )
-    return functools.partial(jitted, _root(setup))
+    return WholeStep(jitted, _root(setup))
 
 
 def _gains_from_cores(setup: TrainingSetup) -> bool:
@@ -112,6 +109,27 @@ def _gains_from_cores(setup: TrainingSetup) -> bool:
 def _root(setup: TrainingSetup) -> jax.Array:
     """The seed's key on the devices."""
     return devices.place(seeds.root(setup.config.seed), devices.replicated(setup.mesh))
+
+
+class WholeStep:
+    """A step that is one program, of (root, state, examples, indices)."""
+
+    def __init__(self, program: Any, root: jax.Array):
+        self.program, self._root = program, root
+
+    def __call__(self, state: TrainState, examples: Examples, indices: Any) -> TrainState:
+        return self.program(self._root, state, examples, indices)
+
+    def lower(self, *batch: Any) -> jax.stages.Lowered:
+        """The program for (state, examples, indices), not compiled."""
+        return self.program.lower(self._root, *batch)
+
+    def compile(self, *batch: Any) -> float:
+        """Compiles it for (state, examples, indices); returns a call's operations."""
+        args = self._root, *batch
+        traced = self.program.trace(*args)
+        self.program = compile_once(traced.lower(), args)
+        return count_flops(traced.jaxpr)
 
 
 class StepInParts:
@@ -137,7 +155,7 @@ class StepInParts:
         return self._join(state, cores.at_once(lambda n: self._part(*batch, n), self._numbers))
 
     def compile(self, *batch: Any) -> float:
-        """Compiles both programs for (state, examples, indices); returns a step's operations."""
+        """Compiles both programs for (state, examples, indices), as `WholeStep.compile`."""
         part_args = self._root, *batch, self._numbers[0]
         part = self._part.trace(*part_args)
         join_args = batch[0], [part.out_info] * len(self._numbers)
@@ -145,16 +163,6 @@ class StepInParts:
         lowered = part.lower(), join.lower()  # here, since a thread has other settings of JAX
         self._part, self._join = cores.at_once(compile_once, lowered, [part_args, join_args])
         return len(self._numbers) * count_flops(part.jaxpr) + count_flops(join.jaxpr)
-
-
-def compile_step(train_step: TrainStep, *batch: Any) -> tuple[TrainStep, float]:
-    """A step compiled for (state, examples, indices), and a call's floating-point operations."""
-    if isinstance(train_step, StepInParts):
-        return train_step, train_step.compile(*batch)
-    args = (*train_step.args, *batch)
-    traced = train_step.func.trace(*args)
-    compiled = functools.partial(compile_once(traced.lower(), args), *train_step.args)
-    return compiled, count_flops(traced.jaxpr)
 
 
 def _make_one_step(setup: TrainingSetup) -> Callable[..., TrainState]:

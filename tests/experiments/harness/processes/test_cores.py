@@ -28,6 +28,7 @@ def test_calls_run_side_by_side_and_come_back_in_order(two_cores):
         return number, name
 
     assert cores.at_once(call, [0, 1], ["a", "b"]) == [(0, "a"), (1, "b")]
+    assert not cores._calls  # which would keep the results in memory
 
 
 @pytest.mark.parametrize("num_cores", [1, 2, 3, 8])

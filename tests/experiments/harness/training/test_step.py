@@ -42,7 +42,7 @@ def test_a_step_is_compiled_once_and_donates_its_state():
         before = stepper.state
         stepper.step()
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
-    assert stepper.compiled.func._cache_size() == 1
+    assert stepper.compiled.program._cache_size() == 1
     assert int(stepper.state.step) == 4
 
 
@@ -55,7 +55,7 @@ def test_parts_at_once_take_the_step_of_parts_in_turn(timesteps, monkeypatch):
         monkeypatch.setattr(cores, "num_cores", lambda number=number: number)
         stepper = Stepper(config)
         batch = stepper.examples, order.batch_indices(0, 0, 1000, 16)
-        stepper.compiled, count = step.compile_step(stepper.compiled, stepper.state, *batch)
+        count = stepper.compiled.compile(stepper.state, *batch)
         before = stepper.state
         stepper.step()
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
