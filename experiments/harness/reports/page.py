@@ -103,14 +103,16 @@ def render(runs: Sequence[Contents], studies: Sequence[Contents] = (), skipped=(
     environment.filters |= {"bits": tables.bits, "value": tables.value, "svg": Markup}
     several = _compared(runs) if len(runs) > 1 else None
     overlaid = sum(shown.size for shown in several["figures"]) if several else 0
-    size = (_BYTES - overlaid) / (len(runs) + len(studies)) - _TABLES
+    room = _BYTES - overlaid - _TABLES * (len(runs) + len(studies))
+    for_studies = room / 2 if studies else 0.0
+    size = (room - for_studies) / max(len(runs), 1)
     return environment.get_template("page.html").render(
         created=f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
         title=", ".join(each.name for each in (studies or runs)[:3])
         + (f" and {len(runs) - 3} more" if not studies and len(runs) > 3 else ""),
         lines=[_line_style(i) for i in range(len(LINE_STYLES))],
         num_directories=len(runs) + len(studies),
-        studies=[_view(study, size) for study in studies],
+        studies=[_view(study, for_studies / len(studies)) for study in studies],
         several=several,
         runs=[_view(run, size, len(runs) <= _MOST_DRAWN) for run in runs],
         problems=[*skipped, *(line for each in (*studies, *runs) for line in each.problems)],

@@ -9,6 +9,8 @@ import numpy as np
 from experiments.harness.reports.contents import Contents, Evaluation
 from experiments.harness.reports.reading import number
 
+NOTHING = "–"  # in place of a number that there is not
+
 
 class Table(NamedTuple):
     """A table of texts.
@@ -24,12 +26,12 @@ class Table(NamedTuple):
 
 def bits(value: float | None) -> str:
     """Bits/dim with four digits; of an unknown error, a dash."""
-    return "–" if value is None else f"{value:.4f}"
+    return NOTHING if value is None else f"{value:.4f}"
 
 
 def value(setting: Any) -> str:
     """A setting's value as one writes it in JSON; of a missing one, a dash."""
-    return "–" if setting is None else json.dumps(setting, ensure_ascii=False)
+    return NOTHING if setting is None else json.dumps(setting, ensure_ascii=False)
 
 
 def result(evaluation: Evaluation) -> dict[str, Any]:
@@ -122,7 +124,7 @@ def evaluations(contents: Contents) -> Table:
 def _sigma(evaluation: Evaluation) -> str:
     settings = evaluation.record.get("settings")
     settings = settings if isinstance(settings, dict) else {}
-    return str(settings.get("evaluate.variance") or settings.get("model.variance") or "–")
+    return str(settings.get("evaluate.variance") or settings.get("model.variance") or NOTHING)
 
 
 def _time(evaluation: Evaluation) -> str:
@@ -132,7 +134,7 @@ def _time(evaluation: Evaluation) -> str:
 
 def _clock(time: Any) -> str:
     """An ISO time in UTC as date and minutes."""
-    return str(time)[:16].replace("T", " ") if time else "–"
+    return str(time)[:16].replace("T", " ") if time else NOTHING
 
 
 def settings(contents: Contents) -> Table:
@@ -147,7 +149,7 @@ def sessions(contents: Contents) -> Table:
     rows = [
         [
             _clock(each.get("time")),
-            str(each.get("step", "–")),
+            str(each.get("step", NOTHING)),
             duration(each.get("seconds")),
             str(each.get("outcome", "no recorded end")),
             _devices(each),
@@ -173,7 +175,7 @@ def _versions(session: Mapping[str, Any]) -> str:
 def _commit(session: Mapping[str, Any]) -> str:
     commit = session.get("commit")
     changed = " with changes" if session.get("is_changed") else ""
-    return f"{str(commit)[:10]}{changed}" if commit else "–"
+    return f"{str(commit)[:10]}{changed}" if commit else NOTHING
 
 
 def facts(contents: Contents) -> Table:
@@ -188,7 +190,7 @@ def facts(contents: Contents) -> Table:
     rows += [[f"parts for {name}", value(entry)] for name, entry in contents.parts.items()]
     if contents.sessions:
         parameters = number(contents.sessions[-1].get("num_parameters"))
-        rows.append(["parameters", "–" if parameters is None else f"{parameters:,.0f}"])
+        rows.append(["parameters", NOTHING if parameters is None else f"{parameters:,.0f}"])
         rows.append(["training time", training_time(contents)])
         rows.append(["sessions", str(len(contents.sessions))])
     rows.append(["directory", str(contents.path)])
@@ -199,7 +201,7 @@ def training_time(contents: Contents) -> str:
     """The sum of the sessions; at least that of those whose end is recorded."""
     seconds = [s["seconds"] for s in contents.sessions if s.get("seconds") is not None]
     if not seconds:
-        return "–"
+        return NOTHING
     unknown = len(contents.sessions) - len(seconds)
     return f"{'more than ' if unknown else ''}{duration(sum(seconds))}"
 
@@ -207,7 +209,7 @@ def training_time(contents: Contents) -> str:
 def duration(seconds: float | None) -> str:
     """Seconds for people."""
     if seconds is None:
-        return "–"
+        return NOTHING
     if seconds < 90:
         return f"{seconds:.0f} s"
     hours, minutes = divmod(round(seconds / 60), 60)
@@ -215,15 +217,17 @@ def duration(seconds: float | None) -> str:
 
 
 def side_by_side(runs: Sequence[Contents]) -> Table:
-    """The results of several runs."""
+    """The results of several runs; a column that no run fills is left out."""
     head = ["run", "bits/dim", "± over examples", "± over noise", "prior", "diffusion"]
     head += ["reconstruction", "on", "T", "at step", "trained to", "validation", "images/s", "time"]
-    return Table(head, [_row(run) for run in runs])
+    columns = zip(head, *map(_row, runs), strict=True)
+    head, *rows = zip(*(c for c in columns if set(c[1:]) != {NOTHING}), strict=True)
+    return Table(list(head), list(map(list, rows)))
 
 
 def _row(run: Contents) -> list[str]:
     evaluation = run.evaluation
-    measured = ["–"] * 9
+    measured = [NOTHING] * 9
     if evaluation is not None:
         errors = evaluation.bits_per_dim_se, evaluation.bits_per_dim_mc_se
         measured = [bits(v) for v in (evaluation.bits_per_dim, *errors)]
@@ -236,8 +240,8 @@ def _row(run: Contents) -> list[str]:
     return [
         run.name,
         *measured,
-        "–" if run.step is None else f"{run.step:,}",
-        bits(min(validation)) if len(validation) else "–",
-        f"{np.median(speed):,.0f}" if len(speed) else "–",
+        NOTHING if run.step is None else f"{run.step:,}",
+        bits(min(validation)) if len(validation) else NOTHING,
+        f"{np.median(speed):,.0f}" if len(speed) else NOTHING,
         training_time(run),
     ]

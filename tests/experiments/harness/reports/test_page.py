@@ -173,6 +173,36 @@ def test_a_study_comes_before_its_cells(tmp_path):
     assert re.findall(r"<summary[^>]*>(.*?)</", text) == ["eps", "v"]
 
 
+def test_a_study_of_many_runs_shows_its_plots_and_no_empty_column(tmp_path):
+    study = tmp_path / "study"
+    study.mkdir()
+    (study / "ablation.json").write_text("{}")
+    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)
+    for name in ("ablation", "learning_curves"):
+        save_png(study / f"{name}.png", noise)
+    run = read_contents(compose(tmp_path / "run"))._replace(evaluation=None, arrays=None)
+    runs = [run._replace(name=f"run {i}") for i in range(20)]
+    text = page.render(runs, [read_contents(study)])
+    assert {f'alt="{page._DOCUMENTS[n]}"' in text for n in ("ablation", "learning_curves")} == {
+        True
+    }
+    words = Page(text).text
+    assert "trained to" in words
+    assert "± over noise" not in words
+
+
+def test_a_plot_that_finds_no_room_is_named_and_leaves_no_heading(tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "_BYTES", 150_000)
+    study = tmp_path / "study"
+    study.mkdir()
+    (study / "ablation.json").write_text("{}")
+    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)  # 120 kB
+    save_png(study / "learning_curves.png", noise)
+    text = page.render([read_contents(compose(tmp_path / "run"))], [read_contents(study)])
+    assert "Learning curves of the study" not in headings(text)
+    assert "stays small: Learning curves of the study" in Page(text).text
+
+
 @pytest.mark.parametrize("count", [1, 30])
 def test_the_page_stays_below_three_megabytes(count, tmp_path, monkeypatch):
     """However large the pictures are, and with a long log."""
