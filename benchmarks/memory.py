@@ -31,7 +31,7 @@ from experiments.harness.setup.definition import define_model
 from experiments.harness.setup.params import abstract_params
 from experiments.harness.training import gradients, step
 from experiments.harness.training.loss import init_history, make_draw, make_loss
-from experiments.harness.training.state import abstract_state, make_setup
+from experiments.harness.training.state import make_setup
 
 _BATCH = flags.DEFINE_integer("batch", 128, "Examples in a batch.")
 _TOPOLOGY = flags.DEFINE_string("topology", "", "TPUs to compile for; empty: the first device.")
@@ -82,13 +82,12 @@ def _memory(dtype: str, remat: bool, device: jax.Device) -> tuple[int, int]:
     config = _config(dtype, remat)
     mesh = Mesh(np.array([[device]]), devices.AXES)
     setup = make_setup(config)._replace(mesh=mesh)
-    state = abstract_state(setup)
     images = (config.train.batch_size, *setup.definition.image_shape)
     batch = devices.split_batch(mesh)
     examples = Examples(jax.ShapeDtypeStruct(images, jnp.uint8, sharding=batch), None)
     train_step = step.make_train_step(setup, streamed=True)
     options = CPU_OPTIONS if device.platform == "cpu" else None
-    lowered = train_step.lower(state, examples, None)
+    lowered = train_step.lower(train_step.packing.abstract(), examples, None)
     plan = lowered.compile(compiler_options=options).memory_analysis()
     # The donated state is both an argument and a result.
     shared = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes

@@ -100,7 +100,10 @@ class Training:
         return examples, devices.place(indices, devices.split_batch(self.mesh, leading))
 
     def step(self) -> TrainState:
-        self.state = self.compiled(self.state, *self.batch(int(self.state.step)))
+        packing, batch = self.compiled.packing, self.batch(int(self.state.step))
+        packed = packing.pack(self.state)
+        assert (packed is self.state) == (self.mesh.size > 1)
+        self.state = packing.unpack(self.compiled(packed, *batch))
         return self.state
 
     def gradients(self) -> Any:

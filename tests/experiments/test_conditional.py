@@ -12,7 +12,6 @@ import pytest
 from diffusion.statistics.control import GaussianControl
 from experiments import variance
 from experiments.evaluate import evaluate, result_line
-from experiments.harness import devices
 from experiments.harness.data import order, splits
 from experiments.harness.data.sources import source
 from experiments.harness.errors import ConfigError
@@ -43,12 +42,12 @@ def stepped(config, labels=None, num_steps=3):
     examples = splits.load_data(config, "train").examples(slice(None))
     examples = examples if labels is None else examples._replace(labels=labels)
     before = jax.device_get(first_state(setup))
-    state = devices.place(before, devices.replicated(setup.mesh))
     run = make_train_step(setup)
+    state = run.packing.pack(before)
     for step in range(num_steps):
         indices = order.batch_indices(config.seed, step, 1000, config.train.batch_size)
         state = run(state, examples, indices)
-    return before, jax.device_get(state)
+    return before, jax.device_get(run.packing.unpack(state))
 
 
 def label_rows(state):

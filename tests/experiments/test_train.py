@@ -66,7 +66,7 @@ def test_a_finished_run_returns_at_once_and_changes_nothing(uninterrupted, monke
     config, workdir, expected = uninterrupted
     before = tiny.files(workdir)
     interrupt_at(monkeypatch, 12)
-    monkeypatch.setattr(loop, "make_train_step", None)  # a step would fail
+    monkeypatch.setattr(loop.Trainer, "compile_and_take_first_step", None)  # a step would fail
     tiny.assert_bit_equal(train(config, workdir), expected)
     after = tiny.files(workdir)
     assert after.keys() == before.keys()

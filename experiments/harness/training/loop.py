@@ -63,6 +63,8 @@ class Trainer:
         self.steps_per_call = setup.config.train.steps_per_dispatch
         self.feed, self.clock = Feed(setup.config, setup.mesh), Clock()
         self.profile = Profile(setup.config, workdir)
+        self.train_step = make_train_step(setup, self.feed.streamed)
+        self.packing = self.train_step.packing
         self.largest_signal = devices.LargestOfProcesses(setup.mesh)
 
     def run(self, state: TrainState, tasks_pending: bool = False) -> TrainState:
@@ -80,7 +82,7 @@ class Trainer:
           RunError: if a step is not finite, or a batch cannot be read.
           Interrupted: after a signal; the state is saved first.
         """
-        first, last = int(state.step), self.num_steps
+        first, last, state = int(state.step), self.num_steps, self.packing.pack(state)
         with (
             progress(last, "train", "step", initial=first) as self.bar,
             self.profile,
@@ -104,13 +106,12 @@ class Trainer:
                     raise self.save_interrupted(state, interrupted.number) from None
                 self.checkpoints.wait()
         self.check_for_signals(wait=True)
-        return state
+        return self.packing.unpack(state)
 
     def compile_and_take_first_step(self, state: TrainState) -> TrainState:
         """The first step is left out of the timing, since the first call of a program is slow."""
         self.bar.set_postfix_str("compiling")
         batch, began = self.feed.next(), time.monotonic()
-        self.train_step = make_train_step(self.setup, self.feed.streamed)
         flops = self.train_step.compile(state, *batch)
         self.clock.compile_seconds = time.monotonic() - began
         self.clock.flops = flops / self.steps_per_call
@@ -130,13 +131,16 @@ class Trainer:
           Interrupted: if a signal came before the tasks, or in one that can be interrupted.
         """
         self.check_for_signals()
-        for task in self.tasks:
-            if step % task.every == 0 or step == self.num_steps:
-                with self.clock.paused(state):
-                    self.checkpoints.check()
-                    self.check_finite(state)
-                    self.clock.waited += self.feed.read_waited()
-                    text = task.run(state, self.clock.timing())
+        due = [task for task in self.tasks if step % task.every == 0 or step == self.num_steps]
+        if not due:
+            return
+        with self.clock.paused(state):
+            self.check_finite(state)
+            self.clock.waited += self.feed.read_waited()
+            unpacked = self.packing.unpack(state)
+            for task in due:
+                self.checkpoints.check()
+                text = task.run(unpacked, self.clock.timing())
                 if text is not None:
                     self.bar.set_postfix_str(text)
 
@@ -149,7 +153,7 @@ class Trainer:
                 raise
             self.check_finite(state)
             step = int(state.step)
-            self.checkpoints.save_interrupted(step, state)
+            self.checkpoints.save_interrupted(step, self.packing.unpack(state))
             raise RunError(
                 f"{error}; step {step} is saved in {self.workdir}, and the same command goes on "
                 "from there (without the same images the batches would be others: that needs "
@@ -170,7 +174,7 @@ class Trainer:
         """Saves the state; returns an exception that says how to resume."""
         self.check_finite(state)
         step = int(state.step)
-        self.checkpoints.save_interrupted(step, state)
+        self.checkpoints.save_interrupted(step, self.packing.unpack(state))
         message = f"step {step} is saved in {self.workdir}; the same command goes on from there"
         return Interrupted(number, message, by_all=True)
 
@@ -183,7 +187,7 @@ class Trainer:
         if bad_step < 0:
             return
         batch = self.feed.of_step(bad_step - 1)
-        description = diagnosis.describe_bad_step(self.setup, state, *batch)
+        description = diagnosis.describe_bad_step(self.setup, self.packing.unpack(state), *batch)
         latest = self.checkpoints.latest_step()
         saved = "no checkpoint was saved" if latest is None else f"step {latest} is the last saved"
         num_skipped = int(state.window.skipped_steps)

@@ -24,12 +24,12 @@ from experiments.harness.training.gradients import (
     trained_network,
 )
 from experiments.harness.training.loss import Batch
+from experiments.harness.training.packing import Packing
 from experiments.harness.training.speed import count_flops
 from experiments.harness.training.state import (
     TrainingSetup,
     TrainState,
     Window,
-    state_shardings,
 )
 
 SMALL_NETWORK = 5_000_000  # parameters, up to which a core for each part of a batch is faster
@@ -77,8 +77,9 @@ def make_train_step(setup: TrainingSetup, streamed: bool = False) -> "WholeStep 
     """
     if _gains_from_cores(setup):
         return StepInParts(setup)
-    mesh = setup.mesh
-    train_step, is_scanned = _make_one_step(setup), setup.config.train.steps_per_dispatch > 1
+    mesh, packing = setup.mesh, Packing(setup)
+    train_step = _make_one_step(setup, packing)
+    is_scanned = setup.config.train.steps_per_dispatch > 1
 
     def train_steps(root, state, examples, indices):
         def step(state, batch):
@@ -86,7 +87,7 @@ def make_train_step(setup: TrainingSetup, streamed: bool = False) -> "WholeStep 
 
         return jax.lax.scan(step, state, (examples, indices) if streamed else indices)[0]
 
-    replicated, state_sharding = devices.replicated(mesh), state_shardings(setup)
+    replicated, state_sharding = devices.replicated(mesh), packing.shardings
     batch = devices.split_batch(mesh, leading=int(is_scanned))
     jitted = jax.jit(
         train_steps if is_scanned else train_step,
@@ -94,7 +95,7 @@ def make_train_step(setup: TrainingSetup, streamed: bool = False) -> "WholeStep 
         in_shardings=(replicated, state_sharding, batch if streamed else replicated, batch),
         out_shardings=state_sharding,
     )
-    return WholeStep(jitted, _root(setup))
+    return WholeStep(jitted, _root(setup), packing)
 
 
 def _gains_from_cores(setup: TrainingSetup) -> bool:
@@ -114,8 +115,8 @@ def _root(setup: TrainingSetup) -> jax.Array:
 class WholeStep:
     """A step that is one program, of (root, state, examples, indices)."""
 
-    def __init__(self, program: Any, root: jax.Array):
-        self.program, self._root = program, root
+    def __init__(self, program: Any, root: jax.Array, packing: Packing):
+        self.program, self._root, self.packing = program, root, packing
 
     def __call__(self, state: TrainState, examples: Examples, indices: Any) -> TrainState:
         return self.program(self._root, state, examples, indices)
@@ -140,6 +141,7 @@ class StepInParts:
 
     def __init__(self, setup: TrainingSetup):
         self._root, self._numbers = _root(setup), np.arange(setup.config.train.accumulate)
+        self.packing = Packing(setup)
         finish, num_parts = _make_finish(setup), len(self._numbers)
 
         def join(state, parts):
@@ -147,8 +149,8 @@ class StepInParts:
             batch = join_parts(jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches))
             return finish(state, batch, jax.tree.map(lambda *g: sum(g) / num_parts, *grads))
 
-        self._part = jax.jit(make_part(setup))
-        self._join = jax.jit(join, donate_argnums=0, out_shardings=state_shardings(setup))
+        self._part = jax.jit(self.packing.of_gradients(make_part(setup)))
+        self._join = jax.jit(join, donate_argnums=0, out_shardings=self.packing.shardings)
 
     def __call__(self, state: TrainState, examples: Examples, indices: Any) -> TrainState:
         batch = self._root, state, examples, indices
@@ -165,9 +167,9 @@ class StepInParts:
         return len(self._numbers) * count_flops(part.jaxpr) + count_flops(join.jaxpr)
 
 
-def _make_one_step(setup: TrainingSetup) -> Callable[..., TrainState]:
+def _make_one_step(setup: TrainingSetup, packing: Packing) -> Callable[..., TrainState]:
     """A single step as (root, state, examples, indices) -> state, not compiled."""
-    gradients, finish = make_gradients(setup), _make_finish(setup)
+    gradients, finish = packing.of_gradients(make_gradients(setup)), _make_finish(setup)
     return lambda root, state, *batch: finish(state, *gradients(root, state, *batch))
 
 

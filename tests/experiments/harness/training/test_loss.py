@@ -61,12 +61,13 @@ def stepped(config, num_steps):
     setup = make_setup(config)
     examples = splits.load_data(config, "train").examples(slice(None))
     compiled = make_train_step(setup)
-    state = first_state(setup)
-    states = [jax.device_get(state)]
+    pack, unpack = compiled.packing.pack, compiled.packing.unpack
+    state = pack(first_state(setup))
+    states = [jax.device_get(unpack(state))]
     for step in range(num_steps):
         sizes = len(examples.images), config.train.batch_size
         state = compiled(state, examples, order.batch_indices(config.seed, step, *sizes))
-        states.append(jax.device_get(state))
+        states.append(jax.device_get(unpack(state)))
     return setup.definition, states
 
 

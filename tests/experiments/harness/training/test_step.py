@@ -26,20 +26,24 @@ class Stepper:
         if examples is None:
             examples = splits.load_data(config, "train").examples(slice(None))
         self.examples = devices.place(examples, devices.replicated(setup.mesh))
-        self.state = first_state(setup)
         self.compiled = step.make_train_step(setup)
+        self.packed = self.compiled.packing.pack(first_state(setup))
+
+    @property
+    def state(self):
+        return self.compiled.packing.unpack(self.packed)
 
     def step(self):
         sizes = len(self.examples.images), self.config.train.batch_size
-        indices = order.batch_indices(self.config.seed, int(self.state.step), *sizes)
-        self.state = self.compiled(self.state, self.examples, indices)
+        indices = order.batch_indices(self.config.seed, int(self.packed.step), *sizes)
+        self.packed = self.compiled(self.packed, self.examples, indices)
         return self.state
 
 
 def test_a_step_is_compiled_once_and_donates_its_state():
     stepper = Stepper(tiny.config())
     for _ in range(4):
-        before = stepper.state
+        before = stepper.packed
         stepper.step()
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
     assert stepper.compiled.program._cache_size() == 1
@@ -55,8 +59,8 @@ def test_parts_at_once_take_the_step_of_parts_in_turn(timesteps, monkeypatch):
         monkeypatch.setattr(cores, "num_cores", lambda number=number: number)
         stepper = Stepper(config)
         batch = stepper.examples, order.batch_indices(0, 0, 1000, 16)
-        count = stepper.compiled.compile(stepper.state, *batch)
-        before = stepper.state
+        count = stepper.compiled.compile(stepper.packed, *batch)
+        before = stepper.packed
         stepper.step()
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
         stepper.step()
