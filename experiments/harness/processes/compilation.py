@@ -42,6 +42,11 @@ def keep_programs() -> None:
     _empty_on_error(directory)
 
 
+def for_one_call() -> dict[str, int] | None:
+    """Options of `jax.jit` for a program that runs once, quicker to compile on a CPU."""
+    return {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+
+
 def cache_directory() -> pathlib.Path:
     """Where programs for this kind of CPU are kept."""
     default = pathlib.Path.home() / ".cache"

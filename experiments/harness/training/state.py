@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from experiments.harness import devices, seeds
+from experiments.harness.processes import compilation
 from experiments.harness.processes.shared_programs import share
 from experiments.harness.setup.definition import ModelDefinition, define_model
 from experiments.harness.setup.params import abstract_params, init_params
@@ -124,7 +125,9 @@ def first_state(setup: TrainingSetup, load_params: Callable[[], Any] | None = No
 
     if load_params is None:
         initial = jax.jit(
-            lambda root: start(init_params(definition, root)), out_shardings=shardings
+            lambda root: start(init_params(definition, root)),
+            out_shardings=shardings,
+            compiler_options=compilation.for_one_call(),
         )
         return share(initial)(seeds.root(config.seed))
     return share(jax.jit(start, out_shardings=shardings))(load_params())
