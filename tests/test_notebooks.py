@@ -17,6 +17,12 @@ from tests.test_docs import ROOT
 SHORT = {
     "a_trained_run": {
         "num_steps": 15,
+        "unet": {
+            "channels": 4,
+            "num_groups": 4,
+            "channel_multipliers": (1,),
+            "attention_resolutions": (),
+        },
         "num_examples": 32,
         "num_measured": 64,
         "few_timesteps": (3, 5),
