@@ -28,15 +28,17 @@ MIXTURE = distributions.Mixture(WEIGHTS, MEANS[:, None], (STDS**2)[:, None, None
 OPTIONS = {
     "euler": {"churn": 0.05},
     "ddim": {"eta": 0.5},
-    # Small moves, many of them: what is left of a level's noise and the moves' own excess are 1 %.
-    "langevin": {"num_steps": 20, "snr": 0.2},
+    # K = 4 r² moves per unit of log-SNR = 71: of a level's noise an excess of 1/70 is left. That of
+    # the moves themselves is r² of the last level's noise, and that noise is e⁻⁹.
+    "langevin": {"num_steps": 5, "snr": 0.4},
 }
 
 
 def draw(data, name, options):
     model = problems.without_decoder(Reverse(data.denoiser, "x_0"))
     # An adaptive solve takes its own steps between two levels; the others take one.
-    levels = schedules.linear_log_snr(9.0, -9.0).levels(3 if name == "adaptive" else 400)
+    num_timesteps = {"adaptive": 3, "langevin": 400}.get(name, 200)
+    levels = schedules.linear_log_snr(9.0, -9.0).levels(num_timesteps)
     sampler = registry.SAMPLERS[name](model, **options)
     noise = example_noise(jax.random.key(3), jnp.arange(N), (data.means.shape[1],))
     run = functools.partial(base.sample, sampler, levels, noise, N)
