@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from tests import conftest
+
 ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = ("diffusion", "models", "experiments.harness", "experiments", "main")
 MATHEMATICS = {"jax", "numpy", "jaxtyping", "diffrax"}
@@ -120,3 +122,8 @@ def test_the_mathematics_needs_arrays_and_nothing_else(name, path):
 @each("configs")
 def test_configs_need_no_code_of_ours(name, path):
     assert tops(path) <= CONFIGS | {"configs"}, name
+
+
+@pytest.mark.parametrize("name", conftest.LONGEST)
+def test_the_files_that_are_tested_first_exist(name):
+    assert (ROOT / name).is_file()
