@@ -18,4 +18,5 @@ def get_config() -> ConfigDict:
     config.schedule.name = "learned"
     config.schedule.learned.update(max=8.0, min=-5.0)
     config.train.update(time="continuous", accumulate=1)
+    config.train.update(num_steps=1500, learning_rate=3e-3, sample_every=1500)
     return config

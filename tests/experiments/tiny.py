@@ -89,7 +89,7 @@ def config(network: str = "convolution", **overrides: Any) -> ConfigDict:
         sample_timesteps=3,
         validation_timesteps=2,
     )
-    tiny.evaluate.update(batch_size=64, chunk_size=4, replicates=3)
+    tiny.evaluate.update(batch_size=64, chunk_size=4, replicates=3, target=0.0)
     tiny.sample.update(num_samples=6, batch_size=4, strip_rows=2, strip_columns=4)
     tiny.update_from_flattened_dict({k.replace("__", "."): v for k, v in overrides.items()})
     return tiny
