@@ -59,7 +59,7 @@ class BareSteps:
         """Seconds of the bare steps, on a state of their own, since each step donates its state."""
         batch = jax.block_until_ready(jax.device_put(self.trainer.feed.of_step(0)))
         if self._state is None:
-            self._state = first_state(self.trainer.setup)
+            self._state = self.trainer.packing.pack(first_state(self.trainer.setup))
         began = time.monotonic()
         for _ in range(_STEPS.value):
             self._state = self.trainer.train_step(self._state, *batch)

@@ -88,7 +88,8 @@ def _ours(setup: TrainingSetup) -> dict[tuple[str, str], Run]:
     images = np.random.default_rng(0).integers(0, 17, shape).astype(np.uint8)
     examples, indices = jax.device_put((Examples(images, None), np.arange(_BATCH.value)))
     state, step = first_state(setup), make_train_step(setup)
-    network, params = setup.definition.network, state.params["network"]
+    network = setup.definition.network
+    params = jax.tree.map(jnp.copy, state.params["network"])
     state = step.packing.pack(state)
     x_t, log_snr = jnp.ones(shape), jnp.zeros(_BATCH.value)
     apply = functools.partial(jax.jit(network.apply), {"params": params})

@@ -16,7 +16,6 @@ from configs import digits
 
 def get_config() -> ConfigDict:
     """The digits, with each training label withheld one time in ten."""
-    config = digits.get_config()
+    config = digits.slowly(digits.get_config())
     config.model.class_conditional = True
-    config.train.update(num_steps=1500, learning_rate=3e-3, sample_every=1500)
     return config

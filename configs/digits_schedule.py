@@ -14,9 +14,8 @@ from configs import digits
 
 def get_config() -> ConfigDict:
     """The digits, in continuous time, with a schedule that is learned between pinned ends."""
-    config = digits.get_config()
+    config = digits.slowly(digits.get_config())
     config.schedule.name = "learned"
     config.schedule.learned.update(max=8.0, min=-5.0)
     config.train.update(time="continuous", accumulate=1)
-    config.train.update(num_steps=1500, learning_rate=3e-3, sample_every=1500)
     return config

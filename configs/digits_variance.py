@@ -15,7 +15,6 @@ from configs import digits
 
 def get_config() -> ConfigDict:
     """The digits with a free diagonal Σ_θ, trained on the bound."""
-    config = digits.get_config()
+    config = digits.slowly(digits.get_config())
     config.model.variance = "learned_diagonal"
-    config.train.update(num_steps=1500, learning_rate=3e-3, sample_every=1500)
     return config

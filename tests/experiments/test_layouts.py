@@ -16,7 +16,7 @@ from tests.mock_cifar10 import write_cifar10
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 SIZES = {"train": 40, "validation": 9, "test": 11}
-ALL = 50  # of which a random tenth each is held out: 40 to train on, and one program
+ALL = 50  # a tenth each for validation and test leaves 40, as in SIZES, so that programs are shared
 SPELT = {"train": "Train", "validation": "val", "test": "testing"}
 
 

@@ -336,9 +336,13 @@ def test_an_image_that_cannot_be_read_loses_no_step(uninterrupted, tmp_path, mon
 def test_a_few_random_kills_change_nothing(capsys, monkeypatch):
     """The short form of `python -m tests.stress.kill`: both stops are inside a save."""
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    smaller = {"train.checkpoint_every": 15, "train.sample_every": 60, "model.unet.channels": 4}
-    smaller["train.warmup_steps"] = 20
-    smaller["train.num_steps"] = 65  # as below, so that main's change is undone
+    smaller = {
+        "train.checkpoint_every": 15,
+        "train.sample_every": 60,
+        "train.warmup_steps": 20,
+        "train.num_steps": 65,  # as in the arguments, so that main's change is undone
+        "model.unet.channels": 4,
+    }
     for name, value in smaller.items():
         monkeypatch.setitem(kill.SETTINGS, name, value)
     arguments = ["--times=1", "--steps=65", "--seed=5", "--experiment=train"]

@@ -73,7 +73,7 @@ MISTAKES = {
     "--config.schedule.name=cosin": "did you mean cosine?",
     "--config.train.batch_size=many": "=many; it must be a whole number in [1, 10^7]",
     "--config.train.batch_size=5000": "= 5000 is more than the 1000 training examples of digits",
-    "--config.train.warmup_steps=1501": "at most config.train.num_steps = 1500",
+    "--config.train.warmup_steps=1001": "at most config.train.num_steps = 1000",
     "--config.model.unet.channel_multipliers=2": "=2; it must be a tuple",
     "--config.model.unet.attention_resolutions=(1e2,)": "[1, 16384]; write 100",
     "--config.model.unet.fourier_exponents=3": "write '(3,)'",

@@ -40,7 +40,7 @@ STUDY_FILES: dict[str, tuple[Make, str]] = {
             b'{"axes": {"train.objective": {}}, "settings": {"train.num_steps": 5}}',
             here,
         ),
-        "train.num_steps was 5, now 1500",
+        "train.num_steps was 5, now 1000",
     ),
     "a damaged study.json": (lambda here: write(_STUDY, b"{}", here), _STUDY),
     "a run": (lambda here: write("config.json", b"{}", here), "config.json"),

@@ -71,7 +71,7 @@ class Trainer:
         """Trains from the state's step to the last one.
 
         Args:
-          state: the state to start from; it is donated.
+          state: the state to start from; it must not be used afterwards.
           tasks_pending: whether the tasks of the state's own step have yet to run, because a signal
             interrupted the run before them.
 

@@ -1,4 +1,4 @@
-"""The arrays of a network as one vector, in which a CPU takes its training steps.
+"""On a CPU a training step works on one vector that holds all arrays of the network.
 
 The optimizer, the average of the parameters and the tests for NaN are a few operations for each
 array, and even a small network has more than a hundred. For one vector they are compiled, and run,
@@ -24,7 +24,7 @@ from experiments.harness.training.state import (
 
 
 class Packing:
-    """Puts whatever has the shapes of the network's parameters into a vector, and takes it out.
+    """Packs parameters, their average, moments and gradients of the network into vectors.
 
     On an accelerator, on several devices, and for parameters of several dtypes it changes nothing.
     """
@@ -35,8 +35,8 @@ class Packing:
         network = self._params["network"]
         leaves, self._shapes = jax.tree.leaves(network), _shapes(network)
         self._ends = np.cumsum([leaf.size for leaf in leaves])
-        is_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
-        self._is_used = is_cpu and len({leaf.dtype for leaf in leaves}) == 1
+        is_one_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+        self._is_used = is_one_cpu and len({leaf.dtype for leaf in leaves}) == 1
         self.shardings = devices.replicated(mesh) if self._is_used else self._layout
 
     def of_gradients(self, gradients: Callable[..., Any]) -> Callable[..., Any]:
@@ -66,28 +66,26 @@ class Packing:
         copies = jax.tree.map(np.array, state)
         return devices.place(self._unpack(copies, self._state, np), self._layout)
 
-    def _pack(self, tree: Any, numpy: ModuleType) -> Any:
+    def _pack(self, tree: Any, np_or_jnp: ModuleType) -> Any:
         def to_vector(node):
             if not self._is_network(node):
                 return node
-            return numpy.concatenate([numpy.ravel(leaf) for leaf in jax.tree.leaves(node)])
+            return np_or_jnp.concatenate([np_or_jnp.ravel(leaf) for leaf in jax.tree.leaves(node)])
 
-        return jax.tree.map(to_vector, tree, is_leaf=self._is_network) if self._is_used else tree
+        return jax.tree.map(to_vector, tree, is_leaf=self._is_network)
 
-    def _unpack(self, tree: Any, like: Any, numpy: ModuleType) -> Any:
+    def _unpack(self, tree: Any, like: Any, np_or_jnp: ModuleType) -> Any:
         def to_arrays(target, node):
             if not self._is_network(target):
                 return node
             leaves, structure = jax.tree.flatten(target)
-            parts = zip(numpy.split(node, self._ends[:-1]), leaves, strict=True)
+            parts = zip(np_or_jnp.split(node, self._ends[:-1]), leaves, strict=True)
             return structure.unflatten([part.reshape(leaf.shape) for part, leaf in parts])
 
-        if not self._is_used:
-            return tree
         return jax.tree.map(to_arrays, like, tree, is_leaf=self._is_network)
 
     def _is_network(self, node: Any) -> bool:
-        return _shapes(node) == self._shapes
+        return self._is_used and _shapes(node) == self._shapes
 
 
 def _shapes(tree: Any) -> tuple[Any, list[tuple[int, ...]]]:

@@ -26,11 +26,7 @@ from experiments.harness.training.gradients import (
 from experiments.harness.training.loss import Batch
 from experiments.harness.training.packing import Packing
 from experiments.harness.training.speed import count_flops
-from experiments.harness.training.state import (
-    TrainingSetup,
-    TrainState,
-    Window,
-)
+from experiments.harness.training.state import TrainingSetup, TrainState, Window
 
 SMALL_NETWORK = 5_000_000  # parameters, up to which a core for each part of a batch is faster
 
@@ -64,7 +60,8 @@ def check(config: ConfigDict, definition: ModelDefinition) -> None:
 def make_train_step(setup: TrainingSetup, streamed: bool = False) -> "WholeStep | StepInParts":
     """One optimisation step as (state, examples of the whole set, indices [b]) -> state.
 
-    The state is donated. The examples stay on the device and are indexed there. With
+    The state is one that the step's `packing.pack` gave, and is donated; `packing.unpack` gives it
+    back as a tree. The examples stay on the device and are indexed there. With
     `train.steps_per_dispatch` = k > 1 it takes k steps, and the indices are [k, b].
 
     The seed's key, `seeds.root`, is an argument of its programs and lies on the devices, so that

@@ -12,7 +12,12 @@ from experiments.harness.data import order, splits
 from experiments.harness.setup.definition import MODELS
 from experiments.harness.training.gradients import make_gradients
 from experiments.harness.training.packing import Packing
-from experiments.harness.training.state import abstract_state, first_state, make_setup
+from experiments.harness.training.state import (
+    abstract_state,
+    first_state,
+    make_setup,
+    state_shardings,
+)
 from experiments.harness.training.step import make_train_step
 from tests.experiments import tiny
 
@@ -22,7 +27,11 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 CONFIGS = {
     "plain": {},
-    "adamw, clipped": {"train__optimizer": "adamw", "train__gradient_clip": 0.01},
+    "adamw, clipped": {
+        "train__optimizer": "adamw",
+        "train__weight_decay": 0.5,
+        "train__gradient_clip": 0.01,
+    },
     "learned schedule": {"schedule__name": "learned"},
     "history": {"train__timesteps": "importance"},
 }
@@ -30,7 +39,12 @@ CONFIGS = {
 
 @pytest.fixture(scope="module", params=CONFIGS)
 def setup(request):
-    return make_setup(tiny.config(**CONFIGS[request.param]))
+    """On a CPU; elsewhere there is nothing to pack. The first step has the full rate."""
+    made = make_setup(tiny.config(train__warmup_steps=0, **CONFIGS[request.param]))
+    state = first_state(made)
+    if Packing(made).pack(state) is state:
+        pytest.skip("these devices keep the arrays of a network")
+    return made
 
 
 def step_and_batch(setup):
@@ -40,9 +54,13 @@ def step_and_batch(setup):
 
 
 def test_a_state_comes_back_bit_for_bit_with_its_layout(setup):
-    state, packing = first_state(setup), Packing(setup)
+    """No two arrays of it are alike."""
+    leaves, structure = jax.tree.flatten(first_state(setup))
+    leaves = [leaf + np.asarray(i, leaf.dtype) for i, leaf in enumerate(leaves)]
+    state = jax.device_put(structure.unflatten(leaves), state_shardings(setup))
+    packing = Packing(setup)
     back = packing.unpack(packing.pack(state))
-    assert jax.tree.structure(back) == jax.tree.structure(state)
+    assert jax.tree.structure(back) == structure
     tiny.assert_bit_equal(back, state)
     same = jax.tree.map(lambda a, b: a.sharding == b.sharding and a.dtype == b.dtype, back, state)
     assert all(jax.tree.leaves(same))
@@ -57,17 +75,18 @@ def test_a_network_is_one_vector_wherever_it_is(setup):
     assert shapes == jax.tree.map(lambda a: (a.shape, a.dtype), packing.abstract())
 
 
-def test_unpacked_arrays_outlive_the_next_step(setup):
+def test_unpacked_arrays_are_copies(setup):
     """The step donates the packed state, in whose memory the next one is written."""
     train_step, *batch = step_and_batch(setup)
     state = train_step.packing.pack(first_state(setup))
     kept = train_step.packing.unpack(state)
+    shared = [np.shares_memory(a, b) for a in jax.tree.leaves(kept) for b in jax.tree.leaves(state)]
+    assert not any(shared)
     before = jax.tree.map(np.array, kept)
-    for _ in range(2):
-        state = train_step(state, *batch)
+    state = train_step(state, *batch)
     tiny.assert_bit_equal(kept, before)
     now = train_step.packing.unpack(state)
-    assert optax.tree.norm(optax.tree.sub(now.params, kept.params)) > 1e-3
+    assert optax.tree.norm(optax.tree.sub(now.params, kept.params)) > 0.01
 
 
 def test_a_packed_step_is_that_of_the_arrays(setup):
@@ -79,15 +98,17 @@ def test_a_packed_step_is_that_of_the_arrays(setup):
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     average = jax.tree.map(lambda e, p: e / 10 + 0.9 * p, state.ema_params, params)
+    change = optax.tree.sub(params["network"], state.params["network"])
+    assert min(np.abs(leaf).max() for leaf in jax.tree.leaves(change)) > 0.01
     packing = train_step.packing
     after = packing.unpack(train_step(packing.pack(state), *batch))
-    got = after.params, after.ema_params, after.opt_state
-    # Adam divides a gradient by its size: where that is near zero, rounding counts in full.
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
-        got,
-        (params, average, opt_state),
-    )
+
+    def compare(a, b):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
+
+    jax.tree.map(compare, after.opt_state, opt_state)
+    # Adam divides a gradient by its size: near zero rounding counts in full.
+    jax.tree.map(compare, (after.params, after.ema_params), (params, average))
 
 
 class TwoTypes(nn.Module):
