@@ -28,8 +28,8 @@ MIXTURE = distributions.Mixture(WEIGHTS, MEANS[:, None], (STDS**2)[:, None, None
 OPTIONS = {
     "euler": {"churn": 0.05},
     "ddim": {"eta": 0.5},
-    # K = 4 r² moves per unit of log-SNR = 71: of a level's noise an excess of 1/70 is left. That of
-    # the moves themselves is r² of the last level's noise, and that noise is e⁻⁹.
+    # With K = 4 r² × moves per unit of log-SNR = 71, a level's noise leaves an excess of 1/70. The
+    # moves add r² times the variance of the last level's noise, which is e⁻⁹.
     "langevin": {"num_steps": 5, "snr": 0.4},
 }
 
