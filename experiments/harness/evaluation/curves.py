@@ -43,17 +43,20 @@ def full_curves(terms: Bound, num_dims: int) -> Curves:
 
 
 def allocated_curves(allocated: Allocated, levels: Levels, num_dims: int) -> Curves:
-    """From a few timesteps per example; the curves are constant on bins of t."""
+    """From a few timesteps per example: the KL is constant on bins of t, ‖x_0 − x̂_0‖² linear."""
     num_terms, bins = levels.num_timesteps - 1, len(allocated.rate)
-    bin_of_t = ((np.arange(num_terms) + 0.5) * bins / max(num_terms, 1)).astype(int)
-    error, rate = allocated.eps_error[bin_of_t], allocated.rate[bin_of_t]
+    time = (np.arange(num_terms + 1) - 0.5) / max(num_terms, 1)  # of t = 1 … T; bins fill [0, 1]
+    rate = allocated.rate[(time[1:] * bins).astype(int)]
+    # ‖ε − ε̂‖² is that times the SNR, which changes within a bin.
+    middles, log_snr = (np.arange(bins) + 0.5) / bins, levels.log_snr[1:]
+    x_0_error = allocated.eps_error * np.exp(-np.interp(middles, time, log_snr))
     # The mean over bins differs a little from the estimate, so the curve is scaled to its sum.
     kl = rate * allocated.diffusion.mean() / rate.sum() if rate.any() else rate
     return Curves(
         total=allocated.total,
         kl=bits_per_dim(kl, num_dims),
         kl_se=None,
-        eps_error=np.concatenate([error[:1] if num_terms else allocated.eps_error[:1], error]),
+        eps_error=np.interp(time, middles, x_0_error) * np.exp(log_snr),
     )
 
 
